@@ -1,0 +1,1 @@
+"""How fast, how large, and what quantizing cost."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to one file that the runtime, and others, can read."""

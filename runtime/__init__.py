@@ -1,0 +1,22 @@
+"""Run Gemma from a GGUF file: `load(path).generate(prompt)`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Model, Session, load
+    from .chat import Message
+    from .sampling import Sampling
+
+__all__ = ["Message", "Model", "Sampling", "Session", "load"]
+
+_HOME = {"Message": "chat", "Model": "api", "Sampling": "sampling", "Session": "api", "load": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that a room that needs one contract module does not pay for the engines.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -176,7 +176,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary, source: str) -> None:
         try:
-            self._processor = _load(_model_proto(vocabulary))
+            self._processor = _load(model_proto(vocabulary))
         except _REFUSALS as error:
             raise InvalidModelFile(source, f"its tokenizer is unsound: {str(error)[:200]}") from error
         self._pieces, self._types = vocabulary.pieces, vocabulary.types
@@ -334,7 +334,7 @@ def _load(model_proto: bytes) -> Any:
     return SentencePieceProcessor(model_proto=model_proto)
 
 
-def _varint(value: int) -> bytes:
+def varint_bytes(value: int) -> bytes:
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -345,11 +345,11 @@ def _varint(value: int) -> bytes:
 
 def _piece_head(size: int) -> bytes:
     """What precedes a text of `size` bytes: tag and length of the piece's message, then of the text in it."""
-    text = b"\n" + _varint(size)
-    return b"\n" + _varint(len(text) + size + 7) + text  # 7 bytes for score and type, each with its tag
+    text = b"\n" + varint_bytes(size)
+    return b"\n" + varint_bytes(len(text) + size + 7) + text  # 7 bytes for score and type, each with its tag
 
 
-def _model_proto(vocabulary: Vocabulary) -> bytes:
+def model_proto(vocabulary: Vocabulary) -> bytes:
     """A serialised ModelProto. Each piece is a message of piece (1), score (2, float32) and type (3)."""
     texts = [piece.encode() for piece in vocabulary.pieces]
     sizes = list(map(len, texts))

@@ -149,9 +149,7 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (now + MEMORY, now + MEMORY))
     for path in paths:
         print(path, end="\t", flush=True)
-        signal.setitimer(
-            signal.ITIMER_PROF, SECONDS
-        )  # processor time; when it is used up, it ends the process
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # processor time; when it is used up, it ends the process
         print(json.dumps(read_everything(path)), flush=True)
 
 

@@ -1,0 +1,236 @@
+"""Checkpoints of random weights in the real shapes, to measure speed and memory without the real weights.
+
+Everything but the numbers is as published: tensor names, dtypes, shards, configs, and a vocabulary of 256,000
+pieces with Gemma's special ids that sentencepiece loads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.config import ModelConfig
+from ..runtime.errors import InvalidRequest
+from ..runtime.tensors import TensorSpec, tensor_specs
+from ..runtime.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    model_proto,
+    varint_bytes,
+)
+
+_GEMMA_1 = {
+    "architectures": ["GemmaForCausalLM"],
+    "model_type": "gemma",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 256000,
+}
+_GEMMA_2 = _GEMMA_1 | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+# Small enough for tests, with a window that bites and rows of whole 256-blocks.
+_TINY = {
+    "head_dim": 64,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "vocab_size": 1024,
+}
+
+
+def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gemma-2-2b": _GEMMA_2 | _sizes(2304, 26, 8, 4, 9216),
+    "gemma-2-9b": _GEMMA_2 | _sizes(3584, 42, 16, 8, 14336),
+    "gemma-2b": _GEMMA_1 | _sizes(2048, 18, 8, 1, 16384),
+    "tiny-gemma-2": _GEMMA_2 | _TINY | {"num_key_value_heads": 2, "query_pre_attn_scalar": 64, "sliding_window": 8},
+    "tiny-gemma-1": _GEMMA_1 | _TINY | {"num_key_value_heads": 1},
+}
+
+# Deviations of the weights. With a residual stream of order 1 they keep every layer's activations of order 1.
+_LINEAR, _NORM = 0.02, 0.05
+_CHUNK = 1 << 20  # weights generated at a time
+
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def write_checkpoint(
+    path: str | Path, shape: str | Mapping[str, Any], seed: int = 0, shards: int = 1, dtype: str = "bf16"
+) -> Path:
+    """Write a Hugging Face folder of random weights and return its path.
+
+    `shape` is a key of SHAPES or the content of a config.json, `dtype` "bf16", "f16" or "f32". The same
+    arguments give the same bytes. Raises InvalidRequest, and InvalidConfig for a config that is none.
+    """
+    if isinstance(shape, str) and shape not in SHAPES:
+        raise InvalidRequest(f"shape {shape!r}: expected one of {', '.join(SHAPES)}, or a config")
+    if dtype not in _DTYPES:
+        raise InvalidRequest(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    raw = dict(SHAPES[shape] if isinstance(shape, str) else shape)
+    config = ModelConfig.from_hf(raw)
+    vocabulary = tokenizer_model(config.vocab_size)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    generation = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
+    tokenizer = {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    for name, content in (
+        ("config.json", raw),
+        ("generation_config.json", generation),
+        ("tokenizer_config.json", tokenizer),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    (folder / "tokenizer.model").write_bytes(vocabulary)
+    _write_weights(folder, config, seed, shards, dtype)
+    return folder
+
+
+# dtype → its name in safetensors, bytes a number.
+_DTYPES = {"bf16": ("BF16", 2), "f16": ("F16", 2), "f32": ("F32", 4)}
+
+
+def _write_weights(folder: Path, config: ModelConfig, seed: int, shards: int, dtype: str) -> None:
+    """`model.safetensors`, or shards of about equal size and their index."""
+    specs = list(tensor_specs(config))
+    sizes = np.array([np.prod(spec.shape) for spec in specs]) * _DTYPES[dtype][1]
+    middle = np.cumsum(sizes) - sizes / 2
+    shard_of = (middle * shards / sizes.sum()).astype(int)
+    used = sorted(set(shard_of.tolist()))  # fewer than asked where the embedding alone is larger than a share
+    rng = np.random.Generator(np.random.SFC64(seed))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(used, 1):
+        name = f"model-{number:05d}-of-{len(used):05d}.safetensors" if len(used) > 1 else "model.safetensors"
+        members = [spec for spec, s in zip(specs, shard_of.tolist(), strict=True) if s == shard]
+        weight_map |= {spec.hf: name for spec in members}
+        _write_shard(folder / name, members, rng, dtype)
+    if len(used) > 1:
+        index = {"metadata": {"total_size": int(sizes.sum())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_shard(path: Path, specs: list[TensorSpec], rng: np.random.Generator, dtype: str) -> None:
+    type_name, item_size = _DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + int(np.prod(spec.shape)) * item_size
+        header[spec.hf] = {"dtype": type_name, "shape": spec.shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for spec in specs:
+            left = int(np.prod(spec.shape))
+            while left:
+                n = min(left, _CHUNK)
+                values = rng.standard_normal(n, dtype=np.float32)
+                values *= np.float32(_NORM if spec.is_norm else _LINEAR)
+                file.write(_encode(values, dtype).data)
+                left -= n
+
+
+def _encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    if dtype == "bf16":
+        bits = values.view(np.uint32)
+        bits += 0x8000  # halves go up: which way does not matter for noise
+        return (bits >> 16).astype("<u2")
+    return values.astype("<f2" if dtype == "f16" else "<f4")
+
+
+_TAGS = (
+    *("table", "caption", "thead", "tbody", "tfoot", "tr", "th", "td", "h1", "h2", "h3", "h4", "h5", "h6"),
+    *("blockquote", "strong", "em", "b", "i", "u", "s", "sub", "sup", "code"),
+)
+
+
+def tokenizer_model(vocab_size: int) -> bytes:
+    """A SentencePiece BPE model with Gemma's ids up to 472, the printable characters, then made-up syllables.
+
+    Raises InvalidRequest if `vocab_size` has no room for the first two.
+    """
+    user_defined = ["<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99))]
+    user_defined += ["<start_of_turn>", "<end_of_turn>"]
+    user_defined += ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
+    user_defined += [f"<{tag}>" for tag in _TAGS] + [f"</{tag}>" for tag in _TAGS]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *user_defined, *(f"<0x{i:02X}>" for i in range(256))]
+    types = [CONTROL] * 3 + [UNKNOWN] + [USER_DEFINED] * len(user_defined) + [BYTE] * 256
+    characters = ["▁", *(chr(i) for i in range(33, 127))]
+    room = vocab_size - len(pieces) - len(characters)
+    if room < 0:
+        raise InvalidRequest(f"vocab_size {vocab_size}: expected at least {vocab_size - room}")
+    pieces += [*characters, *itertools.islice(_syllables(), room)]
+    types += [NORMAL] * (vocab_size - len(types))
+    scores = np.where(np.array(types) == NORMAL, -np.arange(vocab_size), 0).astype(np.float32)
+    model = model_proto(Vocabulary(pieces, scores, np.array(types, np.int32), bos_id=2, eos_id=1, unk_id=3, pad_id=0))
+    # trainer_spec once more, which protocol buffers merge with the first: fields 40 … 43 are the ids of unk,
+    # bos, eos and pad, fields 45 … 48 their pieces.
+    trainer = b""
+    for i, token in enumerate((3, 2, 1, 0)):
+        name = pieces[token].encode()
+        trainer += (
+            varint_bytes((40 + i) << 3)
+            + varint_bytes(token)
+            + varint_bytes((45 + i) << 3 | 2)
+            + varint_bytes(len(name))
+            + name
+        )
+    return model + b"\x12" + varint_bytes(len(trainer)) + trainer
+
+
+def _syllables() -> Iterator[str]:
+    """aa, ab, … and with ▁ before them: every piece is made of two shorter ones, as BPE needs."""
+    for length in itertools.count(2):
+        for letters in itertools.product("▁" + string.ascii_lowercase, *[string.ascii_lowercase] * (length - 1)):
+            yield "".join(letters)

@@ -1,0 +1,294 @@
+"""From a checkpoint to one GGUF file: read some rows, quantize them on every core, write them in order."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quant.formats import Format
+from ..quant.recipes import choose
+from ..runtime.config import ModelConfig
+from ..runtime.errors import InvalidCheckpoint, InvalidRequest
+from ..runtime.tensors import TensorSpec, tensor_specs
+from ..runtime.tokenizer import END_OF_TURN, Vocabulary
+from .checkpoint import Checkpoint
+from .gguf_header import TensorRecord, aligned, encode_header
+
+CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its temporaries stay in a core's cache
+
+# llama.cpp's `llama_ftype`, by preset.
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor's format, the one that the recipe would rather have given it, and its place in the data."""
+
+    spec: TensorSpec
+    format: type[Format]
+    wanted: type[Format]
+    offset: int
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.spec.shape[:-1])
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.spec.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.format.row_bytes(self.spec.shape[-1])
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was written. `formats` counts tensors, `fallbacks` names those that could not have theirs."""
+
+    path: str
+    file_bytes: int
+    weights: int
+    bits_per_weight: float
+    formats: dict[str, int]
+    fallbacks: list[str]
+    warnings: list[str]
+    seconds: float
+
+
+def export_gguf(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    preset: str,
+    embedding: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
+) -> ExportSummary:
+    """Write `checkpoint` to the GGUF file `out`, quantized by `preset`; `force` replaces a file that exists.
+
+    `embedding` is the format of embedding and head where the preset's is not wanted. `progress` is called
+    with (weights done, weights in all). The file is whole or absent, also when `progress` raises, and the
+    same source gives the same bytes. Raises InvalidRequest and InvalidCheckpoint.
+    """
+    start, out = time.monotonic(), Path(out)
+    _check_target(checkpoint, out, force)
+    plan = plan_tensors(checkpoint.config, preset, embedding)
+    records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
+    metadata = _metadata(checkpoint, preset, plan)
+    header = encode_header(metadata, records)
+    size = len(header) + plan[-1].offset + aligned(plan[-1].n_rows * plan[-1].row_bytes)
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise InvalidRequest(
+            f"{out.parent}: {free / 1e9:.2f} GB free, expected {size / 1e9:.2f} GB for {out.name}; "
+            "free some space or choose a smaller format"
+        )
+
+    done, total = 0, sum(p.n_weights for p in plan)
+    with _atomic(out) as file, _background_hashes(checkpoint.files) as hashes:
+        for planned, row, block in _quantized(checkpoint, plan):
+            file.seek(len(header) + planned.offset + row * planned.row_bytes)
+            file.write(block.data)
+            done += len(block) * planned.spec.shape[-1]
+            if progress:
+                progress(done, total)
+        file.truncate(size)
+        metadata["bezel.provenance.source_sha256"] = hashes()  # as long as the placeholders
+        file.seek(0)
+        file.write(encode_header(metadata, records))
+    return ExportSummary(
+        path=str(out),
+        file_bytes=size,
+        weights=total,
+        bits_per_weight=sum(p.n_rows * p.row_bytes for p in plan) * 8 / total,
+        formats=dict(Counter(p.format.name for p in plan)),
+        fallbacks=[
+            f"{p.spec.gguf}: {p.format.name} instead of {p.wanted.name}, because rows of "
+            f"{p.spec.shape[-1]} are not a multiple of {p.wanted.block}"
+            for p in plan
+            if p.format is not p.wanted
+        ],
+        warnings=_warnings(checkpoint.config, metadata),
+        seconds=time.monotonic() - start,
+    )
+
+
+def plan_tensors(config: ModelConfig, preset: str, embedding: str | None = None) -> list[PlannedTensor]:
+    """Format and offset of every tensor. Raises InvalidRequest for an unknown preset or embedding format."""
+    plan, offset = [], 0
+    for spec in tensor_specs(config):
+        try:
+            choice = choose(preset, spec.role, spec.shape, embedding)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        plan.append(PlannedTensor(spec, choice.format, choice.wanted, offset))
+        offset += aligned(plan[-1].n_rows * plan[-1].row_bytes)
+    return plan
+
+
+def _check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
+    if not out.parent.is_dir():
+        raise InvalidRequest(f"{out.parent}: no such folder; create it first")
+    if out.is_dir():
+        raise InvalidRequest(f"{out}: is a folder, expected the name of a file")
+    if out.exists() and any(out.samefile(file) for file in checkpoint.files):
+        raise InvalidRequest(f"{out}: is part of the checkpoint that is exported; choose another name")
+    if out.exists() and not force:
+        raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+
+
+def _quantized(
+    checkpoint: Checkpoint, plan: Sequence[PlannedTensor]
+) -> Iterator[tuple[PlannedTensor, int, NDArray[np.uint8]]]:
+    """(tensor, first row, quantized rows) in order; a few chunks are in hand at a time."""
+
+    def quantize(planned: PlannedTensor, start: int, stop: int) -> NDArray[np.uint8]:
+        rows = checkpoint.rows(planned.spec, start, stop)
+        try:
+            return planned.format.quantize(rows)
+        except ValueError as error:
+            raise InvalidCheckpoint(f"{checkpoint.path}: tensor '{planned.spec.hf}': {error}") from None
+
+    workers = os.cpu_count() or 1
+    pending: deque[tuple[PlannedTensor, int, Future[NDArray[np.uint8]]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for planned in plan:
+            step = max(1, CHUNK_WEIGHTS // planned.spec.shape[-1])
+            for start in range(0, planned.n_rows, step):
+                stop = min(start + step, planned.n_rows)
+                pending.append((planned, start, pool.submit(quantize, planned, start, stop)))
+                if len(pending) > 2 * workers:
+                    done, row, block = pending.popleft()
+                    yield done, row, block.result()
+        while pending:
+            done, row, block = pending.popleft()
+            yield done, row, block.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _atomic(out: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name once it is complete and on the disk, and otherwise not at all."""
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, out)
+    except BaseException:  # Ctrl-C too
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _background_hashes(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
+    """SHA-256 of each file, computed by a thread of its own while the tensors are quantized."""
+    stop = threading.Event()
+
+    def sha256(path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while not stop.is_set() and (block := file.read(1 << 20)):
+                digest.update(block)
+        return digest.hexdigest()
+
+    pool = ThreadPoolExecutor(1)
+    futures = [pool.submit(sha256, file) for file in files]
+    try:
+        yield lambda: [future.result() for future in futures]
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _metadata(checkpoint: Checkpoint, preset: str, plan: Sequence[PlannedTensor]) -> dict[str, Any]:
+    vocabulary = checkpoint.vocabulary()
+    formats = {p.spec.role: p.format.name for p in plan}
+    metadata: dict[str, Any] = {
+        "general.architecture": checkpoint.config.family,
+        "general.name": checkpoint.name,
+        "general.file_type": _FILE_TYPES[preset],
+        "general.quantization_version": 2,
+        **checkpoint.config.to_gguf(),
+        **vocabulary.to_gguf(),
+    }
+    if END_OF_TURN in vocabulary.pieces:
+        metadata["tokenizer.ggml.eot_token_id"] = vocabulary.pieces.index(END_OF_TURN)
+    if checkpoint.chat_template is not None:
+        metadata["tokenizer.chat_template"] = checkpoint.chat_template
+    return metadata | {
+        **_generation(checkpoint, vocabulary),
+        "bezel.provenance.tool": f"bezel {_version()}",
+        "bezel.provenance.recipe": preset,
+        "bezel.provenance.embedding_format": formats["token_embd"],
+        "bezel.provenance.source_files": [file.name for file in checkpoint.files],
+        "bezel.provenance.source_sha256": ["0" * 64 for _ in checkpoint.files],
+    }
+
+
+def _generation(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The defaults that the checkpoint gives for sampling, and every token that ends a turn."""
+    config = checkpoint.generation_config
+
+    def fail(key: str, want: str) -> InvalidCheckpoint:
+        return InvalidCheckpoint(
+            f"{checkpoint.path}: generation config: key '{key}': found {str(config[key])[:80]}, expected {want}"
+        )
+
+    out: dict[str, Any] = {}
+    for key, gguf_key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p")):
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 << 31:
+            raise fail(key, "a number ≥ 0")
+        out[f"general.sampling.{gguf_key}"] = int(value) if key == "top_k" else float(value)
+
+    stops = config.get("eos_token_id")
+    if stops is not None:
+        stops = stops if isinstance(stops, list) else [stops]
+        if not stops or not all(type(i) is int and 0 <= i < len(vocabulary.pieces) for i in stops):
+            raise fail("eos_token_id", f"token ids below {len(vocabulary.pieces)}")
+        out["bezel.generation.stop_token_ids"] = stops
+    return out
+
+
+def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
+    """What llama.cpp, which has no keys for it, would read differently from bezel."""
+    standard = {key: value for key, value in metadata.items() if not key.startswith("bezel.")}
+    theirs = ModelConfig.from_gguf(standard, vocab_size=config.vocab_size, tied_head=True, source="metadata")
+    what = {
+        "layers": "its own pattern of layer windows",
+        "query_pre_attn_scalar": "its own query scale",
+        "tied_head": "the embedding as the head, and refuses or ignores output.weight",
+    }
+    return [
+        f"llama.cpp reads this file with {what.get(field.name, field.name)}, so its output will differ"
+        for field in fields(config)
+        if getattr(theirs, field.name) != getattr(config, field.name)
+    ]
+
+
+def _version() -> str:
+    try:
+        return version("bezel-lm")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"

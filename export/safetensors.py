@@ -1,0 +1,127 @@
+"""Reader of safetensors headers that believes nothing it has not checked.
+
+The format: a little-endian uint64 header length, a JSON header of tensor name → dtype, shape, data_offsets,
+then the data, which the tensors cover without gap or overlap (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.errors import InvalidCheckpoint
+
+MAX_HEADER = 100_000_000
+ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` in bytes from the start of `file`; `dtype` is a key of ITEM_SIZE."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def to_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """Little-endian bytes of F32, F16 or BF16 numbers as float32, exactly."""
+    if dtype == "F32":
+        return raw.view("<f4").astype(np.float32, copy=False)
+    if dtype == "F16":
+        return raw.view("<f2").astype(np.float32)
+    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or InvalidCheckpoint."""
+    if path.stat().st_size > MAX_HEADER:
+        raise InvalidCheckpoint(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_HEADER}")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object without duplicate keys (json would keep the last and hide the others)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise InvalidCheckpoint(f"{path}: key {twice[:200]!r} appears twice")
+        return out
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidCheckpoint(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises InvalidCheckpoint if the header and the file disagree."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise InvalidCheckpoint(
+                f"{path}: not a safetensors file, or cut short: a header of {length} bytes, "
+                f"expected at most {max(0, min(MAX_HEADER, size - 8))} in a file of {size} bytes"
+            )
+        header = parse_json(file.read(length), path)
+    header.pop("__metadata__", None)
+    data_start, data_size = 8 + length, size - 8 - length
+
+    tensors: dict[str, StoredTensor] = {}
+    extents = []
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = _entry(path, name, entry)
+        want = ITEM_SIZE[dtype]
+        for n in shape:
+            want *= n
+        if end - begin != want or end > data_size:
+            raise InvalidCheckpoint(
+                f"{path}: tensor {name[:200]!r}: bytes {begin} to {end}, expected {want} bytes "
+                f"({dtype} {list(shape)}) inside the {data_size} bytes of data; if the file is cut short, "
+                "fetch it again"
+            )
+        tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
+        extents.append((begin, end, name))
+
+    position = 0
+    for begin, end, name in sorted(extents):
+        if begin != position:
+            fault = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise InvalidCheckpoint(f"{path}: tensor {name[:200]!r} begins at {begin} and {fault}, expected {position}")
+        position = end
+    if position != data_size:
+        raise InvalidCheckpoint(f"{path}: tensors end at byte {position} of the data, expected {data_size}")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InvalidCheckpoint(f"{path}: tensor {name[:200]!r}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise InvalidCheckpoint(
+            f"{path}: tensor {name[:200]!r}: dtype {str(dtype)[:20]!r}, expected one of {', '.join(ITEM_SIZE)}"
+        )
+    if not sizes(shape) or len(shape) > 8:
+        raise InvalidCheckpoint(f"{path}: tensor {name[:200]!r}: shape {str(shape)[:80]}, expected a list of sizes")
+    if not sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InvalidCheckpoint(
+            f"{path}: tensor {name[:200]!r}: data_offsets {str(offsets)[:80]}, expected [begin, end]"
+        )
+    return dtype, tuple(shape), (offsets[0], offsets[1])

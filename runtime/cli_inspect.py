@@ -1,0 +1,167 @@
+"""The command `bezel inspect`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cache import KV_TYPES, allocated_rows, default_chunk, new_caches, row_bytes
+from .config import ModelConfig
+from .errors import InvalidRequest
+from .gguf import GGUFFile
+
+MIB = 1 << 20
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--context", type=int, help="Show the memory for this many tokens.  [default: several]")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> None:
+    """Show what the model file MODEL holds and how much memory it takes.
+
+    \b
+    Examples:
+      bezel inspect gemma.gguf
+      bezel inspect gemma.gguf --context 8192
+      bezel inspect gemma.gguf --json
+    """
+    with GGUFFile(model) as file:
+        config = file.config()
+        file.check_tensors(config)
+        if context is not None and not 1 <= context <= config.context_length:
+            raise InvalidRequest(f"context: found {context}, expected 1 to {config.context_length}")
+        facts = _facts(file, config, context)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts, tensors)
+
+
+def cache_sizes(config: ModelConfig, context: int, kv: str) -> dict[str, int]:
+    """Bytes of keys and values once `context` tokens are held, by layer kind; `full` is the total without rings."""
+    chunk = default_chunk(config)
+
+    def total(ring: bool, local: bool) -> int:
+        caches = zip(config.layers, new_caches(config, context, kv, chunk, ring), strict=True)
+        rows = (allocated_rows(context, c.capacity) for layer, c in caches if (layer.window is not None) == local)
+        return sum(rows) * row_bytes(config, kv)
+
+    local, global_ = total(True, True), total(True, False)
+    return {
+        "context": context,
+        "local": local,
+        "global": global_,
+        "total": local + global_,
+        "full": total(False, True) + total(False, False),
+    }
+
+
+def _facts(file: GGUFFile, config: ModelConfig, context: int | None) -> dict[str, Any]:
+    formats: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
+    for info in file.tensors.values():
+        row = formats[info.format.name]
+        row["tensors"] += 1
+        row["weights"] += math.prod(info.shape)
+        row["bytes"] += info.nbytes
+    weights = sum(row["weights"] for row in formats.values())
+    tensor_bytes = sum(row["bytes"] for row in formats.values())
+    contexts = [context] if context else _contexts(config.context_length)
+    return {
+        "file": str(file.path),
+        "file_bytes": file.path.stat().st_size,
+        "name": file.metadata.get("general.name"),
+        "family": config.family,
+        "weights": weights,
+        "bits_per_weight": 8 * tensor_bytes / weights,
+        "formats": dict(sorted(formats.items(), key=lambda item: -item[1]["bytes"])),
+        "embedding_format": file.tensors["token_embd.weight"].format.name,
+        "config": {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "layers": config.n_layers,
+            "query_heads": config.n_heads,
+            "kv_heads": config.n_kv_heads,
+            "head_dim": config.head_dim,
+            "context_length": config.context_length,
+            "query_pre_attn_scalar": config.query_pre_attn_scalar,
+            "attention_softcap": config.attn_softcap,
+            "final_softcap": config.final_softcap,
+            "rms_eps": config.rms_eps,
+            "tied_head": config.tied_head,
+        },
+        "windows": [layer.window for layer in config.layers],
+        "rope_bases": [layer.rope_base for layer in config.layers],
+        "cache": {kv: [cache_sizes(config, n, kv) for n in contexts] for kv in KV_TYPES},
+        "provenance": _provenance(file),
+        "tensors": [
+            {"name": info.name, "shape": info.shape, "format": info.format.name, "bytes": info.nbytes}
+            for info in file.tensors.values()
+        ],
+    }
+
+
+def _provenance(file: GGUFFile) -> dict[str, Any]:
+    """What the exporter wrote about itself and its source."""
+    stored = {
+        key.removeprefix("bezel.provenance."): v for key, v in file.metadata.items() if "bezel.provenance." in key
+    }
+    names, hashes = (list(stored.pop(key, ())) for key in ("source_files", "source_sha256"))
+    plain = {key: value for key, value in stored.items() if isinstance(value, (str, int, float))}
+    return plain | {"sources": dict(zip(names, hashes, strict=False))} if names else plain
+
+
+def _contexts(limit: int) -> list[int]:
+    return sorted({min(limit, n) for n in (512, 2048, 4096, 8192, limit)})
+
+
+def _print(facts: dict[str, Any], tensors: bool) -> None:
+    click.echo(f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['family']})")
+    click.echo(
+        f"  {facts['weights'] / 1e6:,.1f} million weights, {facts['file_bytes'] / MIB:,.1f} MiB, "
+        f"{facts['bits_per_weight']:.2f} bits per weight"
+    )
+    for name, row in facts["formats"].items():
+        click.echo(f"  {name:>6} {row['tensors']:5} tensors {row['bytes'] / MIB:10,.1f} MiB")
+    click.echo(f"  embedding and head in {facts['embedding_format']}")
+    click.echo("\nConfig")
+    for key, value in facts["config"].items():
+        click.echo(f"  {key:<22} {value:g}" if isinstance(value, float) else f"  {key:<22} {value}")
+    windows = facts["windows"]
+    local = [i for i, window in enumerate(windows) if window]
+    if local:
+        sizes = sorted({window for window in windows if window})
+        click.echo(f"  local layers           {_ranges(local)}, window {', '.join(map(str, sizes))}")
+    click.echo(f"  global layers          {_ranges([i for i, w in enumerate(windows) if not w])}")
+    click.echo("\nMemory for keys and values, MiB (rings on local layers; in brackets, all layers full)")
+    click.echo(f"  {'context':>8}" + "".join(f"  {kv + ': local + global':>34}" for kv in facts["cache"]))
+    for rows in zip(*facts["cache"].values(), strict=True):
+        cells = [
+            f"{r['local'] / MIB:.1f} + {r['global'] / MIB:.1f} = {r['total'] / MIB:.1f} [{r['full'] / MIB:.1f}]"
+            for r in rows
+        ]
+        click.echo(f"  {rows[0]['context']:8}" + "".join(f"  {cell:>34}" for cell in cells))
+    if facts["provenance"]:
+        click.echo("\nProvenance")
+        for key, value in facts["provenance"].items():
+            if key != "sources":
+                click.echo(f"  {key:<22} {value}")
+        for name, sha256 in facts["provenance"].get("sources", {}).items():
+            click.echo(f"  from {name:<33} sha256 {sha256}")
+    if tensors:
+        click.echo("\nTensors")
+        for row in facts["tensors"]:
+            click.echo(f"  {row['name']:<36} {row['format']:>5} {' × '.join(map(str, row['shape']))}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 2, 4 as "0, 2, 4"; the middle of a long list is left out."""
+    text = [str(n) for n in numbers]
+    return ", ".join(text) if len(text) <= 8 else ", ".join([*text[:3], "…", text[-1]]) + f" ({len(text)})"

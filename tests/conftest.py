@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bezel.runtime import Model, load
+from tiny import checkpoint_folder, export
+
+
+@pytest.fixture(scope="session")
+def gguf_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports "demo" or a tiny model, once per preset and test run."""
+    scratch = tmp_path_factory.mktemp("gguf")
+
+    def make(name: str, preset: str = "f32") -> Path:
+        out = scratch / f"{name}-{preset}.gguf"
+        return out if out.exists() else export(checkpoint_folder(name, scratch), out, preset)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_of(gguf_of: Callable[..., Path]) -> Callable[..., Model]:
+    def make(name: str, preset: str = "f32", **options: object) -> Model:
+        return load(gguf_of(name, preset), **options)  # type: ignore[arg-type]
+
+    return make

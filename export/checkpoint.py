@@ -229,8 +229,8 @@ def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor
         # The RoPE frequencies that old versions of transformers saved follow from the config.
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise InvalidCheckpoint(
-                f"{stored.file}: tensor {name[:200]!r}: found shape {list(stored.shape)}, expected no such tensor "
-                f"in a {config.family} model; adapters must be merged before export"
+                f"{stored.file}: tensor {name[:200]!r}: found shape {list(stored.shape)}, expected no such "
+                f"tensor in a {config.family} model; adapters must be merged before export"
             )
     return matched
 

@@ -111,17 +111,14 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tup
     def sizes(value: Any) -> bool:
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
+    where = f"{path}: tensor {name[:200]!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InvalidCheckpoint(f"{path}: tensor {name[:200]!r}: expected exactly dtype, shape and data_offsets")
+        raise InvalidCheckpoint(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise InvalidCheckpoint(
-            f"{path}: tensor {name[:200]!r}: dtype {str(dtype)[:20]!r}, expected one of {', '.join(ITEM_SIZE)}"
-        )
+        raise InvalidCheckpoint(f"{where}: dtype {str(dtype)[:20]!r}, expected one of {', '.join(ITEM_SIZE)}")
     if not sizes(shape) or len(shape) > 8:
-        raise InvalidCheckpoint(f"{path}: tensor {name[:200]!r}: shape {str(shape)[:80]}, expected a list of sizes")
+        raise InvalidCheckpoint(f"{where}: shape {str(shape)[:80]}, expected a list of sizes")
     if not sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InvalidCheckpoint(
-            f"{path}: tensor {name[:200]!r}: data_offsets {str(offsets)[:80]}, expected [begin, end]"
-        )
+        raise InvalidCheckpoint(f"{where}: data_offsets {str(offsets)[:80]}, expected [begin, end]")
     return dtype, tuple(shape), (offsets[0], offsets[1])

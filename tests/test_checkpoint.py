@@ -1,4 +1,4 @@
-"""Reading checkpoints: numbers against an independent reading, and each way in which a folder can be wrong."""
+"""Reading checkpoints: numbers against an independent reading, and each way a folder can be wrong."""
 
 from __future__ import annotations
 

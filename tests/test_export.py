@@ -191,6 +191,21 @@ def test_rows_that_do_not_fit_fall_back_and_say_so(tmp_path: Path) -> None:
     assert len(summary.fallbacks) == sum(kind == "Q8_0" for kind in kinds.values())
 
 
+def test_tensors_of_odd_sizes_stay_aligned(tmp_path: Path) -> None:
+    shape = SHAPES["tiny-gemma-2"] | {"hidden_size": 36, "intermediate_size": 20, "num_hidden_layers": 2}
+    folder = write_checkpoint(tmp_path / "folder", shape, dtype="f16")
+    export(folder, tmp_path / "out.gguf", "f16")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert any(tensor.n_bytes % 32 for tensor in reader.tensors)
+    source = load_file(folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        names = {spec.gguf: spec.hf for spec in checkpoint.specs if not spec.is_norm}
+    for tensor in reader.tensors:
+        assert tensor.data_offset % 32 == 0
+        if tensor.name in names:
+            assert np.array_equal(tensor.data, source[names[tensor.name]])
+
+
 def test_what_llama_cpp_would_read_differently_is_said(tmp_path: Path) -> None:
     base = SHAPES["tiny-gemma-2"]
     local = ["full_attention", "sliding_attention"] * 2

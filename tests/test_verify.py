@@ -102,6 +102,17 @@ def test_a_norm_that_is_off_by_one_bit(exported: Path, tiny: Path) -> None:
     assert off(check(exported, tiny)) == {"blk.1.attn_norm.weight"}
 
 
+def test_one_bit_of_a_tensor_that_was_only_copied(tiny: Path, tmp_path: Path) -> None:
+    with open_checkpoint(tiny) as checkpoint:  # in bfloat16
+        export_gguf(checkpoint, tmp_path / "out.gguf", "bf16")
+
+    def change(view: Callable[[str], np.ndarray]) -> None:
+        view("blk.0.attn_q.weight")[3, 14] ^= 1
+
+    edit(tmp_path / "out.gguf", change)
+    assert off(check(tmp_path / "out.gguf", tiny)) == {"blk.0.attn_q.weight"}
+
+
 def test_swapped_tensors(exported: Path, tiny: Path) -> None:
     def change(view: Callable[[str], np.ndarray]) -> None:
         keys, values = view("blk.2.attn_k.weight"), view("blk.2.attn_v.weight")

@@ -48,8 +48,3 @@ def choose(preset: str, role: str, shape: tuple[int, ...], embedding: str | None
             wanted = Q6_K
     fits = next(f for f in (wanted, Q8_0, F16) if shape[-1] % f.block == 0)
     return Choice(fits, wanted)
-
-
-def choose_format(preset: str, role: str, shape: tuple[int, ...], embedding: str | None = None) -> type[Format]:
-    """`choose(…).format`, for callers that do not ask whether it is a fallback."""
-    return choose(preset, role, shape, embedding).format

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from bezel.quant.formats import FORMATS
-from bezel.quant.recipes import PRESETS, choose, choose_format
+from bezel.quant.recipes import PRESETS, choose
 
 WIDE = (64, 2304)  # rows that every format divides
 
@@ -21,10 +21,10 @@ def test_a_matrix_follows_its_preset_and_a_norm_is_f32(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_embedding_and_head_never_go_below_q6_k_unasked(preset, role):
     expected = "q6_k" if preset in ("q5_k", "q4_k", "q4_0") else preset
-    assert choose_format(preset, role, WIDE).name == expected
+    assert choose(preset, role, WIDE).format.name == expected
     for asked in PRESETS:
-        assert choose_format(preset, role, WIDE, embedding=asked).name == asked
-        assert choose_format(preset, "attn_q", WIDE, embedding=asked).name == preset
+        assert choose(preset, role, WIDE, embedding=asked).format.name == asked
+        assert choose(preset, "attn_q", WIDE, embedding=asked).format.name == preset
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class Model:
         checked = session.check(ids)
         out = np.empty((len(checked), self.config.vocab_size), np.float32)
         for start, part in session.chunks(checked):
-            out[start : start + len(part)] = session.engine.forward(part, True)
+            out[start : start + len(part)] = session.engine.forward(part, len(part))
         return out
 
     def prompt_ids(self, prompt: str | Sequence[int] | Sequence[chat.Message], raw: bool | None = None) -> list[int]:
@@ -176,13 +176,15 @@ class Session:
         if make_room and self.position + len(ids) > self.model.context:
             ids = make_room([*self.ids, *ids])
             self.reset()
-        logits = None
-        for _, part in self.chunks(self.check(ids)):
+        checked = self.check(ids)
+        logits: Floats = np.empty((0, 0), np.float32)
+        for start, part in self.chunks(checked):
             if cancel():
                 return None
-            logits = self.engine.forward(part, False)[0]
+            logits = self.engine.forward(part, int(start + len(part) == len(checked)))
             self.ids += part.tolist()
-        return logits
+        last: Floats = logits[0]
+        return last
 
     def check(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
         """The ids as an array. Raises InvalidRequest for none or foreign ones, ContextFull for too many."""

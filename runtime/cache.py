@@ -1,16 +1,16 @@
-"""Keys and values of one layer: who stores them, at which position, and what a query may see.
+"""Keys and values of one layer: at which position, and what a query may see.
 
 The model appends keys (after RoPE) and values, and asks for attention; it never sees a slot. Position p lives in
 slot p mod capacity. FullCache has a slot for every position of the context; RingCache only for what the oldest
-query of a chunk can see, window − 1 + chunk. Both read exactly the visible span in order of position, so that a
-ring gives the bits that a full cache with the same window gives.
+query of a chunk can see, window − 1 + chunk. Where and how the numbers lie is the store's business; every store
+reads exactly the visible span in order of position, so that a ring gives the bits of a full cache with a window.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,55 +27,111 @@ KV_TYPES = ("f32", "f16", "int8")
 _DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
 _GROWTH = 256  # rows by which storage grows
 
+Arrays = dict[str, npt.NDArray[Any]]
 
-class _Store:
-    """Rows of (kv_heads, head_dim) in a storage type; int8 carries a float32 scale per row and head."""
 
-    def __init__(self, n_heads: int, head_dim: int, kv: str) -> None:
-        self.quantized = kv == "int8"
-        self.rows: npt.NDArray[Any] = np.empty((0, n_heads, head_dim), _DTYPES[kv])
-        self.scales: Floats = np.empty((0, n_heads if self.quantized else 0), np.float32)
+class Store(Protocol):
+    """Keys and values in slots. int8 has a float32 scale, max |x| / 127, per head and position."""
 
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + self.scales.nbytes
+    def write(self, position: int, keys: Floats, values: Floats) -> None:
+        """Store (n, kv_heads, head_dim) for the positions from `position` on."""
 
-    def grow(self, rows: int) -> None:
-        for name in ("rows", "scales"):
-            old = getattr(self, name)
-            new = np.empty((rows, *old.shape[1:]), old.dtype)
-            new[: len(old)] = old
-            setattr(self, name, new)
+    def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
+        """Attention of queries (n, heads, head_dim) for the n newest of `length` positions. Same shape back."""
 
-    def write(self, slots: npt.NDArray[np.int64], x: Floats) -> None:
-        if self.quantized:
-            scales = np.abs(x).max(axis=-1) / np.float32(127)
-            self.scales[slots] = scales
-            x = np.rint(x / np.where(scales > 0, scales, 1)[..., None])
-        self.rows[slots] = x
+    def raw(self, start: int, stop: int) -> Arrays:
+        """Copies as stored, in order of position: keys and values (m, kv_heads, head_dim), scales (m, kv_heads)."""
 
-    def read(self, slots: npt.NDArray[np.int64]) -> Floats:
-        rows = self.rows[slots].astype(np.float32, copy=False)
-        return rows * self.scales[slots][..., None] if self.quantized else rows
+    def set_raw(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Put back what `raw` gave."""
+
+
+NewStore = Callable[[int, int, int, str], Store]
+"""(kv_heads, head_dim, capacity, kv) → an empty store."""
+
+
+class NumpyStore:
+    """The reference store: NumPy arrays of whole slots, which grow as positions come in."""
+
+    def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
+        self._capacity = capacity
+        shape = (0, n_kv_heads, head_dim)
+        self._arrays: Arrays = {name: np.empty(shape, _DTYPES[kv]) for name in ("keys", "values")}
+        if kv == "int8":
+            self._arrays |= {name: np.empty(shape[:2], np.float32) for name in ("key_scales", "value_scales")}
+
+    def write(self, position: int, keys: Floats, values: Floats) -> None:
+        self._grow(position + len(keys))
+        slots = self._slots(position, position + len(keys))
+        for name, x in (("key", keys), ("value", values)):
+            if (scales := self._arrays.get(f"{name}_scales")) is not None:
+                scales[slots] = np.abs(x).max(axis=-1) / np.float32(127)
+                x = np.rint(x / np.where(scales[slots] > 0, scales[slots], 1)[..., None])
+            self._arrays[f"{name}s"][slots] = x
+
+    def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
+        first_query = length - len(queries)
+        first_key = first_visible(first_query, window)
+        return ops.attention(
+            queries,
+            self.read("key", first_key, length),
+            self.read("value", first_key, length),
+            np.arange(first_query, length),
+            np.arange(first_key, length),
+            window,
+            scale,
+            softcap,
+        )
+
+    def read(self, name: str, start: int, stop: int) -> Floats:
+        """The "key" or "value" rows (stop − start, kv_heads, head_dim) as float32."""
+        slots = self._slots(start, stop)
+        rows: Floats = self._arrays[f"{name}s"][slots].astype(np.float32, copy=False)
+        scales = self._arrays.get(f"{name}_scales")
+        return rows if scales is None else rows * scales[slots][..., None]
+
+    def raw(self, start: int, stop: int) -> Arrays:
+        slots = self._slots(start, stop)
+        return {name: array[slots] for name, array in self._arrays.items()}
+
+    def set_raw(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        stop = start + len(arrays["keys"])
+        self._grow(stop)
+        for name, array in self._arrays.items():
+            array[self._slots(start, stop)] = arrays[name]
+
+    def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return np.arange(start, stop) % self._capacity
+
+    def _grow(self, length: int) -> None:
+        rows = allocated_rows(length, self._capacity)
+        for name, old in self._arrays.items():
+            if rows > len(old):
+                self._arrays[name] = np.empty((rows, *old.shape[1:]), old.dtype)
+                self._arrays[name][: len(old)] = old
 
 
 class KVCache:
     """A layer's cache of `capacity` slots; `window` None sees everything. Use FullCache or RingCache.
 
-    `kv` is the storage: "f32", "f16" or "int8". `length` counts the positions appended so far. Memory grows as
-    positions come in; `nbytes` is what is allocated now.
+    `kv` is the storage: "f32", "f16" or "int8". `length` counts the positions appended so far.
     """
 
-    def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, window: int | None, kv: str) -> None:
+    def __init__(
+        self, n_kv_heads: int, head_dim: int, capacity: int, window: int | None, kv: str, new_store: NewStore
+    ) -> None:
         self.capacity, self.window, self.kv = capacity, window, kv
         self.length = 0
         self._oldest = 0  # the oldest position that no later one has overwritten, ever: rewinding brings none back
-        self._keys = _Store(n_kv_heads, head_dim, kv)
-        self._values = _Store(n_kv_heads, head_dim, kv)
+        self._newest = 0  # the most positions ever held, which is what memory was allocated for
+        self._shape = (n_kv_heads, head_dim)
+        self._new_store = new_store
+        self._store = new_store(n_kv_heads, head_dim, capacity, kv)
 
     @property
     def nbytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes allocated for the positions held so far."""
+        return allocated_rows(self._newest, self.capacity) * row_bytes(*self._shape, self.kv)
 
     def append(self, keys: Floats, values: Floats) -> None:
         """Take keys (after RoPE) and values, (n, kv_heads, head_dim), for the next n positions.
@@ -83,37 +139,23 @@ class KVCache:
         Raises CacheError if n positions would push out what the first of their queries still sees.
         """
         end = self.length + len(keys)
-        if end - self.capacity > self._first_visible(self.length):
+        if end - self.capacity > first_visible(self.length, self.window):
             raise CacheError(
                 f"cannot append {len(keys)} positions at {self.length}: the cache has {self.capacity} slots"
             )
-        self._ensure_rows(end)
-        slots = self._slots(self.length, end)
-        self._keys.write(slots, keys)
-        self._values.write(slots, values)
+        self._store.write(self.length, keys, values)
         self.length = end
+        self._newest = max(self._newest, end)
         self._oldest = max(self._oldest, end - self.capacity)
 
     def attend(self, queries: Floats, scale: float, softcap: float | None) -> Floats:
         """Attention of queries (n, heads, head_dim), which belong to the n newest positions. Same shape back."""
-        first_query = self.length - len(queries)
-        first_key = self._first_visible(first_query)
-        slots = self._slots(first_key, self.length)
-        return ops.attention(
-            queries,
-            self._keys.read(slots),
-            self._values.read(slots),
-            np.arange(first_query, self.length),
-            np.arange(first_key, self.length),
-            self.window,
-            scale,
-            softcap,
-        )
+        return self._store.attend(queries, self.length, self.window, scale, softcap)
 
     def check_rewind(self, n: int) -> None:
         """Raises CacheError if after forgetting the n newest positions the next query would miss a key."""
         target = self.length - n
-        if n < 0 or target < 0 or self._first_visible(target) < self._oldest:
+        if n < 0 or target < 0 or first_visible(target, self.window) < self._oldest:
             raise CacheError(
                 f"cannot rewind {n} of {self.length} positions: the cache holds positions from {self._oldest} on"
                 + (f" and its window is {self.window}" if self.window else "")
@@ -124,66 +166,67 @@ class KVCache:
         self.check_rewind(n)
         self.length -= n
 
-    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
+    def snapshot(self) -> Arrays:
         """Copies of all that is held, in order of position. `restored` brings back this very state."""
-        slots = self._slots(self._oldest, self.length)
         span = np.array([self._oldest, self.length], np.int64)
-        state = {"span": span, "keys": self._keys.rows[slots], "values": self._values.rows[slots]}
-        if self.kv == "int8":
-            state |= {"key_scales": self._keys.scales[slots], "value_scales": self._values.scales[slots]}
-        return state
+        return {"span": span, **self._store.raw(self._oldest, self.length)}
 
     def restored(self, state: Mapping[str, npt.NDArray[Any]]) -> Self:
         """A new cache like this one in the state of a snapshot. Raises InvalidSession if it does not fit."""
         new = copy.copy(self)
-        n_heads, head_dim = self._keys.rows.shape[1:]
-        new._keys, new._values = (_Store(n_heads, head_dim, self.kv) for _ in range(2))
         new._oldest, new.length = _span(state)
+        new._newest = new.length
         held = new.length - new._oldest
-        if held > self.capacity or new._first_visible(new.length) < new._oldest:
+        if held > self.capacity or first_visible(new.length, self.window) < new._oldest:
             raise InvalidSession(f"the saved positions {new._oldest} to {new.length} do not fit this cache")
-        parts = [("keys", new._keys, "rows"), ("values", new._values, "rows")]
+        rows: tuple[tuple[int, ...], type] = (held, *self._shape), _DTYPES[self.kv]
+        want = {"keys": rows, "values": rows}
         if self.kv == "int8":
-            parts += [("key_scales", new._keys, "scales"), ("value_scales", new._values, "scales")]
-        for name, store, field in parts:
-            rows = getattr(store, field)
-            saved, want = state.get(name), (held, *rows.shape[1:])
-            if saved is None or saved.shape != want or saved.dtype != rows.dtype:
+            scales = (held, self._shape[0]), np.float32
+            want |= {"key_scales": scales, "value_scales": scales}
+        for name, (shape, dtype) in want.items():
+            saved = state.get(name)
+            if saved is None or saved.shape != shape or saved.dtype != dtype:
                 found = "nothing" if saved is None else f"{saved.dtype} {saved.shape}"
-                raise InvalidSession(f"saved '{name}': found {found}, expected {rows.dtype} {want}")
-        new._ensure_rows(new.length)
-        slots = new._slots(new._oldest, new.length)
-        for name, store, field in parts:
-            getattr(store, field)[slots] = state[name]
+                raise InvalidSession(f"saved '{name}': found {found}, expected {np.dtype(dtype)} {shape}")
+        new._store = self._new_store(*self._shape, self.capacity, self.kv)
+        new._store.set_raw(new._oldest, {name: state[name] for name in want})
         return new
-
-    def _first_visible(self, position: int) -> int:
-        return 0 if self.window is None else max(0, position - self.window + 1)
-
-    def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        return np.arange(start, stop) % self.capacity
-
-    def _ensure_rows(self, length: int) -> None:
-        rows = allocated_rows(length, self.capacity)
-        if rows > len(self._keys.rows):
-            self._keys.grow(rows)
-            self._values.grow(rows)
 
 
 class FullCache(KVCache):
     """A slot for every position of the context; with a window, the same attention as a ring's."""
 
     def __init__(
-        self, n_kv_heads: int, head_dim: int, context: int, window: int | None = None, kv: str = "f32"
+        self,
+        n_kv_heads: int,
+        head_dim: int,
+        context: int,
+        window: int | None = None,
+        kv: str = "f32",
+        new_store: NewStore = NumpyStore,
     ) -> None:
-        super().__init__(n_kv_heads, head_dim, context, window, kv)
+        super().__init__(n_kv_heads, head_dim, context, window, kv, new_store)
 
 
 class RingCache(KVCache):
     """Slots for one window and one chunk: the memory of a local layer, whatever the context's length."""
 
-    def __init__(self, n_kv_heads: int, head_dim: int, window: int, chunk: int, kv: str = "f32") -> None:
-        super().__init__(n_kv_heads, head_dim, window - 1 + chunk, window, kv)
+    def __init__(
+        self,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int,
+        chunk: int,
+        kv: str = "f32",
+        new_store: NewStore = NumpyStore,
+    ) -> None:
+        super().__init__(n_kv_heads, head_dim, window - 1 + chunk, window, kv, new_store)
+
+
+def first_visible(position: int, window: int | None) -> int:
+    """The oldest position that a query at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
 
 
 def allocated_rows(length: int, capacity: int) -> int:
@@ -196,21 +239,23 @@ def default_chunk(config: ModelConfig) -> int:
     return min([512, *(layer.window for layer in config.layers if layer.window)])
 
 
-def new_caches(config: ModelConfig, context: int, kv: str, chunk: int, ring: bool = True) -> list[KVCache]:
+def new_caches(
+    config: ModelConfig, context: int, kv: str, chunk: int, ring: bool = True, new_store: NewStore = NumpyStore
+) -> list[KVCache]:
     """A cache per layer: rings for the local layers (unless not `ring`, or the context is shorter), else full."""
     caches: list[KVCache] = []
     for layer in config.layers:
         if ring and layer.window is not None and layer.window - 1 + chunk < context:
-            caches.append(RingCache(config.n_kv_heads, config.head_dim, layer.window, chunk, kv))
+            caches.append(RingCache(config.n_kv_heads, config.head_dim, layer.window, chunk, kv, new_store))
         else:
-            caches.append(FullCache(config.n_kv_heads, config.head_dim, context, layer.window, kv))
+            caches.append(FullCache(config.n_kv_heads, config.head_dim, context, layer.window, kv, new_store))
     return caches
 
 
-def row_bytes(config: ModelConfig, kv: str) -> int:
+def row_bytes(n_kv_heads: int, head_dim: int, kv: str) -> int:
     """Bytes that one position takes in one layer: keys and values, with their scales."""
-    per_head = config.head_dim * np.dtype(_DTYPES[kv]).itemsize + (4 if kv == "int8" else 0)
-    return 2 * config.n_kv_heads * per_head
+    per_head = head_dim * np.dtype(_DTYPES[kv]).itemsize + (4 if kv == "int8" else 0)
+    return 2 * n_kv_heads * per_head
 
 
 def _span(state: Mapping[str, npt.NDArray[Any]]) -> tuple[int, int]:

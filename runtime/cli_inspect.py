@@ -51,7 +51,7 @@ def cache_sizes(config: ModelConfig, context: int, kv: str) -> dict[str, int]:
     def total(ring: bool, local: bool) -> int:
         caches = zip(config.layers, new_caches(config, context, kv, chunk, ring), strict=True)
         rows = (allocated_rows(context, c.capacity) for layer, c in caches if (layer.window is not None) == local)
-        return sum(rows) * row_bytes(config, kv)
+        return sum(rows) * row_bytes(config.n_kv_heads, config.head_dim, kv)
 
     local, global_ = total(True, True), total(True, False)
     return {

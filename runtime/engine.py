@@ -30,8 +30,8 @@ class Engine(Protocol):
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
 
-    def forward(self, ids: npt.NDArray[np.int64], every: bool) -> Floats:
-        """Take ids; logits (n, vocab) of `every` one, or (1, vocab) of the last. If it raises, nothing changed."""
+    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+        """Take n ids; logits (wanted, vocab) of the last `wanted`, 0 to n. If it raises, nothing changed."""
 
     def rewind(self, n: int) -> None:
         """Forget the n newest ids. Raises CacheError if a ring no longer holds what comes before them."""

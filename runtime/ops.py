@@ -18,9 +18,28 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return normal
 
 
-def linear(x: Floats, weight: Floats) -> Floats:
-    """x (n, inputs) · weight (outputs, inputs) → (n, outputs)."""
-    return x @ weight.T
+def add_norm(
+    x: Floats, h: Floats, post_weight: Floats | None, next_weight: Floats, eps: float
+) -> tuple[Floats, Floats]:
+    """Between two sub-layers: x + h, h normed first if there is a `post_weight`, and that sum normed for the next."""
+    x = x + (h if post_weight is None else rms_norm(h, post_weight, eps))
+    return x, rms_norm(x, next_weight, eps)
+
+
+def embed(weight: Floats, ids: Ints, scale: float) -> Floats:
+    """Rows of the embedding (vocab, hidden) for ids (n,), times `scale`: (n, hidden)."""
+    return weight[ids] * np.float32(scale)
+
+
+def linear(x: Floats, *weights: Floats) -> list[Floats]:
+    """x (n, inputs) · each weight (outputs, inputs) → (n, outputs) each."""
+    return [x @ weight.T for weight in weights]
+
+
+def feed_forward(x: Floats, gate: Floats, up: Floats, down: Floats) -> Floats:
+    """GeGLU: down · (gelu(gate · x) ⊙ (up · x)). x (n, hidden), gate and up (intermediate, hidden)."""
+    gated, upped = linear(x, gate, up)
+    return linear(gelu_tanh(gated) * upped, down)[0]
 
 
 def gelu_tanh(x: Floats) -> Floats:
@@ -36,14 +55,15 @@ def softcap(x: Floats, cap: float) -> Floats:
     return out
 
 
-def rope(x: Floats, positions: Ints, base: float) -> Floats:
+def rope(x: Floats, first_position: int, base: float) -> Floats:
     """Rotary position embedding of x (n, heads, head_dim); element i turns with element i + head_dim / 2.
 
     Su et al. 2021, in the pairing of the Hugging Face checkpoints. Angles are float32 products, as there.
     """
     half = x.shape[-1] // 2
     inverse_frequency = (base ** -(np.arange(half) / half)).astype(np.float32)
-    angle = positions.astype(np.float32)[:, None] * inverse_frequency  # (n, half)
+    positions = np.arange(first_position, first_position + len(x), dtype=np.float32)
+    angle = positions[:, None] * inverse_frequency  # (n, half)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

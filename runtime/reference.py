@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+from . import ops
 from .cache import KVCache
 from .config import ModelConfig
 from .engine import State
@@ -65,11 +66,12 @@ class ReferenceEngine:
     def cache_bytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
 
-    def forward(self, ids: npt.NDArray[np.int64], every: bool) -> Floats:
+    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
         start = self.position
         try:
             with self._blas.limit(limits=self._threads, user_api="blas"):
-                return forward(self._config, self._weights.shared, self._weights.layers, self.caches, ids, every)
+                w = self._weights
+                return forward(self._config, ops, w.shared, w.layers, self.caches, ids, wanted)
         except BaseException:
             for cache in self.caches:
                 cache.rewind(cache.length - start)

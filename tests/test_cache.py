@@ -147,7 +147,11 @@ def test_memory_is_what_is_announced(kv: str) -> None:
         while cache.length < 1984:
             cache.append(x, x)
             rows = allocated_rows(cache.length, cache.capacity)
-            assert cache.nbytes == rows * row_bytes(config, kv)
+            assert (
+                cache.nbytes
+                == sum(a.nbytes for a in cache._store._arrays.values())
+                == rows * row_bytes(config.n_kv_heads, config.head_dim, kv)
+            )
             assert rows <= min(cache.capacity, cache.length + 255)
     assert [cache.capacity for cache in caches] == [363, 4000, 363, 4000]
 
@@ -157,9 +161,9 @@ def test_storage_error_is_bounded(kv: str) -> None:
     cache = FullCache(KV_HEADS, DIM, 50, kv=kv)
     feed(cache, 50)
     step = {"f32": 0.0, "f16": 2**-11, "int8": 0.5 / 127}[kv]  # half a step, relative to the largest of a head
-    for store, x in ((cache._keys, K[:50]), (cache._values, V[:50])):
+    for name, x in (("key", K[:50]), ("value", V[:50])):
         bound = step * np.abs(x).max(axis=-1, keepdims=True) * (1 + 1e-5)
-        assert (np.abs(store.read(np.arange(50)) - x) <= bound).all()
+        assert (np.abs(cache._store.read(name, 0, 50) - x) <= bound).all()
 
 
 def test_int8_of_zeros_is_zero() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bezel.runtime import Model, Session, cache, model, ops
+from bezel.runtime import Model, Session, cache, ops
 from bezel.runtime.cache import new_caches
 from bezel.runtime.config import ModelConfig, family_windows
 from bezel.runtime.reference import ReferenceEngine
@@ -27,7 +27,7 @@ def logits_in(session: Session, ids: list[int], lengths: Iterator[int]) -> np.nd
     parts, at = [], 0
     while at < len(ids):
         n = next(lengths)
-        parts.append(session.engine.forward(np.array(ids[at : at + n]), True))
+        parts.append(session.engine.forward(np.array(ids[at : at + n]), len(ids[at : at + n])))
         at += n
     return np.concatenate(parts)
 
@@ -95,7 +95,7 @@ def no_final_softcap(m: Model, _: pytest.MonkeyPatch) -> None:
 
 def no_norm_offset(_: Model, patch: pytest.MonkeyPatch) -> None:
     right = ops.rms_norm
-    patch.setattr(model.ops, "rms_norm", lambda x, weight, eps: right(x, weight - 1, eps))
+    patch.setattr(ops, "rms_norm", lambda x, weight, eps: right(x, weight - 1, eps))
 
 
 def head_dim_query_scale(m: Model, _: pytest.MonkeyPatch) -> None:
@@ -105,12 +105,12 @@ def head_dim_query_scale(m: Model, _: pytest.MonkeyPatch) -> None:
 def neighbours_in_rope(_: Model, patch: pytest.MonkeyPatch) -> None:
     right = ops.rope
 
-    def paired(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:
+    def paired(x: np.ndarray, first_position: int, base: float) -> np.ndarray:
         d = x.shape[-1]
         order = np.arange(d).reshape(-1, 2).T.reshape(-1)  # evens first, then odds
-        return right(x[..., order], positions, base)[..., np.argsort(order)]
+        return right(x[..., order], first_position, base)[..., np.argsort(order)]
 
-    patch.setattr(model.ops, "rope", paired)
+    patch.setattr(ops, "rope", paired)
 
 
 FAULTS = (

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import chat
-from .cache import KV_TYPES, default_chunk, new_caches
-from .engine import Engine
+from .cache import KV_TYPES, default_chunk
+from .engine import Backend, Engine
 from .errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
 from .generation import Generation, MakeRoom
 from .gguf import GGUFFile
 from .ops import Floats
-from .reference import ReferenceEngine, ReferenceWeights
+from .reference import ReferenceBackend
 from .sampling import Sampling
 from .tokenizer import Tokenizer, Vocabulary
 
@@ -49,7 +49,7 @@ class Model:
     """A loaded model; its weights are shared by any number of sessions. Made by `load`."""
 
     def __init__(self, file: GGUFFile, context: int | None, kv: str, threads: int | None) -> None:
-        self.file, self.kv, self.threads = file, kv, threads
+        self.file, self.kv = file, kv
         self.config = file.config()
         file.check_tensors(self.config)
         self.context = self.config.context_length if context is None else context
@@ -64,7 +64,7 @@ class Model:
                 f"{self.tokenizer.vocab_size} tokens, but {self.config.vocab_size} rows in 'token_embd.weight'",
             )
         self.stop_ids = self.tokenizer.stop_ids | _stored_stop_ids(file, self.config.vocab_size)
-        self._weights = ReferenceWeights(file, self.config)
+        self.backend: Backend = ReferenceBackend(file, self.config, threads)
 
     @property
     def name(self) -> str:
@@ -265,9 +265,7 @@ class Session:
 
     def _new_engine(self) -> Engine:
         model = self.model
-        chunk = default_chunk(model.config)
-        caches = new_caches(model.config, model.context, model.kv, chunk, self._ring)
-        return ReferenceEngine(model.config, model._weights, caches, chunk, model.threads)
+        return model.backend.engine(model.context, model.kv, default_chunk(model.config), self._ring)
 
     def _identity(self) -> dict[str, str]:
         model = self.model

@@ -1,13 +1,17 @@
-"""What every engine offers: one sequence of tokens, its caches, and logits."""
+"""What every engine offers, and the engine that runs `model.forward` on any ops."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from .cache import KVCache
+from .config import ModelConfig
+from .errors import InvalidSession
+from .model import Ops, Weights, forward
 from .ops import Floats
 
 State = Mapping[str, npt.NDArray[Any]]
@@ -41,3 +45,66 @@ class Engine(Protocol):
 
     def restore(self, state: State) -> None:
         """Take over a snapshot. Raises InvalidSession, changing nothing, if it belongs to other caches."""
+
+
+class Backend(Protocol):
+    """A model's weights in the form that one kind of engine takes, shared by all its sequences."""
+
+    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> Engine:
+        """A new, empty sequence; see `cache.new_caches`."""
+
+
+class ModelEngine:
+    """One sequence through `model.forward` on some ops; `caches` has one cache a layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        shared: Weights,
+        layers: Sequence[Weights],
+        caches: list[KVCache],
+        chunk: int,
+    ) -> None:
+        self.chunk, self.caches, self.ops = chunk, caches, ops
+        self._config, self._shared, self._layers = config, shared, layers
+
+    @property
+    def position(self) -> int:
+        return self.caches[0].length
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+        start = self.position
+        try:
+            return forward(self._config, self.ops, self._shared, self._layers, self.caches, ids, wanted)
+        except BaseException:
+            for cache in self.caches:
+                cache.rewind(cache.length - start)
+            raise
+
+    def rewind(self, n: int) -> None:
+        for cache in self.caches:
+            cache.check_rewind(n)
+        for cache in self.caches:
+            cache.rewind(n)
+
+    def snapshot(self) -> State:
+        return {
+            f"layers.{i}.{name}": array
+            for i, cache in enumerate(self.caches)
+            for name, array in cache.snapshot().items()
+        }
+
+    def restore(self, state: State) -> None:
+        restored = []
+        for i, cache in enumerate(self.caches):
+            prefix = f"layers.{i}."
+            part = {name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)}
+            restored.append(cache.restored(part))
+        if len({cache.length for cache in restored}) != 1:
+            raise InvalidSession("the saved layers hold different numbers of positions")
+        self.caches = restored

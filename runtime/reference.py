@@ -9,12 +9,10 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from . import ops
-from .cache import KVCache
+from .cache import KVCache, new_caches
 from .config import ModelConfig
-from .engine import State
-from .errors import InvalidSession
+from .engine import ModelEngine
 from .gguf import GGUFFile
-from .model import forward
 from .ops import Floats
 from .tensors import TensorSpec, tensor_specs
 
@@ -38,64 +36,27 @@ class LazyWeights(Mapping[str, Floats]):
         return len(self._specs)
 
 
-class ReferenceWeights:
-    """A model's weights, shared by its sessions; 4 bytes a weight once all have been used."""
+class ReferenceBackend:
+    """A model's weights for NumPy; 4 bytes a weight once all have been used. `threads` limits NumPy's BLAS."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
+    def __init__(self, file: GGUFFile, config: ModelConfig, threads: int | None) -> None:
         specs = list(tensor_specs(config))
+        self.config, self.threads = config, threads
         self.shared = LazyWeights(file, [s for s in specs if s.layer is None])
         self.layers = [LazyWeights(file, [s for s in specs if s.layer == i]) for i in range(config.n_layers)]
 
+    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> ReferenceEngine:
+        return ReferenceEngine(self, new_caches(self.config, context, kv, chunk, ring), chunk)
 
-class ReferenceEngine:
-    """One sequence on NumPy. See `Engine`; `caches` has one cache a layer."""
 
-    def __init__(
-        self, config: ModelConfig, weights: ReferenceWeights, caches: list[KVCache], chunk: int, threads: int | None
-    ) -> None:
-        self.chunk = chunk
-        self.caches = caches
-        self._config, self._weights, self._threads = config, weights, threads
+class ReferenceEngine(ModelEngine):
+    """One sequence on NumPy."""
+
+    def __init__(self, backend: ReferenceBackend, caches: list[KVCache], chunk: int) -> None:
+        super().__init__(backend.config, ops, backend.shared, backend.layers, caches, chunk)
+        self._threads = backend.threads
         self._blas = ThreadpoolController()
 
-    @property
-    def position(self) -> int:
-        return self.caches[0].length
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
-
     def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
-        start = self.position
-        try:
-            with self._blas.limit(limits=self._threads, user_api="blas"):
-                w = self._weights
-                return forward(self._config, ops, w.shared, w.layers, self.caches, ids, wanted)
-        except BaseException:
-            for cache in self.caches:
-                cache.rewind(cache.length - start)
-            raise
-
-    def rewind(self, n: int) -> None:
-        for cache in self.caches:
-            cache.check_rewind(n)
-        for cache in self.caches:
-            cache.rewind(n)
-
-    def snapshot(self) -> State:
-        return {
-            f"layers.{i}.{name}": array
-            for i, cache in enumerate(self.caches)
-            for name, array in cache.snapshot().items()
-        }
-
-    def restore(self, state: State) -> None:
-        restored = []
-        for i, cache in enumerate(self.caches):
-            prefix = f"layers.{i}."
-            part = {name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)}
-            restored.append(cache.restored(part))
-        if len({cache.length for cache in restored}) != 1:
-            raise InvalidSession("the saved layers hold different numbers of positions")
-        self.caches = restored
+        with self._blas.limit(limits=self._threads, user_api="blas"):
+            return super().forward(ids, wanted)

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bezel.runtime import Model, Session, cache, ops
-from bezel.runtime.cache import new_caches
 from bezel.runtime.config import ModelConfig, family_windows
-from bezel.runtime.reference import ReferenceEngine
 from tiny import COLUMNS, CONFIGS, GOLDEN, TOLERANCE, checkpoint_folder, token_ids
 
 ALL = ("demo", *CONFIGS)
@@ -34,8 +32,7 @@ def logits_in(session: Session, ids: list[int], lengths: Iterator[int]) -> np.nd
 
 def whole(session: Session, ids: list[int]) -> np.ndarray:
     m = session.model
-    caches = new_caches(m.config, m.context, "f32", len(ids))
-    session.engine = ReferenceEngine(m.config, m._weights, caches, len(ids), None)
+    session.engine = m.backend.engine(m.context, m.kv, len(ids), True)
     return logits_in(session, ids, iter([len(ids)]))
 
 
@@ -129,6 +126,7 @@ FAULTS = (
 def test_a_planted_fault_is_seen(fault: Any, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
     m = model_of("gemma2-gqa")
     fault(m, monkeypatch)
+    m.backend.config = m.config  # type: ignore[attr-defined]
     logits = whole(m.session(), token_ids("gemma2-gqa"))
     assert np.abs(logits[:, ::COLUMNS] - golden("gemma2-gqa")).max() > 50 * TOLERANCE
 

@@ -100,7 +100,7 @@ def export_gguf(
         )
 
     done, total = 0, sum(p.n_weights for p in plan)
-    with _atomic(out) as file, _background_hashes(checkpoint.files) as hashes:
+    with atomic(out) as file, _background_hashes(checkpoint.files) as hashes:
         for planned, row, block in _quantized(checkpoint, plan):
             file.seek(len(header) + planned.offset + row * planned.row_bytes)
             file.write(block.data)
@@ -184,7 +184,7 @@ def _quantized(
 
 
 @contextmanager
-def _atomic(out: Path) -> Iterator[BinaryIO]:
+def atomic(out: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name once it is complete and on the disk, and otherwise not at all."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:

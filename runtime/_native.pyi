@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,11 +29,112 @@ class ThreadPool:
     @property
     def threads(self) -> int: ...
 
-def gemv_q8_0(weights: NDArray[np.uint8], x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
-    """weights (rows, n / 32 · 34) in Q8_0 · x (n,) → (rows,); releases the GIL.
+class Matrix:
+    """A row-major matrix of one of GGUF's types, used where it lies: keeps `data` alive and makes no copy.
 
-    x is quantized to int8 per block of 32 (scale max|x| / 127 in float32, ties to even); integer dot
-    products, scaled and summed over blocks in float32. The result does not depend on the number of threads;
-    a block of x with an infinity or a NaN makes every row NaN. `weights` may start at any byte and be
-    read-only. Raises ValueError for another dtype, shape or memory order.
+    data: uint8 (rows, row_bytes), at any address, possibly read-only. The values are not looked at.
     """
+
+    def __init__(self, data: NDArray[np.uint8], gguf_type: int, cols: int) -> None:
+        """Raises ValueError for an unknown type, a wrong number of bytes, or another dtype or memory order."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+
+def linear(
+    pool: ThreadPool, x: NDArray[np.float32], matrices: Sequence[Matrix], exact: bool = False
+) -> list[NDArray[np.float32]]:
+    """x (n, cols) · each matrixᵀ → float32 (n, rows) of each; releases the GIL.
+
+    For matrices of quantized types x is quantized, once for all of them, to int8 per block of 32: scale
+    max|x| / 127 in float32, ties to even; integer dot products, scaled and summed over (sub-)blocks in float32. For
+    float types, and for all if `exact` (slow), float32 fused multiply-adds, column by column. A result has the same
+    bits whatever n, the other matrices, the number of threads and the instruction set. A block of x with an infinity
+    or a NaN makes its token's row NaN. Raises ValueError for another dtype, shape or memory order.
+    """
+
+def embed(matrix: Matrix, ids: NDArray[np.int64], scale: float) -> NDArray[np.float32]:
+    """Rows ids (n,), dequantized, times scale → (n, cols). Raises ValueError for an id that is no row."""
+
+def read_bandwidth(pool: ThreadPool, data: NDArray[np.uint8]) -> float:
+    """Bytes a second at which all threads read `data` (n,) once, plainly; releases the GIL.
+
+    Raises ValueError for less than 1 MiB, TypeError for another dtype or memory order.
+    """
+
+def int8_peak(pool: ThreadPool, seconds: float) -> float:
+    """Integer operations a second, two a multiply-add, of the best int8 dot product of `isa()`, on registers only.
+
+    All threads compute for about `seconds`; releases the GIL.
+    """
+
+def float_peak(pool: ThreadPool, seconds: float) -> float:
+    """`int8_peak` for float32's multiply-add."""
+
+class KVStore:
+    """Keys and values of one layer, for `capacity` positions; position p takes the place of p − capacity or of an
+    earlier one. Memory is reserved at once and taken as it is filled.
+
+    `kv` is "f32", "f16", or "int8" with a float32 scale per head and position, max|x| / 127. A store knows no length:
+    the caller says which positions it holds. Not to be written while another thread reads it.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
+        """head_dim is even and at most 512. Raises ValueError for sizes that do not fit, MemoryError."""
+
+    @property
+    def nbytes(self) -> int:
+        """What has been filled, in steps of 256 positions."""
+
+    def write(self, position: int, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+        """Keys (after RoPE) and values (n, kv_heads, head_dim) of the positions from `position` on; n ≤ capacity."""
+
+    def attend(
+        self,
+        pool: ThreadPool,
+        queries: NDArray[np.float32],
+        length: int,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> NDArray[np.float32]:
+        """`ops.attention` for queries (n, heads, head_dim) of the n newest of `length` positions; same shape back.
+
+        What they see must have been written, and fit the capacity. A query's result is the same bits in any chunk,
+        any store that holds what it sees, and on any number of threads. With int8, queries and softmax weights are
+        quantized to 16 bits (the weights, times the values' scales, per 256 positions).
+        """
+
+    def read(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values (stop − start, kv_heads, head_dim) of positions start … stop − 1."""
+
+    def raw(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """The rows as they are stored, "keys" and "values"; for int8 also "key_scales", "value_scales"."""
+
+    def set_raw(self, start: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """What `raw` returned, to the positions from `start` on. Raises ValueError if it does not fit."""
+
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, pool: ThreadPool) -> NDArray[np.float32]:
+    """`ops.rms_norm` of x (n, dim) with weight (dim,). This and what follows: ValueError for another dtype, shape or
+    memory order; the GIL is released; a row's result is the same bits in any chunk and on any number of threads."""
+
+def norm_add_norm(
+    x: NDArray[np.float32],
+    h: NDArray[np.float32],
+    post_weight: NDArray[np.float32] | None,
+    next_weight: NDArray[np.float32],
+    eps: float,
+    pool: ThreadPool,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """x + rms_norm(h, post_weight), or x + h without a post_weight; and rms_norm of that with next_weight."""
+
+def geglu(gate: NDArray[np.float32], up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
+    """gelu_tanh(gate) · up, (n, dim)."""
+
+def softcap(x: NDArray[np.float32], cap: float, pool: ThreadPool) -> None:
+    """cap · tanh(x / cap), in place; x (n, dim)."""
+
+def rope(x: NDArray[np.float32], first_position: int, base: float, pool: ThreadPool) -> None:
+    """`ops.rope`, in place, of x (n, heads, head_dim) at the positions from `first_position` on."""

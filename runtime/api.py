@@ -12,43 +12,51 @@ import numpy.typing as npt
 
 from . import chat
 from .cache import KV_TYPES, default_chunk
+from .config import ModelConfig
 from .engine import Backend, Engine
 from .errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
 from .generation import Generation, MakeRoom
 from .gguf import GGUFFile
 from .ops import Floats
-from .reference import ReferenceBackend
 from .sampling import Sampling
 from .tokenizer import Tokenizer, Vocabulary
 
-ENGINES = ("reference",)
+ENGINES = ("native", "reference")
+ACTIVATIONS = ("int8", "f32")
 
 
 def load(
     path: str | Path,
-    engine: str = "reference",
+    engine: str = "native",
     context: int | None = None,
-    kv: str = "f32",
+    kv: str = "f16",
     threads: int | None = None,
+    activations: str = "int8",
 ) -> Model:
     """Open a GGUF file of a Gemma model.
 
-    `context` is the most tokens that a session may hold (default: all that the model was made for); memory grows
-    only as a session fills. `kv` is how keys and values are stored: "f32", "f16" or "int8". `threads` None leaves
-    the number to the engine. Raises InvalidModelFile, InvalidConfig or InvalidRequest.
+    `engine` "native" computes on the C++ kernels, "reference" on NumPy in float32. `context` is the most tokens that
+    a session may hold (default: all that the model was made for); memory grows only as a session fills. `kv` is how
+    keys and values are stored: "f32", "f16" or "int8". `threads` None leaves the number to the engine: for "native"
+    the performance cores. `activations` "int8" rounds what is multiplied with quantized weights to 8 bits, as is
+    fast; "f32" does not, for measuring (the reference engine never does).
+    Raises InvalidModelFile, InvalidConfig or InvalidRequest.
     """
-    for name, value, known in (("engine", engine, ENGINES), ("kv", kv, KV_TYPES)):
+    choices = (("engine", engine, ENGINES), ("kv", kv, KV_TYPES), ("activations", activations, ACTIVATIONS))
+    for name, value, known in choices:
         if value not in known:
             raise InvalidRequest(f"{name}: found {value!r}, expected one of {', '.join(known)}")
     if threads is not None and threads < 1:
         raise InvalidRequest(f"threads: found {threads}, expected at least 1")
-    return Model(GGUFFile(path), context, kv, threads)
+    return Model(GGUFFile(path), engine, context, kv, threads, activations == "f32")
 
 
 class Model:
     """A loaded model; its weights are shared by any number of sessions. Made by `load`."""
 
-    def __init__(self, file: GGUFFile, context: int | None, kv: str, threads: int | None) -> None:
+    def __init__(
+        self, file: GGUFFile, engine: str, context: int | None, kv: str, threads: int | None, exact: bool
+    ) -> None:
         self.file, self.kv = file, kv
         self.config = file.config()
         file.check_tensors(self.config)
@@ -64,7 +72,7 @@ class Model:
                 f"{self.tokenizer.vocab_size} tokens, but {self.config.vocab_size} rows in 'token_embd.weight'",
             )
         self.stop_ids = self.tokenizer.stop_ids | _stored_stop_ids(file, self.config.vocab_size)
-        self.backend: Backend = ReferenceBackend(file, self.config, threads)
+        self.backend = _backend(engine, file, self.config, threads, exact)
 
     @property
     def name(self) -> str:
@@ -274,6 +282,16 @@ class Session:
             "model": model.file.fingerprint(),
             "kv": model.kv,
         }
+
+
+def _backend(engine: str, file: GGUFFile, config: ModelConfig, threads: int | None, exact: bool) -> Backend:
+    if engine == "native":
+        from .native_engine import NativeBackend
+
+        return NativeBackend(file, config, threads, exact)
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend(file, config, threads)
 
 
 def _read_session(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:

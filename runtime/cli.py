@@ -17,6 +17,7 @@ _VERBS = {
     "chat": ("bezel.runtime.cli_generate", "Talk with a model."),
     "inspect": ("bezel.runtime.cli_inspect", "Show what a model file holds and how much memory it takes."),
     "verify": ("bezel.export.cli", "Compare a model file with the checkpoint that it came from."),
+    "bench": ("bezel.bench.cli", "Measure speed and memory, next to llama.cpp if asked."),
     "demo": ("bezel.bench.demo", "Do it all on the bundled model, in under a minute."),
 }
 

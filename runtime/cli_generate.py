@@ -35,7 +35,21 @@ _OPTIONS = [
     click.option(
         "--kv", type=click.Choice(["f32", "f16", "int8"]), default="f16", show_default=True, help="KV cache storage."
     ),
-    click.option("--threads", type=int, help="Threads to compute with."),
+    click.option("--threads", type=int, help="Threads to compute with.  [default: the performance cores]"),
+    click.option(
+        "--engine",
+        type=click.Choice(["native", "reference"]),
+        default="native",
+        show_default=True,
+        help="The C++ kernels, or NumPy in float32: slow, and what the kernels are tested against.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["int8", "f32"]),
+        default="int8",
+        show_default=True,
+        help="What is multiplied with quantized weights; f32 is slow, for measuring.",
+    ),
     click.option("--system", help="Text that opens the first user turn."),
     click.option(
         "--on-full",
@@ -217,7 +231,8 @@ def _load(path: Path, options: dict[str, Any]) -> Model:
     from .api import load
     from .chat import template_is_known
 
-    model = load(path, context=options["context"], kv=options["kv"], threads=options["threads"])
+    names = ("engine", "context", "kv", "threads", "activations")
+    model = load(path, **{name: options[name] for name in names})
     if model.is_chat_model and not template_is_known(model.chat_template):
         _note(f"warning: {path} has a chat template that is not one of Gemma's; Gemma's own format is used instead")
     return model

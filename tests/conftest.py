@@ -23,6 +23,7 @@ def gguf_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def model_of(gguf_of: Callable[..., Path]) -> Callable[..., Model]:
     def make(name: str, preset: str = "f32", **options: object) -> Model:
-        return load(gguf_of(name, preset), **options)  # type: ignore[arg-type]
+        exact: dict[str, object] = {"engine": "reference", "kv": "f32"}
+        return load(gguf_of(name, preset), **(exact | options))  # type: ignore[arg-type]
 
     return make

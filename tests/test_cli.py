@@ -16,7 +16,7 @@ from bezel.runtime.cache import KV_TYPES
 from tiny import DEMO
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.cli import main; main(prog_name='bezel')"]
-VERBS = ("export", "run", "chat", "inspect", "verify", "demo")
+VERBS = ("export", "run", "chat", "inspect", "verify", "bench", "demo")
 
 
 def bezel(*args: object, stdin: str = "", ok: bool = True) -> subprocess.CompletedProcess[str]:

@@ -6,11 +6,9 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <numeric>
 #include <thread>
 #include <vector>
 
-#include "gemv.h"
 #include "thread_pool.h"
 #include "topology.h"
 
@@ -72,18 +70,6 @@ static void pools_come_and_go() {
     ThreadPool pool(4);
     if (i % 2) each_item_is_visited_once(pool, 10, 1);
   }
-}
-
-static void gemv_is_the_same_on_any_pool() {
-  constexpr int64_t kRows = 301, kBlocks = 9;
-  std::vector<uint8_t> weights(kRows * kBlocks * 34 + 1);
-  for (size_t i = 0; i < weights.size(); ++i) weights[i] = static_cast<uint8_t>(i * 37 % 101);
-  std::vector<float> x(kBlocks * 32), first(kRows), y(kRows);
-  std::iota(x.begin(), x.end(), -100.0f);
-  ThreadPool one(1), four(4);
-  bezel::gemv_q8_0(weights.data() + 1, kRows, kBlocks, x.data(), one, first.data());
-  bezel::gemv_q8_0(weights.data() + 1, kRows, kBlocks, x.data(), four, y.data());
-  CHECK(y == first);
 }
 
 // A directory that looks like the parts of a Linux machine that are read.
@@ -156,7 +142,6 @@ int main() {
   every_thread_takes_part();
   sleepers_wake_and_callers_take_turns();
   pools_come_and_go();
-  gemv_is_the_same_on_any_pool();
   fast_cores_are_counted();
   quota_is_found();
   CHECK(bezel::default_threads() >= 1);

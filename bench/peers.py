@@ -1,0 +1,73 @@
+"""Other programs, measured as bezel is: on the same file, with as many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .worker import NotMeasured, Runner
+
+
+class LlamaCpp:
+    """llama.cpp's own C functions as llama-cpp-python has them, without what its Python class adds to each token.
+
+    Keys and values are float16, its default and on processors its fastest.
+    """
+
+    kv = "f16"
+
+    def __init__(self, model: str, context: int, threads: int, flash_attention: bool) -> None:
+        try:
+            import llama_cpp as lib
+        except ImportError as error:
+            raise NotMeasured(f"llama-cpp-python is not installed ({error}): pip install llama-cpp-python") from None
+        lib.llama_backend_init()
+        self._lib, self.version = lib, lib.__version__
+        self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise NotMeasured(f"llama.cpp {self.version} cannot load {model}")
+        params = lib.llama_context_default_params()
+        if not hasattr(params, "flash_attn_type"):
+            raise NotMeasured(f"llama-cpp-python {self.version} is too old: pip install -U llama-cpp-python")
+        params.n_ctx, params.n_batch = context, 512
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = int(flash_attention)
+        self._context = lib.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise NotMeasured(f"llama.cpp {self.version} cannot make a context of {context} tokens")
+        self._memory = lib.llama_get_memory(self._context)
+        self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        self._position = 0
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        for start in range(0, len(ids), 512):
+            part = ids[start : start + 512]
+            tokens = (self._lib.llama_token * len(part))(*part)
+            code = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(tokens, len(part)))
+            if code != 0:
+                raise NotMeasured(f"llama_decode returned {code} at position {self._position}")
+            self._position += len(part)
+        self._lib.llama_get_logits_ith(self._context, -1)  # waits until they are there
+
+    def step(self, token: int) -> None:
+        self.prefill([token])
+
+    def rewind(self, n: int) -> None:
+        self._position -= n
+        if not self._lib.llama_memory_seq_rm(self._memory, 0, self._position, -1):
+            raise NotMeasured(f"llama.cpp cannot rewind to position {self._position}")
+
+    def reset(self) -> None:
+        self._lib.llama_memory_clear(self._memory, True)
+        self._position = 0
+
+    def kv_bytes(self) -> int | None:
+        return None
+
+
+RUNNERS: dict[str, Callable[..., Runner]] = {"llama.cpp": LlamaCpp}
+
+# Peer → the settings that it is measured with; at each point the faster one counts.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama.cpp": {"flash attention on": {"flash_attention": True}, "flash attention off": {"flash_attention": False}}
+}

@@ -1,0 +1,72 @@
+// The kernels of attention and of the caches, and how keys and values lie in memory for them.
+#pragma once
+
+#include <cstdint>
+
+namespace bezel {
+
+// Attention goes through the positions in splits that begin at multiples of kSplit, wherever the chunk, the window
+// or the ring begins. A split is computed for itself, and the splits of a query are merged in their order. So a
+// query's result depends on nothing but its own keys and values.
+constexpr int64_t kSplit = 256;
+constexpr int64_t kMaxHeadDim = 512;  // the largest for which no sum of products of integers below overflows
+constexpr int kMaxTileRows = 48;      // queries times heads that go through a split together
+
+enum class KvType { f32, f16, int8 };
+constexpr int kKvTypes = 3;
+
+// Both storages are a sequence of panels that a kernel reads from front to back. With g = group and W = panel:
+//   keys of a head:   [slot / W][dim / g][W slots][g dims]
+//   values of a head: [slot / kSplit][dim / W][kSplit / g][W dims][g slots], the last panel of a split narrower
+//                     where dim is no multiple of W
+// head_dim is filled up with zeros to a multiple of 16. Int8 is stored plus 128, as the unsigned operand of a dot
+// product.
+struct KvLayout {
+  int64_t panel;    // W: 16 or 64, what suits the instruction set
+  int64_t group;    // g: 4 for int8, 1 for floats
+  int64_t element;  // bytes
+};
+
+// One split of one KV head, for rows: (query, head) pairs that share this KV head.
+struct SplitJob {
+  const char *keys, *values;                // of the split
+  const float *key_scales, *value_scales;   // int8: of the split's kSplit slots
+  int64_t dim;                              // padded head_dim
+  int64_t rows;                             // 1 … kMaxTileRows
+  const int32_t *first, *last;              // row r sees first[r] ≤ i < last[r] of the split; none if equal
+  const char* queries;                      // by pack_queries
+  const float* query_factors;               // score = factor · key scale · product
+  const int32_t* query_bias;
+  float cap;                                // 0: none
+  float* scores;                            // scratch, rows × kSplit
+  char* weights;                            // scratch, rows × kSplit · 2 bytes (int8)
+  float* mixed;                             // out: rows × dim, Σ weight · value / weight_scale
+  float *max, *sum, *weight_scale;          // out, a row each: the largest score, Σ exp(score − max)
+};
+
+struct KvKernels {
+  KvLayout layout;
+  int64_t operand;  // bytes of a packed query element
+
+  // rows × head_dim floats, `stride` apart, to the kernel's own operands, padded to `dim`.
+  void (*pack_queries)(const float* x, int64_t stride, int64_t rows, int64_t head_dim, int64_t dim, float scale,
+                       char* packed, float* factors, int32_t* bias) noexcept;
+  void (*attend_split)(const SplitJob& job) noexcept;
+};
+
+struct AttentionKernels {
+  KvKernels kv[kKvTypes];  // by KvType
+
+  // total ← total · exp(max − new max) + mixed · weight_scale · exp(job's max − new max), and likewise the sum.
+  void (*merge)(float* total, float* max, float* sum, const float* mixed, float mixed_scale, float mixed_max,
+                float mixed_sum, int64_t dim) noexcept;
+  void (*finish)(const float* total, float sum, int64_t n, float* out) noexcept;  // out = total / sum
+
+  // q = x / scale to the nearest, ties to even, with scale = max|x| / 127. A scale that is not finite stays so,
+  // and the damage shows in whatever reads it.
+  void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale) noexcept;
+  void (*to_half)(const float* x, int64_t n, uint16_t* y) noexcept;
+  void (*from_half)(const uint16_t* x, int64_t n, float* y) noexcept;
+};
+
+}  // namespace bezel

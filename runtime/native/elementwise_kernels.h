@@ -1,0 +1,20 @@
+// The kernels of norms, activations and rotary embedding, each on one row or on any run of elements.
+#pragma once
+
+#include <cstdint>
+
+namespace bezel {
+
+struct ElementwiseKernels {
+  // y = x / sqrt(mean x² + eps) · weight
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y) noexcept;
+  // x' = x + rms_norm(h, post), or x + h where post is null; y = rms_norm(x', next)
+  void (*norm_add_norm)(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n,
+                        float* sum, float* y) noexcept;
+  void (*geglu)(const float* gate, const float* up, int64_t n, float* y) noexcept;
+  void (*softcap)(float* x, float cap, int64_t n) noexcept;
+  // One head of 2 · half elements, in place.
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t half) noexcept;
+};
+
+}  // namespace bezel

@@ -1,0 +1,12 @@
+// NEON with SDOT.
+#if defined(__aarch64__) || defined(_M_ARM64)
+#define BEZEL_DOT 1
+#include "linear_neon.h"
+
+namespace bezel {
+void use_neondot(LinearKernels& kernels) noexcept { fill(kernels); }
+
+// Its matrix products would want two rows and two tokens in a register, another panel than everything else here.
+void use_neoni8mm(LinearKernels& kernels) noexcept { fill(kernels); }
+}  // namespace bezel
+#endif

@@ -1,0 +1,250 @@
+// Attention, caches and elementwise kernels: every instruction set that runs here against the scalar one, bit for
+// bit, in whatever pieces and on however many threads. tests/test_native_attention.py compares with NumPy.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "attention.h"
+#include "cpu.h"
+#include "elementwise.h"
+#include "vector_kernels.h"
+
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
+  } while (false)
+
+using namespace bezel;
+using Floats = std::vector<float>;
+
+static constexpr KvType kTypes[] = {KvType::f32, KvType::f16, KvType::int8};
+
+static Floats random(size_t n, uint32_t seed, float scale = 1.0f) {
+  std::mt19937 rng(seed);
+  Floats x(n);
+  for (float& v : x) v = scale * (static_cast<float>(rng()) * 0x1p-31f - 1.0f);
+  return x;
+}
+
+static bool same_bits(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
+}
+
+struct Shape {
+  int64_t kv_heads, group, head_dim, length, window;
+  float cap;
+};
+
+// All positions through a cache of `capacity`, `chunk` at a time; the results of every query, in order.
+static Floats run(const Shape& s, KvType type, const AttentionKernels& kernels, int64_t capacity, int64_t chunk,
+                  ThreadPool& pool) {
+  const int64_t heads = s.kv_heads * s.group, kv_row = s.kv_heads * s.head_dim, row = heads * s.head_dim;
+  const Floats keys = random(static_cast<size_t>(s.length * kv_row), 1, 2.0f);
+  const Floats values = random(static_cast<size_t>(s.length * kv_row), 2);
+  const Floats queries = random(static_cast<size_t>(s.length * row), 3, 4.0f);
+  Floats out(queries.size());
+  KVStore store(s.kv_heads, s.head_dim, capacity, type, kernels);
+  for (int64_t p = 0; p < s.length; p += chunk) {
+    const int64_t n = std::min(chunk, s.length - p);
+    store.write(p, n, keys.data() + p * kv_row, values.data() + p * kv_row);
+    attend(store, pool, queries.data() + p * row, n, heads, p + n, s.window, 0.25f, s.cap, out.data() + p * row);
+  }
+  return out;
+}
+
+static void isas_agree_in_any_pieces() {
+  const Shape shapes[] = {
+      {1, 1, 8, 70, 0, 0.0f},      {2, 2, 24, 300, 0, 50.0f},    {1, 8, 64, 530, 100, 0.0f},
+      {2, 4, 80, 300, 260, 30.0f}, {1, 2, 128, 600, 513, 50.0f}, {2, 2, 256, 290, 0, 50.0f},
+      {1, 1, 2, 40, 1, 0.0f},      {1, 3, 72, 270, 7, 5.0f},     {1, 7, 512, 260, 0, 50.0f},
+  };
+  std::vector<std::unique_ptr<ThreadPool>> pools;
+  for (const int threads : {1, 2, 3, 4}) pools.push_back(std::make_unique<ThreadPool>(threads));
+  for (const Shape& s : shapes)
+    for (const KvType type : kTypes) {
+      const Floats expected = run(s, type, vector_kernels(Isa::scalar).attention, s.length, s.length, *pools[0]);
+      for (const float x : expected) CHECK(std::isfinite(x));
+      size_t pool = 0;
+      for (const Isa isa : usable_isas())
+        for (const int64_t chunk : {int64_t{1}, int64_t{7}, int64_t{64}, s.length}) {
+          const AttentionKernels& kernels = vector_kernels(isa).attention;
+          if (chunk == 1 && isa == Isa::scalar && s.length > 300) continue;  // slow, above all in an emulator
+          const int64_t ring = s.window ? std::min(s.length, s.window - 1 + chunk) : s.length;
+          CHECK(same_bits(run(s, type, kernels, ring, chunk, *pools[pool++ % pools.size()]), expected));
+        }
+    }
+}
+
+static void stored_rows_come_back() {
+  for (const Isa isa : usable_isas())
+    for (const KvType type : kTypes)
+      for (const int64_t head_dim : {2, 8, 30, 80, 256}) {
+        const int64_t heads = 3, n = 40, position = 500, row = heads * head_dim;
+        const size_t element = type == KvType::f32 ? 4 : type == KvType::f16 ? 2 : 1;
+        const Floats keys = random(static_cast<size_t>(n * row), 4), values = random(static_cast<size_t>(n * row), 5);
+        KVStore store(heads, head_dim, 300, type, vector_kernels(isa).attention);
+        KVStore scalar(heads, head_dim, 300, type, vector_kernels(Isa::scalar).attention);
+        store.write(position, n, keys.data(), values.data());
+        scalar.write(position, n, keys.data(), values.data());
+        for (const bool side : {false, true}) {
+          std::vector<char> raw(static_cast<size_t>(n * row) * element), again(raw.size()), other(raw.size());
+          Floats scales(static_cast<size_t>(n * heads)), scales_again(scales.size()), other_scales(scales.size());
+          store.read_raw(position, n, side, raw.data(), scales.data());
+          scalar.read_raw(position, n, side, other.data(), other_scales.data());
+          CHECK(raw == other && scales == other_scales);
+          KVStore copy(heads, head_dim, 1000, type, vector_kernels(isa).attention);
+          copy.write_raw(position, n, side, raw.data(), scales.data());
+          copy.read_raw(position, n, side, again.data(), scales_again.data());
+          CHECK(raw == again && scales == scales_again);
+          Floats x(keys.size()), y(keys.size());
+          store.read(position, n, side, x.data());
+          copy.read(position, n, side, y.data());
+          CHECK(same_bits(x, y));
+          const Floats& written = side ? values : keys;
+          const float error = type == KvType::f32 ? 0.0f : type == KvType::f16 ? 0x1p-12f : 0.51f / 127;
+          for (size_t i = 0; i < x.size(); ++i) CHECK(std::fabs(x[i] - written[i]) <= error);
+        }
+      }
+}
+
+// What a slot held before, and scales of slots never seen, must not leak into a result.
+static void unseen_damage_stays_unseen() {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  ThreadPool pool(2);
+  for (const Isa isa : usable_isas())
+    for (const KvType type : kTypes) {
+      const AttentionKernels& kernels = vector_kernels(isa).attention;
+      KVStore clean(1, 64, 300, type, kernels), damaged(1, 64, 300, type, kernels);
+      const Floats bad(static_cast<size_t>(clean.slots() * 64), nan), x = random(300 * 64, 6), q = random(2 * 64, 7);
+      damaged.write(0, clean.slots(), bad.data(), bad.data());
+      clean.write(600, 300, x.data(), x.data());
+      damaged.write(600, 300, x.data(), x.data());
+      Floats a(2 * 64), b(2 * 64);
+      attend(clean, pool, q.data(), 1, 2, 900, 290, 1.0f, 50.0f, a.data());
+      attend(damaged, pool, q.data(), 1, 2, 900, 290, 1.0f, 50.0f, b.data());
+      CHECK(same_bits(a, b));
+      damaged.write(899, 1, bad.data(), bad.data());  // and this one is seen
+      attend(damaged, pool, q.data(), 1, 2, 900, 290, 1.0f, 50.0f, b.data());
+      for (const float v : b) CHECK(std::isnan(v));
+    }
+}
+
+static float ulps(float got, double exact) {
+  const double ulp = std::ldexp(1.0, std::ilogb(exact) - 23);
+  return static_cast<float>(std::fabs(got - exact) / ulp);
+}
+
+static void exp_and_tanh_are_accurate() {
+  for (const Isa isa : usable_isas()) {
+    const VectorKernels& kernels = vector_kernels(isa);
+    float worst_exp = 0, worst_tanh = 0;
+    const uint32_t step = isa == Isa::scalar ? 199999 : 19999;
+    for (uint32_t bits = 0x30000000; bits < 0x7F800000; bits += step) {
+      float x;
+      std::memcpy(&x, &bits, sizeof x);
+      Floats total(16, 0.0f), one(16, 1.0f);
+      float max = 0.0f, sum = 0.0f;  // merging a split whose largest score is −x: total = exp(−x)
+      kernels.attention.merge(total.data(), &max, &sum, one.data(), 1.0f, -x, 1.0f, 16);
+      if (x < 87.0f) worst_exp = std::max(worst_exp, ulps(total[0], std::exp(-static_cast<double>(x))));
+      else if (x > 87.0f) CHECK(total[0] == 0.0f);
+      float t[2] = {x, -x};
+      kernels.elementwise.softcap(t, 1.0f, 2);
+      CHECK(t[0] == -t[1]);
+      worst_tanh = std::max(worst_tanh, ulps(t[0], std::tanh(static_cast<double>(x))));
+      if (x > 8.1f) CHECK(t[0] == 1.0f);
+    }
+    std::printf("%s: exp %.2f ulp, tanh %.2f ulp\n", name(isa), worst_exp, worst_tanh);
+    CHECK(worst_exp <= 1.1f && worst_tanh <= 5.2f);
+  }
+}
+
+static void elementwise_kernels_agree() {
+  const ElementwiseKernels& scalar = vector_kernels(Isa::scalar).elementwise;
+  for (const Isa isa : usable_isas()) {
+    const ElementwiseKernels& k = vector_kernels(isa).elementwise;
+    for (int64_t n = 1; n <= 200; n = n < 70 ? n + 1 : n + 13) {
+      const size_t size = static_cast<size_t>(n);
+      const Floats x = random(size + 1, 8, 3.0f), h = random(size, 9), w = random(size, 10), v = random(size, 11);
+      Floats a(size), b(size), c(size), d(size);
+      k.rms_norm(x.data() + 1, w.data(), 1e-6f, n, a.data());
+      scalar.rms_norm(x.data() + 1, w.data(), 1e-6f, n, b.data());
+      CHECK(same_bits(a, b));
+      for (const float* post : {w.data(), static_cast<const float*>(nullptr)}) {
+        k.norm_add_norm(x.data() + 1, h.data(), post, v.data(), 1e-6f, n, a.data(), b.data());
+        scalar.norm_add_norm(x.data() + 1, h.data(), post, v.data(), 1e-6f, n, c.data(), d.data());
+        CHECK(same_bits(a, c) && same_bits(b, d));
+      }
+      k.geglu(x.data() + 1, h.data(), n, a.data());
+      scalar.geglu(x.data() + 1, h.data(), n, b.data());
+      CHECK(same_bits(a, b));
+      Floats p = x, q = x;
+      k.softcap(p.data() + 1, 2.0f, n);
+      scalar.softcap(q.data() + 1, 2.0f, n);
+      CHECK(same_bits(p, q));
+      if (n % 2 == 0) {
+        k.rope(p.data() + 1, h.data(), w.data(), n / 2);
+        scalar.rope(q.data() + 1, h.data(), w.data(), n / 2);
+        CHECK(same_bits(p, q));
+      }
+    }
+  }
+}
+
+static void every_float16() {
+  std::vector<uint16_t> halves(1 << 16), back(1 << 16);
+  Floats expected(1 << 16), x(1 << 16);
+  for (size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
+  vector_kernels(Isa::scalar).attention.from_half(halves.data(), 1 << 16, expected.data());
+  for (const Isa isa : usable_isas()) {
+    const AttentionKernels& k = vector_kernels(isa).attention;
+    k.from_half(halves.data(), 1 << 16, x.data());
+    CHECK(same_bits(x, expected));
+    k.to_half(x.data(), 1 << 16, back.data());
+    for (size_t i = 0; i < halves.size(); ++i) CHECK(back[i] == (std::isnan(x[i]) ? halves[i] | 0x200 : halves[i]));
+    for (uint32_t bits = 1; bits < 0x7F800000; bits += 4999) {  // between them: rounded as the scalar one does
+      float f;
+      std::memcpy(&f, &bits, sizeof f);
+      uint16_t a, b;
+      k.to_half(&f, 1, &a);
+      vector_kernels(Isa::scalar).attention.to_half(&f, 1, &b);
+      CHECK(a == b);
+    }
+  }
+}
+
+static void pools_do_not_change_a_bit() {
+  const Floats x = random(40 * 300, 12), w = random(300, 13);
+  Floats expected[4], got[4];
+  for (const int threads : {1, 2, 4}) {
+    ThreadPool pool(threads);
+    for (Floats& y : got) y.assign(x.size(), 0.0f);
+    rms_norm(x.data(), w.data(), 1e-6f, 40, 300, pool, got[0].data());
+    norm_add_norm(x.data(), got[0].data(), w.data(), w.data(), 1e-6f, 40, 300, pool, got[1].data(), got[2].data());
+    rope(got[2].data(), 40, 5, 60, 1000, 10000.0, pool);
+    geglu(x.data(), got[2].data(), 40 * 300, pool, got[3].data());
+    softcap(got[3].data(), 0.5f, 40 * 300, pool);
+    for (int i = 0; i < 4; ++i) {
+      if (threads == 1) expected[i] = got[i];
+      CHECK(same_bits(got[i], expected[i]));
+    }
+  }
+}
+
+int main() {
+  every_float16();
+  exp_and_tanh_are_accurate();
+  elementwise_kernels_agree();
+  stored_rows_come_back();
+  unseen_damage_stays_unseen();
+  pools_do_not_change_a_bit();
+  isas_agree_in_any_pieces();
+  std::puts("ok");
+}

@@ -1,0 +1,169 @@
+// Every instruction set that can run here against the scalar twin, bit for bit. Cross-compiled, it runs under an
+// emulator.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+#include "linear.h"
+#include "linear_kernels.h"
+#include "thread_pool.h"
+
+using namespace bezel;
+
+namespace {
+
+struct Format {
+  const char* name;
+  int type, block, bytes;
+  std::vector<int> halves;  // where a block has float16 fields
+};
+
+const Format kFormats[] = {
+    {"f32", kF32, 1, 4, {}},           {"f16", kF16, 1, 2, {0}},         {"bf16", kBF16, 1, 2, {}},
+    {"q4_0", kQ4_0, 32, 18, {0}},      {"q4_1", kQ4_1, 32, 20, {0, 2}},  {"q5_0", kQ5_0, 32, 22, {0}},
+    {"q8_0", kQ8_0, 32, 34, {0}},      {"q4_k", kQ4_K, 256, 144, {0, 2}}, {"q5_k", kQ5_K, 256, 176, {0, 2}},
+    {"q6_k", kQ6_K, 256, 210, {208}},
+};
+
+std::mt19937 rng(1);
+
+float normal() { return std::normal_distribution<float>()(rng); }
+
+// Any bytes, but for scales: halves of either sign from 2⁻²⁴ (a subnormal) to 4, and floats near 1. It ends where
+// its memory ends, so that AddressSanitizer sees a read past it.
+struct Weights {
+  std::unique_ptr<uint8_t[]> memory;
+  const uint8_t* data;
+
+  Weights(const Format& f, int64_t rows, int64_t cols, int offset) {
+    const int64_t size = rows * (cols / f.block) * f.bytes;
+    memory.reset(new uint8_t[static_cast<size_t>(size + offset)]);
+    uint8_t* p = memory.get() + offset;
+    data = p;
+    for (int64_t i = 0; i < size; ++i) p[i] = static_cast<uint8_t>(rng());
+    for (uint8_t* block = p; block < p + size; block += f.bytes) {
+      for (const int at : f.halves) {
+        const auto half = static_cast<uint16_t>((rng() & 0x8000) | rng() % 0x4400);
+        std::memcpy(block + at, &half, 2);
+      }
+      const float value = normal();
+      if (f.type == kF32) std::memcpy(block, &value, 4);
+      if (f.type == kBF16) std::memcpy(block, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+    }
+  }
+};
+
+std::vector<float> run(Isa isa, ThreadPool& pool, const std::vector<float>& x, int64_t n, const Matrix& w,
+                       Activations activations) {
+  std::vector<float> y(static_cast<size_t>(n * w.rows), -1.0f);
+  const Matrix* matrix = &w;
+  float* out = y.data();
+  linear(linear_kernels(isa), pool, x.data(), n, &matrix, 1, &out, activations);
+  return y;
+}
+
+int failures = 0;
+
+void check(const std::vector<float>& found, const std::vector<float>& expected, Isa isa, const Format& f, int64_t rows,
+           int64_t cols, int64_t n, Activations activations) {
+  for (size_t i = 0; i < found.size(); ++i)
+    if (std::memcmp(&found[i], &expected[i], 4) != 0 && !(std::isnan(found[i]) && std::isnan(expected[i]))) {
+      std::fprintf(stderr, "%s %s rows %lld cols %lld n %lld %s: [%zu] is %.9g, expected %.9g\n", name(isa), f.name,
+                   static_cast<long long>(rows), static_cast<long long>(cols), static_cast<long long>(n),
+                   activations == Activations::int8 ? "int8" : "f32", i, static_cast<double>(found[i]),
+                   static_cast<double>(expected[i]));
+      ++failures;
+      return;
+    }
+}
+
+std::vector<float> activations_of(int64_t n, int64_t cols) {
+  std::vector<float> x(static_cast<size_t>(n * cols));
+  for (float& v : x) v = normal();
+  // Blocks with one large value, with zeros only, too small to have a scale, and damaged.
+  const size_t block = 32, blocks = x.size() / block;
+  if (blocks > 3) x[rng() % x.size()] *= 1000;
+  if (blocks > 7) std::fill_n(x.begin() + static_cast<long>(rng() % blocks * block), block, 0.0f);
+  if (blocks > 15) std::fill_n(x.begin() + static_cast<long>(rng() % blocks * block), block, 1e-38f);
+  if (blocks > 40) x[rng() % x.size()] = rng() % 2 ? NAN : -INFINITY;
+  return x;
+}
+
+void same_as_the_scalar_twin(ThreadPool& pool) {
+  for (const Format& f : kFormats)
+    for (const int64_t rows : {1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 65})
+      for (const int64_t blocks : {1, 2, 3, 7, 8, 9, 33, 40}) {
+        int64_t cols = blocks * f.block;
+        if (f.block == 256) cols = (blocks % 5 + 1) * 256;  // past a panel, too
+        if (f.block == 1) cols = blocks * 8 + blocks % 5;
+        const Weights weights(f, rows, cols, static_cast<int>(rng() % 8));
+        const Matrix w(weights.data, rows, cols / f.block * f.bytes, f.type, cols);
+        for (const int64_t n : {1, 2, 3, 4, 5, 8, 9, 13, 40}) {
+          if (n > 5 && rng() % 4 != 0) continue;
+          const std::vector<float> x = activations_of(n, cols);
+          for (const Activations a : {Activations::int8, Activations::f32}) {
+            if (a == Activations::f32 && rng() % 3 != 0) continue;
+            const std::vector<float> expected = run(Isa::scalar, pool, x, n, w, a);
+            for (const Isa isa : usable_isas())
+              if (isa != Isa::scalar) check(run(isa, pool, x, n, w, a), expected, isa, f, rows, cols, n, a);
+            // The twin itself: many tokens together are what each of them is alone.
+            const int64_t t = static_cast<int64_t>(rng() % static_cast<uint64_t>(n));
+            const std::vector<float> one(x.begin() + t * cols, x.begin() + (t + 1) * cols);
+            check(run(Isa::scalar, pool, one, 1, w, a),
+                  std::vector<float>(expected.begin() + t * rows, expected.begin() + (t + 1) * rows), Isa::scalar, f,
+                  rows, cols, 1, a);
+          }
+        }
+      }
+}
+
+// More than a block of tokens, and several matrices of different formats in one call.
+void large_calls(ThreadPool& pool) {
+  constexpr int64_t kCols = 1280, kTokens = 300;
+  const std::vector<float> x = activations_of(kTokens, kCols);
+  std::vector<Weights> weights;
+  std::vector<Matrix> matrices;
+  const int64_t rows[] = {40, 7, 64, 16, 50, 33, 1, 48, 20, 19};
+  for (size_t i = 0; i < std::size(kFormats); ++i) {
+    const Format& f = kFormats[i];
+    weights.emplace_back(f, rows[i], kCols, 1);
+    matrices.emplace_back(weights.back().data, rows[i], kCols / f.block * f.bytes, f.type, kCols);
+  }
+  for (const Isa isa : usable_isas())
+    for (const int64_t n : {int64_t{1}, kTokens}) {
+      std::vector<std::vector<float>> y;
+      std::vector<const Matrix*> w;
+      std::vector<float*> out;
+      for (const Matrix& m : matrices) {
+        y.emplace_back(static_cast<size_t>(n * m.rows));
+        w.push_back(&m);
+      }
+      for (std::vector<float>& v : y) out.push_back(v.data());
+      linear(linear_kernels(isa), pool, x.data(), n, w.data(), static_cast<int>(w.size()), out.data(), Activations::int8);
+      for (size_t i = 0; i < matrices.size(); ++i)
+        check(y[i], run(Isa::scalar, pool, x, n, matrices[i], Activations::int8), isa, kFormats[i], rows[i], kCols, n,
+              Activations::int8);
+    }
+}
+
+}  // namespace
+
+int main() {
+  for (const int threads : {1, 3}) {
+    ThreadPool pool(threads);
+    same_as_the_scalar_twin(pool);
+    large_calls(pool);
+  }
+  if (failures == 0) {
+    std::string names;
+    for (const Isa isa : usable_isas()) names += std::string(" ") + name(isa);
+    std::printf("ok:%s\n", names.c_str());
+  }
+  return failures == 0 ? 0 : 1;
+}

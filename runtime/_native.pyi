@@ -102,8 +102,8 @@ class KVStore:
     ) -> NDArray[np.float32]:
         """`ops.attention` for queries (n, heads, head_dim) of the n newest of `length` positions; same shape back.
 
-        What they see must have been written, and fit the capacity. A query's result is the same bits in any chunk,
-        any store that holds what it sees, and on any number of threads. With int8, queries and softmax weights are
+        What they see must have been written, and fit the capacity. Where keys and values are finite, a query's result
+        is the same bits in any chunk, any store that holds what it sees, and on any number of threads. With int8, queries and softmax weights are
         quantized to 16 bits (the weights, times the values' scales, per 256 positions).
         """
 

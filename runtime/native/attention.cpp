@@ -10,6 +10,8 @@
 namespace bezel {
 namespace {
 
+constexpr int64_t kFewRows = 12;
+
 int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // Arrays in one piece of memory, each from a cache line on. `lay_out` takes them, twice: to measure, and for good.
@@ -133,8 +135,8 @@ void attend_split(const Problem& p, const Tile& tile, int64_t split, const Scrat
   }
   const int64_t slot = split * kSplit % p.store.slots();
   SplitJob job{};
-  job.keys = p.store.split(false, tile.kv_head, slot);
-  job.values = p.store.split(true, tile.kv_head, slot);
+  job.keys = p.store.rows(false, tile.kv_head, slot);
+  job.values = p.store.rows(true, tile.kv_head, slot);
   job.key_scales = p.store.scale(false, tile.kv_head, slot);
   job.value_scales = p.store.scale(true, tile.kv_head, slot);
   job.dim = p.store.dim();
@@ -204,14 +206,14 @@ void by_split(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool
     Partial partial;
   };
   std::vector<Task> tasks;
-  std::vector<size_t> first_task;
   std::vector<std::atomic<int64_t>> left(tiles.size());
   for (size_t t = 0; t < tiles.size(); ++t) {
     const int64_t from = tiles[t].first_split(p), to = tiles[t].end_split(p);
-    first_task.push_back(tasks.size());
     left[t].store(to - from, std::memory_order_relaxed);
     for (int64_t split = from; split < to; ++split) tasks.push_back({t, split, {}});
   }
+  // In the order of the cache's memory.
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.split < b.split; });
   const Arena arena([&](Arena& a) {
     for (Task& task : tasks) task.partial.lay_out(a, tiles[task.tile].count, p.store.dim());
   });
@@ -224,8 +226,8 @@ void by_split(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool
     attend_split(p, tile, task.split, s, task.partial);
     if (left[task.tile].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       begin(p, tile, s);
-      for (size_t k = first_task[task.tile]; k < tasks.size() && tasks[k].tile == task.tile; ++k)
-        merge(p, tile, tasks[k].split, tasks[k].partial, s);
+      for (const Task& done : tasks)
+        if (done.tile == task.tile) merge(p, tile, done.split, done.partial, s);
       finish(p, tile, s);
     }
     Scratches::give_back(s);
@@ -242,13 +244,13 @@ void attend(const KVStore& store, ThreadPool& pool, const float* queries, int64_
   const int64_t rows = n * p.group();
   const int64_t wanted = 4 * pool.threads();  // tasks, so that threads of different speeds end together
   int64_t tile_rows = kMaxTileRows;
-  while (tile_rows > 12 && store.kv_heads() * divide_up(rows, tile_rows) < wanted) tile_rows -= 12;
+  while (tile_rows > kFewRows && store.kv_heads() * divide_up(rows, tile_rows) < wanted) tile_rows -= kFewRows;
   tile_rows = std::min(tile_rows, rows);
 
   std::vector<Tile> tiles;
   for (int64_t begin = 0; begin < rows; begin += tile_rows)
     for (int64_t h = 0; h < store.kv_heads(); ++h) tiles.push_back({h, begin, std::min(tile_rows, rows - begin)});
-  if (pool.threads() == 1 || static_cast<int64_t>(tiles.size()) >= wanted) by_tile(p, tiles, pool);
+  if (tile_rows > kFewRows && static_cast<int64_t>(tiles.size()) >= wanted) by_tile(p, tiles, pool);
   else by_split(p, tiles, pool);
 }
 

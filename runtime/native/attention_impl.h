@@ -9,6 +9,7 @@ namespace bezel {
 namespace {
 
 constexpr int32_t kOperandMax = 32639;  // 127 · 256 + 127: both bytes of an operand fit int8
+constexpr int64_t kPrefetch = 2048;     // bytes
 constexpr float kSmallest = 0x1p-100f;  // a row of operands below this is taken for zeros: 1 / it is finite
 
 // Each storage type brings the products of a panel's vectors with packed operands ("Op") of a few rows.
@@ -262,12 +263,11 @@ static void multiply(const char* panel, int64_t stride, int64_t steps, const cha
   }
   for (int64_t t = 0; t < steps; ++t, panel += stride, ops += S::kGroup * S::kOperand) {
     typename S::Vec x[kVecs];
-#ifdef PF
+    // One token streams the cache from memory, where asking ahead, past the end of a panel too, is worth a quarter.
     if constexpr (kRows <= 2) {
       BEZEL_UNROLL
-      for (int64_t b = 0; b < kVecs * kLanes * S::kGroup * S::kElement; b += 64) _mm_prefetch(panel + PF + b, _MM_HINT_T0);
+      for (int64_t b = 0; b < kVecs * kLanes * S::kGroup * S::kElement; b += 64) prefetch(panel + kPrefetch + b);
     }
-#endif
     BEZEL_UNROLL
     for (int v = 0; v < kVecs; ++v) x[v] = S::load_vec(panel + v * kLanes * S::kGroup * S::kElement);
     BEZEL_UNROLL
@@ -328,6 +328,12 @@ static void score(const SplitJob& j) {
 // Row r's products become exp(score − max), 0 where it does not see.
 static void soften(const SplitJob& j, int64_t r) {
   float* x = j.scores + r * kSplit;
+  // The softmax of one token would leave the memory idle: it brings in the first of the values, 8 KB a row.
+  const char* ahead = j.rows <= 2 ? j.values + r * 32 * kSplit : nullptr;
+  const auto bring = [ahead](int64_t i) {
+    if (ahead)
+      for (int64_t b = 0; b < 256; b += 64) prefetch(ahead + 16 * i + b);
+  };
   const int64_t first = j.first[r], last = j.last[r];
   if (first >= last) {
     std::memset(x, 0, kSplit * sizeof *x);
@@ -341,6 +347,7 @@ static void soften(const SplitJob& j, int64_t r) {
     s = mul(s, j.key_scales ? mul(load(j.key_scales + i), factor) : factor);
     if (j.cap > 0) s = mul(cap, tanh(mul(s, inverse)));
     store(x + i, s);
+    bring(i);
   }
   for (int64_t i = begin; i < first; ++i) x[i] = float_of(static_cast<int32_t>(0xFF800000u));
   for (int64_t i = last; i < end; ++i) x[i] = float_of(static_cast<int32_t>(0xFF800000u));
@@ -354,6 +361,7 @@ static void soften(const SplitJob& j, int64_t r) {
     const F p = exp_nonpositive(sub(load(x + i), m));
     total = add(total, p);
     store(x + i, p);
+    bring(kSplit + i);
   }
   j.sum[r] = sum(total);
   std::memset(x, 0, static_cast<size_t>(begin) * sizeof *x);
@@ -477,7 +485,8 @@ static void quantize(const float* x, int64_t n, int8_t* q, float* scale) noexcep
   for (int64_t i = 0; i < n; i += kLanes) {
     // A subnormal scale is so coarse that the quotient may pass 127.
     store(lanes, min(max(round(div(load(x + i, n - i), step)), set(-127)), set(127)));
-    for (int64_t l = 0; l < kLanes && i + l < n; ++l) q[i + l] = static_cast<int8_t>(lanes[l]);
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    for (int64_t l = 0; l < left; ++l) q[i + l] = static_cast<int8_t>(lanes[l]);
   }
 }
 

@@ -15,10 +15,10 @@ constexpr int kMaxTileRows = 48;      // queries times heads that go through a s
 enum class KvType { f32, f16, int8 };
 constexpr int kKvTypes = 3;
 
-// Both storages are a sequence of panels that a kernel reads from front to back. With g = group and W = panel:
-//   keys of a head:   [slot / W][dim / g][W slots][g dims]
-//   values of a head: [slot / kSplit][dim / W][kSplit / g][W dims][g slots], the last panel of a split narrower
-//                     where dim is no multiple of W
+// A cache is [slot / kSplit][kv_head] of keys, their scales, values, their scales: filled from front to back. Keys and
+// values of a split are panels that a kernel reads from front to back. With g = group and W = panel:
+//   keys:   [slot / W][dim / g][W slots][g dims]
+//   values: [dim / W][slot / g][W dims][g slots], the last panel narrower where dim is no multiple of W
 // head_dim is filled up with zeros to a multiple of 16. Int8 is stored plus 128, as the unsigned operand of a dot
 // product.
 struct KvLayout {

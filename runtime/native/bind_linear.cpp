@@ -41,7 +41,8 @@ const T* checked(const Input& array, size_t ndim, const std::string& name, const
       throw std::invalid_argument(name + ": " + describe(array) +
                                   " is not C-contiguous; pass np.ascontiguousarray of it");
   if (reinterpret_cast<uintptr_t>(array.data()) % alignof(T) != 0)
-    throw std::invalid_argument(name + ": " + describe(array) + " is not aligned to its type; pass a copy of it");
+    throw std::invalid_argument(name + ": " + describe(array) +
+                                " is not aligned to its type; pass a copy of it");
   return static_cast<const T*>(array.data());
 }
 
@@ -63,14 +64,15 @@ void make_matrix(Matrix* self, const Input& data, int64_t gguf_type, int64_t col
   new (self) Matrix(bytes, size(data, 0), size(data, 1), gguf_type, cols);
 }
 
-std::vector<Output> linear_py(ThreadPool& pool, const Input& x, const std::vector<const Matrix*>& matrices, bool exact) {
+std::vector<Output> linear_py(ThreadPool& pool, const Input& x, const std::vector<const Matrix*>& matrices,
+                              bool exact) {
   const float* activations = checked<float>(x, 2, "x", "float32 (n, cols)");
   const int64_t n = size(x, 0), cols = size(x, 1);
   for (size_t i = 0; i < matrices.size(); ++i)
     if (matrices[i] == nullptr || matrices[i]->cols != cols)
-      throw std::invalid_argument("x: found " + describe(x) + ", but matrices[" + std::to_string(i) + "] " +
-                                  (matrices[i] == nullptr ? "is None"
-                                                          : "has " + std::to_string(matrices[i]->cols) + " columns"));
+      throw std::invalid_argument(
+          "x: found " + describe(x) + ", but matrices[" + std::to_string(i) + "] " +
+          (matrices[i] == nullptr ? "is None" : "has " + std::to_string(matrices[i]->cols) + " columns"));
   std::vector<Floats> y;
   std::vector<float*> to;
   for (const Matrix* matrix : matrices) {

@@ -40,7 +40,7 @@ class KVStore {
   int64_t nbytes() const noexcept;                    // of the slots that have been written
 
   // The keys or the values of `kv_head` from `slot` on, which begins a panel; and the scale of a slot (int8).
-  char* split(bool values, int64_t kv_head, int64_t slot) const noexcept;
+  char* rows(bool values, int64_t kv_head, int64_t slot) const noexcept;
   float* scale(bool values, int64_t kv_head, int64_t slot) const noexcept;
 
   // float32 (n, kv_heads, head_dim) for the positions from `position` on. n ≤ capacity.
@@ -60,7 +60,8 @@ class KVStore {
   KvType type_;
   const AttentionKernels& kernels_;
   KvLayout layout_;
-  int64_t slots_, dim_, head_bytes_;
+  int64_t slots_, dim_;
+  int64_t rows_bytes_, side_bytes_;  // of the keys or values of a head in a split: the rows; and with their scales
   int64_t written_ = 0;  // the highest slot so far, plus one
   Pages pages_;
 };

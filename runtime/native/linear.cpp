@@ -16,8 +16,8 @@
 namespace bezel {
 namespace {
 
-// For many tokens: the rows of a work item pass by the activations of a block of tokens, kPanelCols columns at a time,
-// which stay in the core's second-level cache together with the sums.
+// For many tokens: the rows of a work item pass by the activations of a block of tokens, kPanelCols columns
+// at a time, which stay in the core's second-level cache together with the sums.
 constexpr int64_t kTokenBlock = 512;
 constexpr int64_t kItemGroups = 8;
 
@@ -54,15 +54,25 @@ const Layout* layout(int64_t type) {
     t[kQ6_K] = {"q6_k", 256, 210, 16, false};
     return t;
   }();
-  return type >= 0 && type < kTypes && table[static_cast<size_t>(type)].block > 0 ? &table[static_cast<size_t>(type)]
-                                                                                    : nullptr;
+  return type >= 0 && type < kTypes && table[static_cast<size_t>(type)].block > 0
+             ? &table[static_cast<size_t>(type)]
+             : nullptr;
 }
 
-// Memory that a calling thread keeps from call to call: giving megabytes back to the system and taking them again
-// would cost as much as a small matrix. Uninitialised, and aligned to a cache line.
+// Memory that a calling thread keeps from call to call: giving megabytes back to the system and taking them
+// again would cost as much as a small matrix. Uninitialised, and aligned to a cache line.
 class Workspace {
  public:
-  enum Slot { kQ, kScales, kSums, kFloats, kAcc, kTail, kScratch, kBias };  // kBias and as many after it as needed
+  enum Slot {
+    kQ,
+    kScales,
+    kSums,
+    kFloats,
+    kAcc,
+    kTail,
+    kScratch,
+    kBias
+  };  // kBias and as many after it as needed
 
   template <class T>
   T* get(int slot, int64_t count) {
@@ -94,8 +104,8 @@ thread_local Workspace workspace;
 // Tiles have k.tokens tokens; the last one 1 … 4, or a multiple of 4, of which some may be padding.
 int64_t padded(int64_t tokens) { return tokens <= 4 ? tokens : (tokens + 3) / 4 * 4; }
 
-// The activations of a call in tiles, in the forms that its matrices need. Tile i begins where its first token
-// would, since all tiles before it are full.
+// The activations of a call in tiles, in the forms that its matrices need. Tile i begins where its first
+// token would, since all tiles before it are full.
 class Inputs {
  public:
   // How the sums of a type's activations enter: by a zero point, or by a minimum (zero = −1).
@@ -112,7 +122,9 @@ class Inputs {
   const Bias* bias_of(const Matrix& w) const;
 
   int64_t tiles() const { return (n + k.tokens - 1) / k.tokens; }
-  int tokens(int64_t tile) const { return static_cast<int>(padded(std::min<int64_t>(k.tokens, n - tile * k.tokens))); }
+  int tokens(int64_t tile) const {
+    return static_cast<int>(padded(std::min<int64_t>(k.tokens, n - tile * k.tokens)));
+  }
   Tile at(const Bias& bias, int64_t tile, int64_t block) const;
   const float* floats_at(int64_t tile, int64_t col) const {
     return floats_ + tile * k.tokens * cols + col * tokens(tile);
@@ -133,8 +145,8 @@ class Inputs {
   int32_t* sums_ = nullptr;
 };
 
-Inputs::Inputs(ThreadPool& pool, const LinearKernels& kernels, const float* x, int64_t tokens_, int64_t columns,
-               const Matrix* const* w, int count, Activations activations)
+Inputs::Inputs(ThreadPool& pool, const LinearKernels& kernels, const float* x, int64_t tokens_,
+               int64_t columns, const Matrix* const* w, int count, Activations activations)
     : k(kernels), n(tokens_), cols(columns), mode_(activations) {
   const int64_t room = padded(n), blocks = cols / kXBlock;
   for (int i = 0; i < count; ++i) {
@@ -146,7 +158,8 @@ Inputs::Inputs(ThreadPool& pool, const LinearKernels& kernels, const float* x, i
       d_ = workspace.get<float>(Workspace::kScales, room * blocks);
       sums_ = workspace.get<int32_t>(Workspace::kSums, 2 * room * blocks);
       const int slot = Workspace::kBias + static_cast<int>(biases_.size());
-      if (format.minimum) biases_.push_back({-1, format.sub, nullptr, workspace.get<float>(slot, room * blocks)});
+      if (format.minimum)
+        biases_.push_back({-1, format.sub, nullptr, workspace.get<float>(slot, room * blocks)});
       else
         biases_.push_back({k.of[w[i]->type].zero, format.sub,
                            workspace.get<int32_t>(slot, room * (cols / format.sub)), nullptr});
@@ -215,12 +228,13 @@ void Inputs::transpose(const float* x, int64_t tile) const noexcept {
 Tile Inputs::at(const Bias& bias, int64_t tile, int64_t block) const {
   const int64_t i = tile * k.tokens * (cols / kXBlock) + block * tokens(tile);
   return {q_ + i * kXBlock, d_ + i,
-          bias.moments != nullptr ? static_cast<const void*>(bias.moments + i) : bias.ints + i * (kXBlock / bias.sub)};
+          bias.moments != nullptr ? static_cast<const void*>(bias.moments + i)
+                                  : bias.ints + i * (kXBlock / bias.sub)};
 }
 
 // Some rows of a matrix times some tiles of tokens. For few tokens, row r of group g of the item is its row
-// r · groups + g: as many places of the file are read at once as a group has rows, far enough from each other that
-// memory serves them in parallel, and each is read on and on.
+// r · groups + g: as many places of the file are read at once as a group has rows, far enough from each other
+// that memory serves them in parallel, and each is read on and on.
 struct Item {
   const Matrix* w;
   const Inputs::Bias* bias;
@@ -228,7 +242,8 @@ struct Item {
   int64_t row, rows, tile, tiles;
 };
 
-// How a matrix is cut into items: `row_cuts` of `rows` rows, for every block of tokens; from number `first` on.
+// How a matrix is cut into items: `row_cuts` of `rows` rows, for every block of tokens; from number `first`
+// on.
 struct Cut {
   const Matrix* w;
   const Inputs::Bias* bias;
@@ -260,9 +275,10 @@ class Linear {
  private:
   Item item(int64_t i) const;
   void work(Scratch& scratch, float* acc, uint8_t* tail) noexcept;
-  void compute(const Item& item, const Item& next, Scratch& scratch, float* acc, uint8_t* tail) const noexcept;
-  void multiply(const Item& item, const Group& group, int64_t col, int64_t cols, Fetch fetch, Scratch& scratch,
-                float* acc) const noexcept;
+  void compute(const Item& item, const Item& next, Scratch& scratch, float* acc,
+               uint8_t* tail) const noexcept;
+  void multiply(const Item& item, const Group& group, int64_t col, int64_t cols, Fetch fetch,
+                Scratch& scratch, float* acc) const noexcept;
   void write(const Item& item, const float* acc) const noexcept;
 
   const LinearKernels& k_;
@@ -296,7 +312,12 @@ Item Linear::item(int64_t i) const {
   while (i < cut->first) --cut;
   i -= cut->first;
   const int64_t row = i % cut->row_cuts * cut->rows, tile = i / cut->row_cuts * tile_block_;
-  return {cut->w, cut->bias, cut->y, row, std::min(cut->rows, cut->w->rows - row), tile,
+  return {cut->w,
+          cut->bias,
+          cut->y,
+          row,
+          std::min(cut->rows, cut->w->rows - row),
+          tile,
           std::min(tile_block_, x_.tiles() - tile)};
 }
 
@@ -324,12 +345,14 @@ void Linear::work(Scratch& scratch, float* acc, uint8_t* tail) noexcept {
   }
 }
 
-void Linear::compute(const Item& item, const Item& next, Scratch& scratch, float* acc, uint8_t* tail) const noexcept {
+void Linear::compute(const Item& item, const Item& next, Scratch& scratch, float* acc,
+                     uint8_t* tail) const noexcept {
   const Matrix& w = *item.w;
   const Layout& format = *layout(w.type);
   const int64_t row_bytes = w.row_bytes, full = item.rows / k_.rows, left = item.rows - full * k_.rows;
   const int64_t groups = full + (left > 0), acc_group = item.tiles * k_.tokens * k_.rows;
-  const int64_t between_rows = few_ ? full * row_bytes : row_bytes, between_groups = few_ ? row_bytes : k_.rows * row_bytes;
+  const int64_t between_rows = few_ ? full * row_bytes : row_bytes,
+                between_groups = few_ ? row_bytes : k_.rows * row_bytes;
   const uint8_t* const data = w.data + item.row * row_bytes;
   if (left > 0) {  // the kernels read whole groups
     std::memcpy(tail, data + full * k_.rows * row_bytes, static_cast<size_t>(left * row_bytes));
@@ -337,18 +360,21 @@ void Linear::compute(const Item& item, const Item& next, Scratch& scratch, float
   }
   std::memset(acc, 0, sizeof(float) * static_cast<size_t>(groups * acc_group));
 
-  // For few tokens a group of rows is read to its end before the next one; for many, all rows of the item pass by the
-  // same columns of the activations.
+  // For few tokens a group of rows is read to its end before the next one; for many, all rows of the item
+  // pass by the same columns of the activations.
   const int64_t step = item.bias == nullptr ? kFloatPanelCols : x_.n == 1 ? w.cols : kPanelCols;
   const int64_t steps = (w.cols + step - 1) / step;
-  const auto place = [&](int64_t i) { return few_ ? std::pair(i / steps, i % steps) : std::pair(i % groups, i / groups); };
+  const auto place = [&](int64_t i) {
+    return few_ ? std::pair(i / steps, i % steps) : std::pair(i % groups, i / groups);
+  };
   for (int64_t i = 0; i < groups * steps; ++i) {
     const auto [g, s] = place(i);
     const int64_t cols = std::min(step, w.cols - s * step);
     const int64_t offset = s * step / format.block * format.bytes, bytes = cols / format.block * format.bytes;
     const uint8_t* ahead = next.w->data + next.row * next.w->row_bytes + (few_ ? offset : 0);
     const auto [next_g, next_s] = place(few_ ? i + steps : i + 1);
-    if (next_g < full && next_s < steps) ahead = data + next_g * between_groups + next_s * step / format.block * format.bytes;
+    if (next_g < full && next_s < steps)
+      ahead = data + next_g * between_groups + next_s * step / format.block * format.bytes;
     Group group{data + g * between_groups + offset, between_rows, ahead};
     if (g == full) group = {tail + offset, row_bytes, ahead};
     Fetch fetch{ahead, between_rows, bytes, k_.rows, 0};
@@ -360,8 +386,8 @@ void Linear::compute(const Item& item, const Item& next, Scratch& scratch, float
 }
 
 // Continues the sums [token][row] of a group by some columns.
-void Linear::multiply(const Item& item, const Group& group, int64_t col, int64_t cols, Fetch fetch, Scratch& scratch,
-                      float* acc) const noexcept {
+void Linear::multiply(const Item& item, const Group& group, int64_t col, int64_t cols, Fetch fetch,
+                      Scratch& scratch, float* acc) const noexcept {
   const int type = item.w->type;
   if (item.bias == nullptr) {
     k_.dequantize[type](group, cols, scratch.floats);
@@ -390,10 +416,10 @@ void Linear::write(const Item& item, const float* acc) const noexcept {
       const float* const from = acc + g * acc_group;
       if (few_)
         for (int r = 0; r < k_.rows; ++r) to[r * full + g] = from[r];
-      else
-        std::memcpy(to + g * k_.rows, from, sizeof(float) * static_cast<size_t>(k_.rows));
+      else std::memcpy(to + g * k_.rows, from, sizeof(float) * static_cast<size_t>(k_.rows));
     }
-    if (left > 0) std::memcpy(to + full * k_.rows, acc + full * acc_group, sizeof(float) * static_cast<size_t>(left));
+    if (left > 0)
+      std::memcpy(to + full * k_.rows, acc + full * acc_group, sizeof(float) * static_cast<size_t>(left));
   }
 }
 
@@ -402,15 +428,16 @@ void Linear::write(const Item& item, const float* acc) const noexcept {
 Matrix::Matrix(const uint8_t* data_, int64_t rows_, int64_t row_bytes_, int64_t type_, int64_t cols_)
     : data(data_), rows(rows_), cols(cols_), row_bytes(row_bytes_), type(static_cast<int>(type_)) {
   const Layout* const format = layout(type_);
-  if (format == nullptr) throw std::invalid_argument("gguf_type: found " + std::to_string(type_) + ", which no kernel reads");
+  if (format == nullptr)
+    throw std::invalid_argument("gguf_type: found " + std::to_string(type_) + ", which no kernel reads");
   if (cols <= 0 || cols % format->block != 0)
     throw std::invalid_argument("cols: found " + std::to_string(cols) + ", expected a positive multiple of " +
                                 std::to_string(format->block) + ", the block of " + format->name);
   if (row_bytes % format->bytes != 0 || row_bytes / format->bytes != cols / format->block)
     throw std::invalid_argument("data: found rows of " + std::to_string(row_bytes) + " bytes, expected " +
                                 std::to_string(cols / format->block) + " blocks of " +
-                                std::to_string(format->bytes) + " bytes, " + std::to_string(cols) + " weights in " +
-                                format->name);
+                                std::to_string(format->bytes) + " bytes, " + std::to_string(cols) +
+                                " weights in " + format->name);
 }
 
 const LinearKernels& linear_kernels(Isa isa) {
@@ -421,15 +448,36 @@ const LinearKernels& linear_kernels(Isa isa) {
   };
   switch (isa) {
 #if defined(__x86_64__) || defined(_M_X64)
-    case Isa::avx2: { static const LinearKernels k = make(use_avx2); return k; }
-    case Isa::avxvnni: { static const LinearKernels k = make(use_avxvnni); return k; }
-    case Isa::avx512vnni: { static const LinearKernels k = make(use_avx512vnni); return k; }
+    case Isa::avx2: {
+      static const LinearKernels k = make(use_avx2);
+      return k;
+    }
+    case Isa::avxvnni: {
+      static const LinearKernels k = make(use_avxvnni);
+      return k;
+    }
+    case Isa::avx512vnni: {
+      static const LinearKernels k = make(use_avx512vnni);
+      return k;
+    }
 #elif defined(__aarch64__) || defined(_M_ARM64)
-    case Isa::neon: { static const LinearKernels k = make(use_neon); return k; }
-    case Isa::neondot: { static const LinearKernels k = make(use_neondot); return k; }
-    case Isa::neoni8mm: { static const LinearKernels k = make(use_neoni8mm); return k; }
+    case Isa::neon: {
+      static const LinearKernels k = make(use_neon);
+      return k;
+    }
+    case Isa::neondot: {
+      static const LinearKernels k = make(use_neondot);
+      return k;
+    }
+    case Isa::neoni8mm: {
+      static const LinearKernels k = make(use_neoni8mm);
+      return k;
+    }
 #endif
-    default: { static const LinearKernels k = make(use_scalar); return k; }
+    default: {
+      static const LinearKernels k = make(use_scalar);
+      return k;
+    }
   }
 }
 
@@ -438,8 +486,8 @@ void linear(ThreadPool& pool, const float* x, int64_t n, const Matrix* const* w,
   linear(linear_kernels(selected_isa()), pool, x, n, w, count, y, activations);
 }
 
-void linear(const LinearKernels& k, ThreadPool& pool, const float* x, int64_t n, const Matrix* const* w, int count,
-            float* const* y, Activations activations) {
+void linear(const LinearKernels& k, ThreadPool& pool, const float* x, int64_t n, const Matrix* const* w,
+            int count, float* const* y, Activations activations) {
   if (n == 0 || count == 0) return;
   const Inputs inputs(pool, k, x, n, w[0]->cols, w, count, activations);
   Linear(inputs, w, count, y, pool.threads()).run(pool);

@@ -10,10 +10,11 @@ namespace bezel {
 
 struct LinearKernels;
 
-// A row-major matrix of one of GGUF's types, used where it lies: `data` may have any alignment, may be read-only,
-// and must outlive the matrix.
+// A row-major matrix of one of GGUF's types, used where it lies: `data` may have any alignment, may be
+// read-only, and must outlive the matrix.
 struct Matrix {
-  // Throws std::invalid_argument for an unknown type, and where rows of `cols` weights do not have row_bytes bytes.
+  // Throws std::invalid_argument for an unknown type, and where rows of `cols` weights do not have row_bytes
+  // bytes.
   Matrix(const uint8_t* data, int64_t rows, int64_t row_bytes, int64_t type, int64_t cols);
 
   const uint8_t* data;
@@ -26,8 +27,8 @@ enum class Activations {
   f32,   // slow: for measuring what quantizing the activations costs
 };
 
-// y[i] (n, w[i]->rows) = x (n, cols) · w[i]ᵀ, where all matrices have the same number of columns. An output has the
-// same bits whatever n, the other tokens, the other matrices, the threads, or the instruction set.
+// y[i] (n, w[i]->rows) = x (n, cols) · w[i]ᵀ, where all matrices have the same number of columns. An output
+// has the same bits whatever n, the other tokens, the other matrices, the threads, or the instruction set.
 // Throws what selected_isa() throws, and std::bad_alloc.
 void linear(ThreadPool& pool, const float* x, int64_t n, const Matrix* const* w, int count, float* const* y,
             Activations activations = Activations::int8);

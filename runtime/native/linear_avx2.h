@@ -1,5 +1,5 @@
-// The primitives of 256 bits. Included with BEZEL_AVXVNNI 0 or 1: whether there is an instruction for int8 dot
-// products, or they are made of pairs in 16 bits.
+// The primitives of 256 bits. Included with BEZEL_AVXVNNI 0 or 1: whether there is an instruction for int8
+// dot products, or they are made of pairs in 16 bits.
 #include <immintrin.h>
 
 #include <cfloat>
@@ -27,11 +27,17 @@ BEZEL_INLINE I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
 BEZEL_INLINE I add32(I a, I b) { return _mm256_add_epi32(a, b); }
 BEZEL_INLINE I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
 template <int n>
-BEZEL_INLINE I shl(I v) { return _mm256_slli_epi32(v, n); }
+BEZEL_INLINE I shl(I v) {
+  return _mm256_slli_epi32(v, n);
+}
 template <int n>
-BEZEL_INLINE I shr(I v) { return _mm256_srli_epi32(v, n); }
+BEZEL_INLINE I shr(I v) {
+  return _mm256_srli_epi32(v, n);
+}
 template <int n>
-BEZEL_INLINE I sar(I v) { return _mm256_srai_epi32(v, n); }
+BEZEL_INLINE I sar(I v) {
+  return _mm256_srai_epi32(v, n);
+}
 BEZEL_INLINE I bytes(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
 BEZEL_INLINE I words(int v) { return _mm256_set1_epi32(v); }
 BEZEL_INLINE I lo32(I a, I b) { return _mm256_unpacklo_epi32(a, b); }
@@ -76,9 +82,9 @@ BEZEL_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<con
 // 16 where the bit of the column is set: of bits 0 … 15 of each lane, or of bits 16 … 31.
 template <int kHalf>
 BEZEL_INLINE I fifth_bits(I v) {
-  const I spread = _mm256_broadcastsi128_si256(
-      _mm_set_epi32(0x01010101 * (2 * kHalf + 1), 0x01010101 * (2 * kHalf + 1), 0x01010101 * (2 * kHalf),
-                    0x01010101 * (2 * kHalf)));
+  const I spread =
+      _mm256_broadcastsi128_si256(_mm_set_epi32(0x01010101 * (2 * kHalf + 1), 0x01010101 * (2 * kHalf + 1),
+                                                0x01010101 * (2 * kHalf), 0x01010101 * (2 * kHalf)));
   const I bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
   return and_(_mm256_cmpeq_epi8(and_(_mm256_shuffle_epi8(v, spread), bit), bit), bytes(16));
 }
@@ -93,12 +99,14 @@ struct Sum {
   BEZEL_INLINE void start(const int32_t* bias) { v = splat_word(bias); }
   BEZEL_INLINE void add(int, I w, I x) { v = _mm256_dpbusd_avx_epi32(v, w, x); }
   template <int k>
-  BEZEL_INLINE void step(I w, const int8_t* x) { add(k, w, splat_word(x + 4 * k)); }
+  BEZEL_INLINE void step(I w, const int8_t* x) {
+    add(k, w, splat_word(x + 4 * k));
+  }
   BEZEL_INLINE I total() const { return v; }
 };
 #else
-// Pairs of products are added in 16 bits, which must not saturate: at most 2 · 127 · code each. Codes of 8 bits
-// are signed, and give their sign to the activation: 2 · 127 · 128.
+// Pairs of products are added in 16 bits, which must not saturate: at most 2 · 127 · code each. Codes of 8
+// bits are signed, and give their sign to the activation: 2 · 127 · 128.
 template <int kBits, int kSteps>
 struct Sum {
   static constexpr int kRoom = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;  // steps that fit
@@ -116,7 +124,9 @@ struct Sum {
     if (k % kGroup == kGroup - 1) v = add32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   template <int k>
-  BEZEL_INLINE void step(I w, const int8_t* x) { add(k, w, splat_word(x + 4 * k)); }
+  BEZEL_INLINE void step(I w, const int8_t* x) {
+    add(k, w, splat_word(x + 4 * k));
+  }
   BEZEL_INLINE I total() const { return v; }
 };
 #endif
@@ -137,7 +147,8 @@ void quantize(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, i
   const I magnitude = words(0x7FFFFFFF);
   for (int64_t b = 0; b < blocks; ++b, x += 32, q += 32 * tokens, d += tokens, sums += 2 * tokens) {
     F v[4];
-    I top = _mm256_setzero_si256();  // as integers, magnitudes keep their order, and infinity and NaN come out on top
+    I top = _mm256_setzero_si256();  // as integers, magnitudes keep their order, and infinity and NaN come
+                                     // out on top
     for (int i = 0; i < 4; ++i) {
       v[i] = load_float(x + 8 * i);
       top = _mm256_max_epi32(top, and_(_mm256_castps_si256(v[i]), magnitude));
@@ -155,7 +166,8 @@ void quantize(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, i
       const I a = and_(_mm256_cvtps_epi32(mul(v[2 * h], inverse)), keep);
       const I c = and_(_mm256_cvtps_epi32(mul(v[2 * h + 1], inverse)), keep);
       const I packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, c), 0xD8);
-      const __m128i q16 = _mm_packs_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
+      const __m128i q16 =
+          _mm_packs_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * h), q16);
       sums[h * tokens] = sum_of_bytes(q16);
     }

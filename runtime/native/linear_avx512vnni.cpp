@@ -28,11 +28,17 @@ BEZEL_INLINE I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
 BEZEL_INLINE I add32(I a, I b) { return _mm512_add_epi32(a, b); }
 BEZEL_INLINE I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
 template <int n>
-BEZEL_INLINE I shl(I v) { return _mm512_slli_epi32(v, n); }
+BEZEL_INLINE I shl(I v) {
+  return _mm512_slli_epi32(v, n);
+}
 template <int n>
-BEZEL_INLINE I shr(I v) { return _mm512_srli_epi32(v, n); }
+BEZEL_INLINE I shr(I v) {
+  return _mm512_srli_epi32(v, n);
+}
 template <int n>
-BEZEL_INLINE I sar(I v) { return _mm512_srai_epi32(v, n); }
+BEZEL_INLINE I sar(I v) {
+  return _mm512_srai_epi32(v, n);
+}
 BEZEL_INLINE I bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
 BEZEL_INLINE I words(int v) { return _mm512_set1_epi32(v); }
 BEZEL_INLINE I lo32(I a, I b) { return _mm512_unpacklo_epi32(a, b); }
@@ -58,7 +64,9 @@ BEZEL_INLINE I splat_word(const void* p) {
 }
 
 BEZEL_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
-BEZEL_INLINE F half(I v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }  // of the low half of each word
+BEZEL_INLINE F half(I v) {
+  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+}  // of the low half of each word
 BEZEL_INLINE F bits(I v) { return _mm512_castsi512_ps(v); }
 BEZEL_INLINE F halves(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -92,7 +100,9 @@ struct Sum {
   BEZEL_INLINE void start(const int32_t* bias) { v = splat_word(bias); }
   BEZEL_INLINE void add(int, I w, I x) { v = _mm512_dpbusd_epi32(v, w, x); }
   template <int k>
-  BEZEL_INLINE void step(I w, const int8_t* x) { add(k, w, splat_word(x + 4 * k)); }
+  BEZEL_INLINE void step(I w, const int8_t* x) {
+    add(k, w, splat_word(x + 4 * k));
+  }
   BEZEL_INLINE I total() const { return v; }
 };
 
@@ -101,8 +111,8 @@ void quantize(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, i
   for (int64_t b = 0; b < blocks; ++b, x += 32, q += 32 * tokens, d += tokens, sums += 2 * tokens) {
     const F lo = load_float(x), hi = load_float(x + 16);
     // As integers, magnitudes keep their order, and infinity and NaN come out on top.
-    const int32_t top = _mm512_reduce_max_epi32(_mm512_max_epi32(and_(_mm512_castps_si512(lo), magnitude),
-                                                                 and_(_mm512_castps_si512(hi), magnitude)));
+    const int32_t top = _mm512_reduce_max_epi32(
+        _mm512_max_epi32(and_(_mm512_castps_si512(lo), magnitude), and_(_mm512_castps_si512(hi), magnitude)));
     const bool finite = top < 0x7F800000;
     float scale;
     std::memcpy(&scale, &top, 4);

@@ -1,4 +1,5 @@
-// Kernels are written as many small functions; these make one of them again, whatever the compiler's own measure.
+// Kernels are written as many small functions; these make one of them again, whatever the compiler's own
+// measure.
 #pragma once
 
 #if defined(_MSC_VER) && !defined(__clang__)

@@ -1,11 +1,12 @@
 // What the kernels of one instruction set offer to linear(): the table, and how weights and activations lie.
 //
-// A kernel file is compiled with the flags of its instruction set. All its helpers have internal linkage, and it
-// calls no template or inline function of the standard library: the linker keeps one copy of those for the whole
-// program, and it must not be the copy that only a new processor can run.
+// A kernel file is compiled with the flags of its instruction set. All its helpers have internal linkage, and
+// it calls no template or inline function of the standard library: the linker keeps one copy of those for the
+// whole program, and it must not be the copy that only a new processor can run.
 //
-// FIXED ORDER. Every output is the same sequence of float32 operations in every kernel of every instruction set,
-// so that its bits depend neither on how many tokens are computed together nor on the threads or the machine:
+// FIXED ORDER. Every output is the same sequence of float32 operations in every kernel of every instruction
+// set, so that its bits depend neither on how many tokens are computed together nor on the threads or the
+// machine:
 //
 //     for the sub-blocks j of a row, in order: (32 weights that share a scale; 16 in Q6_K)
 //       acc = fma(float(Σ (code − zero) · q), d_j · dx, acc)      the sum exact, in integers
@@ -19,16 +20,28 @@
 namespace bezel {
 
 // The numbers of GGUF's types.
-enum Type { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kBF16 = 30 };
+enum Type {
+  kF32 = 0,
+  kF16 = 1,
+  kQ4_0 = 2,
+  kQ4_1 = 3,
+  kQ5_0 = 6,
+  kQ8_0 = 8,
+  kQ4_K = 12,
+  kQ5_K = 13,
+  kQ6_K = 14,
+  kBF16 = 30
+};
 constexpr int kTypes = 31;
 
-constexpr int kXBlock = 32;       // activations that share a scale
+constexpr int kXBlock = 32;           // activations that share a scale
 constexpr int kPanelCols = 512;       // weights of a row that are unpacked at a time
 constexpr int kFloatPanelCols = 256;  // the same, as float32
 constexpr int kMaxRows = 16;          // of a group
 constexpr int kMaxTokens = 16;        // of a tile
 
-// Some columns of a group of rows, unpacked. What `codes` holds is between unpack and gemm of one instruction set.
+// Some columns of a group of rows, unpacked. What `codes` holds is between unpack and gemm of one instruction
+// set.
 struct Panel {
   alignas(64) uint8_t codes[kPanelCols * kMaxRows];
   alignas(64) float scales[kPanelCols / 16 * kMaxRows];  // d_j of each row of the group, for each sub-block
@@ -36,16 +49,16 @@ struct Panel {
 };
 
 // A tile of `tokens` tokens: block b of token t is the 32 bytes at q + (b · tokens + t) · 32, its scale is
-// d[b · tokens + t]. A sub-block has the same place in `bias`: the int32 −zero · Σ q for formats with a zero point,
-// the float32 dx · Σ q for those with a minimum.
+// d[b · tokens + t]. A sub-block has the same place in `bias`: the int32 −zero · Σ q for formats with a zero
+// point, the float32 dx · Σ q for those with a minimum.
 struct Tile {
   const int8_t* q;
   const float* d;
   const void* bias;
 };
 
-// A group of `rows` rows at `data`, row_bytes apart. At `ahead` lie the bytes that will be wanted next, as many as
-// the kernel reads of this group: they are fetched into the cache meanwhile. It may point anywhere.
+// A group of `rows` rows at `data`, row_bytes apart. At `ahead` lie the bytes that will be wanted next, as
+// many as the kernel reads of this group: they are fetched into the cache meanwhile. It may point anywhere.
 struct Group {
   const uint8_t* data;
   int64_t row_bytes;
@@ -62,7 +75,8 @@ struct QuantizedKernels {
   // At most kPanelCols columns, from the one at w.data on.
   void (*unpack)(const Group& w, int64_t blocks, Panel& panel) noexcept;
 
-  // Continues acc[t · rows + r] by the columns of the panel. tokens is 1 … 4, or a multiple of 4 up to the tile.
+  // Continues acc[t · rows + r] by the columns of the panel. tokens is 1 … 4, or a multiple of 4 up to the
+  // tile.
   void (*gemm)(const Panel& panel, int64_t blocks, const Tile& x, int tokens, float* acc) noexcept;
 };
 
@@ -71,14 +85,13 @@ struct LinearKernels {
   int tokens;  // of a full tile
 
   // One token into a tile of `tokens`: scale = max|x| / 127 and q = x · (1 / scale) to nearest, ties to even.
-  // A block whose scale would be subnormal becomes zero; one with an infinity or a NaN gets a NaN as its scale, so
-  // that the damage shows in the result. sums[(2 b + h) · tokens] is Σ q over half h of block b.
+  // A block whose scale would be subnormal becomes zero; one with an infinity or a NaN gets a NaN as its
+  // scale, so that the damage shows in the result. sums[(2 b + h) · tokens] is Σ q over half h of block b.
   void (*quantize)(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, int32_t* sums) noexcept;
 
   QuantizedKernels of[kTypes];
 
-  // The weights of `cols` columns of a group, from column `begin` on, as float32 [column][row]; cols is at most
-  // kFloatPanelCols.
+  // The first `cols` columns of a group, at most kFloatPanelCols, as float32 [column][row].
   void (*dequantize[kTypes])(const Group& w, int64_t cols, float* panel) noexcept;
 
   // Continues acc[t · rows + r] with x [column][token].

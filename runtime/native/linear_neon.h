@@ -1,5 +1,5 @@
-// The primitives of Arm's 128 bits. Included with BEZEL_DOT 0 or 1: whether there is an instruction for int8 dot
-// products, or they are summed up in 16 bits.
+// The primitives of Arm's 128 bits. Included with BEZEL_DOT 0 or 1: whether there is an instruction for int8
+// dot products, or they are summed up in 16 bits.
 #include <arm_neon.h>
 
 #include <cfloat>
@@ -59,7 +59,9 @@ BEZEL_INLINE I splat_word(const void* p) {
 }
 
 BEZEL_INLINE F to_float(I v) { return vcvtq_f32_s32(v); }
-BEZEL_INLINE F half(I v) { return vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(v))); }  // of the low half of each word
+BEZEL_INLINE F half(I v) {
+  return vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(v)));
+}  // of the low half of each word
 BEZEL_INLINE F bits(I v) { return vreinterpretq_f32_s32(v); }
 BEZEL_INLINE F halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 BEZEL_INLINE F zero() { return vdupq_n_f32(0.0f); }
@@ -127,14 +129,17 @@ struct Sum {
     if (k % kGroup == kGroup - 1) v = vpadalq_s16(v, vpaddq_s16(low, high));
   }
   template <int k>
-  BEZEL_INLINE void step(I w, const int8_t* x) { add(k, w, splat_word(x + 4 * k)); }
+  BEZEL_INLINE void step(I w, const int8_t* x) {
+    add(k, w, splat_word(x + 4 * k));
+  }
   BEZEL_INLINE I total() const { return v; }
 };
 #endif
 
 void quantize(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, int32_t* sums) noexcept {
   for (int64_t b = 0; b < blocks; ++b, x += 32, q += 32 * tokens, d += tokens, sums += 2 * tokens) {
-    uint32x4_t top = vdupq_n_u32(0);  // as integers, magnitudes keep their order, and infinity and NaN come out on top
+    uint32x4_t top =
+        vdupq_n_u32(0);  // as integers, magnitudes keep their order, and infinity and NaN come out on top
     for (int i = 0; i < 8; ++i) top = vmaxq_u32(top, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(x + 4 * i))));
     const uint32_t max_bits = vmaxvq_u32(top);
     const bool finite = max_bits < 0x7F800000u;
@@ -151,7 +156,8 @@ void quantize(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, i
         const F v = vmulq_n_f32(vld1q_f32(x + 16 * h + 4 * i), inverse);
         part[i] = vmovn_s32(and_(vcvtnq_s32_f32(v), keep));
       }
-      const int8x16_t v = vcombine_s8(vmovn_s16(vcombine_s16(part[0], part[1])), vmovn_s16(vcombine_s16(part[2], part[3])));
+      const int8x16_t v =
+          vcombine_s8(vmovn_s16(vcombine_s16(part[0], part[1])), vmovn_s16(vcombine_s16(part[2], part[3])));
       vst1q_s8(q + 16 * h, v);
       sums[h * tokens] = vaddlvq_s8(v);
     }

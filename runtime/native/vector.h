@@ -309,6 +309,16 @@ BEZEL_OP int32_t largest(I a) {
   return x[0];
 }
 
+BEZEL_OP void prefetch(const char* p) {
+#if defined(BEZEL_AVX512) || defined(BEZEL_AVX2)
+  _mm_prefetch(p, _MM_HINT_T0);
+#elif defined(__GNUC__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
+
 // As integers, magnitudes keep their order, and infinity and NaN come out on top.
 BEZEL_OP I magnitude_bits(F a) { return band(bits(a), set(int32_t{0x7FFFFFFF})); }
 

@@ -60,23 +60,24 @@ static Floats run(const Shape& s, KvType type, const AttentionKernels& kernels, 
   return out;
 }
 
-static void isas_agree_in_any_pieces() {
+static void isas_agree_in_any_pieces(bool brief) {
   const Shape shapes[] = {
-      {1, 1, 8, 70, 0, 0.0f},      {2, 2, 24, 300, 0, 50.0f},    {1, 8, 64, 530, 100, 0.0f},
-      {2, 4, 80, 300, 260, 30.0f}, {1, 2, 128, 600, 513, 50.0f}, {2, 2, 256, 290, 0, 50.0f},
-      {1, 1, 2, 40, 1, 0.0f},      {1, 3, 72, 270, 7, 5.0f},     {1, 7, 512, 260, 0, 50.0f},
+      {1, 1, 8, 70, 0, 0.0f},      {2, 2, 24, 300, 0, 50.0f},    {1, 8, 32, 530, 100, 0.0f},
+      {1, 4, 80, 290, 260, 30.0f}, {1, 2, 128, 540, 513, 50.0f}, {1, 2, 256, 290, 0, 50.0f},
+      {1, 1, 2, 40, 1, 0.0f},      {1, 3, 72, 270, 7, 5.0f},     {1, 7, 512, 30, 0, 50.0f},
   };
   std::vector<std::unique_ptr<ThreadPool>> pools;
   for (const int threads : {1, 2, 3, 4}) pools.push_back(std::make_unique<ThreadPool>(threads));
   for (const Shape& s : shapes)
     for (const KvType type : kTypes) {
+      if (brief && &s != &shapes[1]) continue;
       const Floats expected = run(s, type, vector_kernels(Isa::scalar).attention, s.length, s.length, *pools[0]);
       for (const float x : expected) CHECK(std::isfinite(x));
       size_t pool = 0;
       for (const Isa isa : usable_isas())
         for (const int64_t chunk : {int64_t{1}, int64_t{7}, int64_t{64}, s.length}) {
           const AttentionKernels& kernels = vector_kernels(isa).attention;
-          if (chunk == 1 && isa == Isa::scalar && s.length > 300) continue;  // slow, above all in an emulator
+          if (s.length * s.head_dim > 10000 && (chunk == 1 || isa == Isa::scalar)) continue;  // slow in an emulator
           const int64_t ring = s.window ? std::min(s.length, s.window - 1 + chunk) : s.length;
           CHECK(same_bits(run(s, type, kernels, ring, chunk, *pools[pool++ % pools.size()]), expected));
         }
@@ -238,13 +239,17 @@ static void pools_do_not_change_a_bit() {
   }
 }
 
-int main() {
-  every_float16();
-  exp_and_tanh_are_accurate();
-  elementwise_kernels_agree();
-  stored_rows_come_back();
-  unseen_damage_stays_unseen();
+// With an argument, only what is shared between threads, and little of that: ThreadSanitizer is slow.
+int main(int argc, char**) {
+  const bool brief = argc > 1;
+  if (!brief) {
+    every_float16();
+    exp_and_tanh_are_accurate();
+    elementwise_kernels_agree();
+    stored_rows_come_back();
+    unseen_damage_stays_unseen();
+  }
   pools_do_not_change_a_bit();
-  isas_agree_in_any_pieces();
+  isas_agree_in_any_pieces(brief);
   std::puts("ok");
 }

@@ -103,8 +103,9 @@ class KVStore:
         """`ops.attention` for queries (n, heads, head_dim) of the n newest of `length` positions; same shape back.
 
         What they see must have been written, and fit the capacity. Where keys and values are finite, a query's result
-        is the same bits in any chunk, any store that holds what it sees, and on any number of threads. With int8, queries and softmax weights are
-        quantized to 16 bits (the weights, times the values' scales, per 256 positions).
+        is the same bits in any chunk, any store that holds what it sees, and on any number of threads. With int8,
+        queries and softmax weights are quantized to 16 bits (the weights, times the values' scales, per 256
+        positions).
         """
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -127,7 +127,8 @@ void pack(const Problem& p, const Tile& tile, Scratch& s) noexcept {
                            s.queries + r * dim * p.kernels.operand, s.factors + r, s.bias + r);
 }
 
-void attend_split(const Problem& p, const Tile& tile, int64_t split, const Scratch& s, const Partial& partial) noexcept {
+void attend_split(const Problem& p, const Tile& tile, int64_t split, const Scratch& s,
+                  const Partial& partial) noexcept {
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t position = tile.position(p, r), start = split * kSplit;
     s.first[r] = static_cast<int32_t>(std::clamp<int64_t>(p.first_visible(position) - start, 0, kSplit));

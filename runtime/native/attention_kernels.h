@@ -57,7 +57,7 @@ struct KvKernels {
 struct AttentionKernels {
   KvKernels kv[kKvTypes];  // by KvType
 
-  // total ← total · exp(max − new max) + mixed · weight_scale · exp(job's max − new max), and likewise the sum.
+  // total ← total · exp(max − new) + mixed · mixed_scale · exp(mixed_max − new), new the larger; likewise the sum.
   void (*merge)(float* total, float* max, float* sum, const float* mixed, float mixed_scale, float mixed_max,
                 float mixed_sum, int64_t dim) noexcept;
   void (*finish)(const float* total, float sum, int64_t n, float* out) noexcept;  // out = total / sum

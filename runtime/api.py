@@ -58,6 +58,7 @@ class Model:
         self, file: GGUFFile, engine: str, context: int | None, kv: str, threads: int | None, exact: bool
     ) -> None:
         self.file, self.kv = file, kv
+        self.engine = f"{engine} with float32 activations" if exact else engine
         self.config = file.config()
         file.check_tensors(self.config)
         self.context = self.config.context_length if context is None else context
@@ -280,6 +281,7 @@ class Session:
         return {
             "bezel_session": "1",
             "model": model.file.fingerprint(),
+            "engine": model.engine,  # another one would go on with other bits
             "kv": model.kv,
         }
 

@@ -30,7 +30,7 @@ def test_a_restored_session_goes_on(kv: str, model_of: ModelOf, tmp_path: Path) 
     session.prefill(IDS)
     session.save(tmp_path / "s")
     want = tail(session)
-    other = load(model.file.path, kv=kv).session()
+    other = load(model.file.path, engine="reference", kv=kv).session()
     other.step(9)
     other.restore(tmp_path / "s")
     assert other.ids == IDS
@@ -151,6 +151,10 @@ class TestSavedFiles:
     def test_another_storage(self, saved: tuple[Model, Path], model_of: ModelOf) -> None:
         with pytest.raises(InvalidSession, match="kv f32, expected f16"):
             model_of("gemma2-gqa", kv="f16").session().restore(saved[1])
+
+    def test_another_engine(self, saved: tuple[Model, Path], model_of: ModelOf) -> None:
+        with pytest.raises(InvalidSession, match="engine reference, expected native"):
+            model_of("gemma2-gqa", engine="native").session().restore(saved[1])
 
     def test_too_long(self, saved: tuple[Model, Path], model_of: ModelOf) -> None:
         with pytest.raises(InvalidSession, match="expected up to 20"):

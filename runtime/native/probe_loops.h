@@ -1,5 +1,5 @@
 // What the probes run, for each instruction set: a file fills the loops below with its registers. The rules for
-// kernel files hold (see kernels.h).
+// kernel files hold (see linear_kernels.h).
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@
 // -ffp-contract=off.
 //
 // The including file defines one of BEZEL_AVX512, BEZEL_AVX2, BEZEL_NEON; none is the portable loop. Everything has
-// internal linkage (kernels.h says why).
+// internal linkage (linear_kernels.h says why).
 #pragma once
 
 #include <cstdint>

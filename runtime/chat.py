@@ -42,9 +42,9 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True
     turns = _turns(messages)
     if reply and turns[-1].role == "model":
         raise InvalidRequest("the last message is the model's already; a reply needs a user message before it")
-    ids, newline = [tokenizer.bos_id], tokenizer.encode("\n")
+    ids, end_of_turn = [tokenizer.bos_id], turn_end(tokenizer)
     for turn in turns:
-        ids += [start, *tokenizer.encode(f"{turn.role}\n{turn.text}"), end, *newline]
+        ids += [start, *tokenizer.encode(f"{turn.role}\n{turn.text}"), *end_of_turn]
     return [*ids, start, *tokenizer.encode("model\n")] if reply else ids
 
 

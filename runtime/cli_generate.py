@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from .errors import BezelError, CacheError, InvalidRequest
+from .errors import BezelError, InvalidRequest
 
 if TYPE_CHECKING:
     from .api import Model, Session
@@ -215,16 +215,8 @@ def _answer(conversation: Any, text: str, sampling: Sampling, options: dict[str,
         if generation.finish == "cancelled":
             _note("stopped")
     finally:
-        if session.position < before + len(prompt) and session.ids[:before]:
-            _take_back(session, before)
-
-
-def _take_back(session: Session, length: int) -> None:
-    """Forget a turn that was not read to its end."""
-    try:
-        session.rewind(session.position - length)
-    except CacheError:
-        session.go_to(session.ids[:length])
+        if session.position < before + len(prompt):  # a turn that was not read to its end
+            session.go_to(session.ids[:before])
 
 
 def _load(path: Path, options: dict[str, Any]) -> Model:

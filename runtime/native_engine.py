@@ -75,7 +75,7 @@ class NativeBackend:
     """A model's weights in place, in the mapped file. `threads` None takes the performance cores.
 
     `exact` computes with float32 activations instead of int8. Raises InvalidRequest for a BEZEL_ISA that this
-    machine does not have.
+    machine does not have, and for a file in a format without kernels.
     """
 
     def __init__(self, file: GGUFFile, config: ModelConfig, threads: int | None, exact: bool) -> None:
@@ -94,7 +94,13 @@ class NativeBackend:
             if spec.is_norm:
                 home[spec.role] = file.dequantize(spec.gguf)
             else:
-                home[spec.role] = _native.Matrix(file.data(spec.gguf), info.format.gguf_type, spec.shape[1])
+                try:
+                    home[spec.role] = _native.Matrix(file.data(spec.gguf), info.format.gguf_type, spec.shape[1])
+                except ValueError as error:  # a format without kernels
+                    raise InvalidRequest(
+                        f"{file.path}: tensor '{spec.gguf}' is in {info.format.name}, which the native engine cannot "
+                        f"read ({error}); use the reference engine, or export the model in another format"
+                    ) from None
 
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> ModelEngine:
         def new_store(n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> NativeStore:

@@ -11,7 +11,7 @@ import itertools
 import gguf
 import numpy as np
 import pytest
-from bezel.quant import formats
+from bezel.quant import base
 from bezel.quant.formats import FORMAT_OF_TYPE, FORMATS, Format
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given, settings
@@ -348,6 +348,59 @@ def test_the_pieces_that_work_is_cut_into_do_not_show(f, monkeypatch):
     x = MATRICES["mixed scales"]
     data = f.quantize(x)
     values = f.dequantize(data)
-    monkeypatch.setattr(formats, "_PIECE", 512)
+    monkeypatch.setattr(base, "PIECE", 512)
     assert np.array_equal(f.quantize(x), data)
     assert same_bits(f.dequantize(data), values)
+
+
+# Codes and steps
+
+
+def random_fit(f: type[Format]) -> np.ndarray:
+    """Blocks with the scales of many magnitudes and signs."""
+    x = np.concatenate([MATRICES[name].reshape(-1, f.block) for name in ("weights", "tails", "mixed scales in a row")])
+    return f.fit(x, None)
+
+
+@pytest.mark.parametrize("f", BLOCK, ids=lambda f: f.name)
+def test_a_weight_is_scale_times_codebook_plus_offset(f):
+    """Every code of every weight, put into blocks and read by gguf."""
+    blocks = random_fit(f)
+    scale, offset = f.steps(blocks)
+    assert (scale.dtype, offset.dtype, f.codebook.dtype) == (np.float32,) * 3
+    assert (np.diff(f.codebook) > 0).all()
+    codes = rng().integers(0, len(f.codebook), (len(blocks), f.block), np.uint8)
+    before = {name: blocks[name].copy() for name in f.layout.names if not name.startswith("q")}
+    f.put_codes(codes, blocks)
+    assert all(np.array_equal(blocks[name], value) for name, value in before.items())
+    values = gguf_dequantize(f, blocks.view(np.uint8).reshape(-1, f.block_bytes))
+    assert np.array_equal(values, scale * f.codebook[codes] + offset)
+
+
+@pytest.mark.parametrize("f", BLOCK, ids=lambda f: f.name)
+def test_fit_leaves_codes_of_zero_and_plain_scales(f):
+    x = MATRICES["tails"].reshape(-1, f.block)
+    blocks, plain = f.fit(x, None), f.quantize(x).view(f.layout)[:, 0]
+    for name in f.layout.names:
+        assert np.array_equal(blocks[name], 0 * plain[name] if name.startswith("q") else plain[name])
+
+
+@pytest.mark.parametrize("f", BLOCK, ids=lambda f: f.name)
+def test_values_become_the_nearest_of_the_codebook(f):
+    low, high = f.codebook[0], f.codebook[-1]
+    values = np.linspace(low - 3, high + 3, 40001, dtype=np.float32)
+    values = np.append(values, np.float32([-1e30, 1e30, -0.0]))
+    found = np.abs(f.codebook[f.round(values)] - values)
+    assert np.array_equal(found, np.abs(f.codebook[:, None] - values).min(axis=0))
+
+
+@pytest.mark.parametrize(("name", "largest"), [("q4_k", 63), ("q5_k", 63), ("q6_k", 128), ("iq4_xs", 32)])
+def test_scales_of_sub_blocks_are_stored_as_the_integers_that_they_are(name, largest):
+    """Constant sub-blocks whose magnitudes are whole numbers: only the super-scale is rounded, up, by ≤ 2⁻¹⁰."""
+    f = FORMATS[name]
+    size = 16 if name == "q6_k" else 32
+    whole = rng().integers(0, largest + 1, (100, 256 // size))
+    whole[np.arange(100), rng().integers(0, 256 // size, 100)] = largest
+    x = np.repeat(whole, size, axis=1).astype(np.float32) * np.float32(0.0123)
+    back = f.dequantize(f.quantize(x))
+    assert (np.abs(back - x) <= x * 2.0**-10).all()

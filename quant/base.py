@@ -1,0 +1,246 @@
+"""What every number format is: its sizes, its registration, and how rows are cut into blocks.
+
+A format is one class, laid out bit for bit as GGUF's and written in NumPy, vectorised over blocks: fast enough to
+quantize whole models, and the reference that the native kernels are tested against. A class registers itself by
+being defined; tests and tools walk `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32Array = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Blocks = NDArray[Any]  # structured: one element a block
+
+FORMATS: dict[str, type[Format]] = {}
+FORMAT_OF_TYPE: dict[int, type[Format]] = {}
+
+HALF_MAX = 65504.0  # largest float16
+LOW = np.uint8(15)  # the low nibble of a byte
+PIECE = 1 << 16  # weights worked on at a time, so that temporaries stay in the cache
+
+NO_OFFSET = np.zeros((1, 1), np.float32)
+
+# Root mean square, over blocks of unit Gaussian weights, of the largest magnitude and of max − min.
+PEAK_16, PEAK_32, RANGE_32 = 2.13, 2.39, 4.20
+
+
+def rounding_tolerance(span: float, steps: float) -> float:
+    """1.5 × the relative RMS error of a Gaussian tensor whose blocks span `span` deviations in `steps` steps.
+
+    Rounding to a step s is off by s / √12 (RMS). The factor is room for rounded scales and for heavier tails:
+    a Laplacian tensor is off by 1.25 × as much as a Gaussian one. Data of another tensor is off by √2.
+    """
+    return 1.5 * span / steps / math.sqrt(12)
+
+
+def integers(first: int, last: int) -> F32Array:
+    """The codebook of evenly spaced codes."""
+    return np.arange(first, last + 1, dtype=np.float32)
+
+
+class Format:
+    """A block format. `layout` describes one block: fields of codes start with "q", all others are scales.
+
+    `codebook` holds the values of the codes, ascending: a weight is scale · codebook[code] + offset. Floats, whose
+    blocks are single numbers, have none, nor `fit`, `steps` and `put_codes`.
+
+    `largest` is the largest magnitude that is sure to fit. `tolerance` is the largest believable relative RMS
+    error, ‖x − dequantized‖ / ‖x‖, of a correctly quantized tensor of roughly Gaussian weights:
+    `rounding_tolerance` derives it for blocks; for floats it is the exact bound, half a unit in the last place.
+    """
+
+    name: ClassVar[str]
+    gguf_type: ClassVar[int]
+    block: ClassVar[int]  # weights in a block
+    block_bytes: ClassVar[int]
+    layout: ClassVar[np.dtype[Any]]
+    codebook: ClassVar[F32Array]
+    largest: ClassVar[float]
+    tolerance: ClassVar[float]
+
+    def __init_subclass__(cls) -> None:
+        cls.block_bytes = cls.layout.itemsize
+        FORMATS[cls.name] = FORMAT_OF_TYPE[cls.gguf_type] = cls
+
+    @classmethod
+    def row_bytes(cls, n: int) -> int:
+        """Bytes of a row of n weights. Raises ValueError if n is not a whole number of blocks."""
+        if n % cls.block:
+            raise ValueError(f"{cls.name}: a row of {n} weights is not a multiple of the block of {cls.block}")
+        return n // cls.block * cls.block_bytes
+
+    @classmethod
+    def quantize(cls, rows: F32Array, weights: F32Array | None = None) -> Bytes:
+        """float32 (..., n) → uint8 (..., row_bytes(n)).
+
+        Without `weights`, scales follow the extremes of a block and weights are rounded. `weights` is the importance
+        of each weight's squared error, broadcastable to `rows`: scales are then searched that make the weighted
+        error small (`fit`). Ones ask for a search that favours no weight. Floats ignore it.
+
+        Raises ValueError for rows that are not whole blocks, for weights that are not finite or too large, and for
+        an importance that is negative, not finite or of another shape; TypeError for anything but float32.
+        """
+        if rows.dtype != np.float32:
+            raise TypeError(f"{cls.name}: quantize takes float32 rows, not {rows.dtype}")
+        shape = (*rows.shape[:-1], cls.row_bytes(rows.shape[-1]))
+        peak = np.maximum(rows.max(initial=0), -rows.min(initial=0))  # NaN if there is one
+        if not np.isfinite(peak):
+            raise ValueError(f"{cls.name}: found a weight of {peak}: only finite weights can be quantized")
+        if peak > cls.largest:
+            raise ValueError(
+                f"{cls.name}: the largest weight is {peak:.9g}, the format holds at most {cls.largest:.9g}; "
+                "keep this tensor in f32"
+            )
+        if weights is not None and cls.block > 1:
+            return cls._quantize_weighted(rows, weights).view(np.uint8).reshape(shape)
+        x = rows.reshape(-1, cls.block)
+        out = np.empty(len(x), cls.layout)
+        step = PIECE // cls.block
+        for i in range(0, len(x), step):
+            cls._encode(x[i : i + step], out[i : i + step])
+        return out.view(np.uint8).reshape(shape)
+
+    @classmethod
+    def _quantize_weighted(cls, rows: F32Array, weights: F32Array) -> Blocks:
+        if weights.dtype != np.float32:
+            raise TypeError(f"{cls.name}: importance is float32, not {weights.dtype}")
+        try:
+            weights = np.broadcast_to(weights, rows.shape)
+        except ValueError:
+            raise ValueError(f"{cls.name}: importance {weights.shape} does not fit rows {rows.shape}") from None
+        low, high = weights.min(initial=0), weights.max(initial=0)
+        if low < 0 or not np.isfinite(high):  # NaN is neither
+            raise ValueError(f"{cls.name}: found an importance of {low if low < 0 else high}, expected finite and ≥ 0")
+        n = rows.shape[-1]
+        rows, weights = rows.reshape(-1, n), weights.reshape(-1, n)
+        out = np.empty((len(rows), n // cls.block), cls.layout)
+        step = max(1, PIECE // n) if n else 1
+        for i in range(0, len(rows), step):
+            x = rows[i : i + step].reshape(-1, cls.block)
+            blocks = cls.fit(x, weights[i : i + step].reshape(-1, cls.block))
+            cls.put_codes(cls.nearest(x, blocks), blocks)
+            out[i : i + step] = blocks.reshape(-1, n // cls.block)
+        return out
+
+    @classmethod
+    def fit(cls, x: F32Array, weights: F32Array | None) -> Blocks:  # noqa: ARG003 - no search yet
+        """Blocks (b,) for x (b, block) whose scales are set, rounded as they are stored, and whose codes are zero.
+
+        `weights`, broadcastable to x, is the importance of each squared error, finite and ≥ 0: the scales are then
+        the best that a search finds for nearest codes, and never worse than the plain ones. None gives these.
+        """
+        plain = np.empty(len(x), cls.layout)
+        cls._encode(x, plain)
+        for name in cls.layout.names or ():
+            if name.startswith("q"):
+                plain[name] = 0
+        return plain
+
+    @classmethod
+    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
+        """Scale and offset, both broadcastable to (b, block), of blocks (b,)."""
+        raise NotImplementedError
+
+    @classmethod
+    def put_codes(cls, codes: Bytes, out: Blocks) -> None:
+        """Pack codes (b, block), indices into `codebook`, into blocks (b,)."""
+        raise NotImplementedError
+
+    @classmethod
+    def nearest(cls, x: F32Array, blocks: Blocks) -> Bytes:
+        """The codes (b, block) that come closest to x (b, block) with the scales of blocks (b,)."""
+        scale, offset = cls.steps(blocks)
+        return cls.round((x - offset) * inverse(scale))
+
+    @classmethod
+    def round(cls, values: F32Array) -> Bytes:
+        """The code of the nearest value of the codebook, for each of `values`."""
+        first, last = cls.codebook[0], cls.codebook[-1]
+        codes: Bytes = (np.rint(values).clip(first, last) - first).astype(np.uint8)
+        return codes
+
+    @classmethod
+    def dequantize(cls, data: Bytes) -> F32Array:
+        """uint8 (..., bytes) → float32 (..., n). Any bytes will do; a scale that is not finite spreads.
+
+        Raises ValueError for rows that are not whole blocks, TypeError for anything but uint8.
+        """
+        if data.dtype != np.uint8:
+            raise TypeError(f"{cls.name}: dequantize takes uint8 rows, not {data.dtype}")
+        if data.shape[-1] % cls.block_bytes:
+            raise ValueError(
+                f"{cls.name}: a row of {data.shape[-1]} bytes is not whole blocks of {cls.block_bytes} bytes"
+            )
+        blocks = np.ascontiguousarray(data).reshape(-1).view(cls.layout)
+        out = np.empty((len(blocks), cls.block), np.float32)
+        step = PIECE // cls.block
+        with np.errstate(all="ignore"):
+            for i in range(0, len(blocks), step):
+                cls._decode(blocks[i : i + step], out[i : i + step])
+        return out.reshape(*data.shape[:-1], data.shape[-1] // cls.block_bytes * cls.block)
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        """Quantize finite x (blocks, cls.block) into out (blocks,), plainly."""
+        raise NotImplementedError
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        """Dequantize blocks (blocks,) into out (blocks, cls.block)."""
+        raise NotImplementedError
+
+
+def column(half: Blocks) -> F32Array:
+    return half.astype(np.float32)[:, None]
+
+
+def inverse(d: NDArray[np.floating[Any]]) -> F32Array:
+    """1 / d, and 0 where that is infinite: a block whose scale vanishes gets codes of zero."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse: F32Array = (np.float32(1) / d).astype(np.float32, copy=False)
+    inverse[np.isinf(inverse)] = 0
+    return inverse
+
+
+def half_up(d: NDArray[np.floating[Any]]) -> F32Array:
+    """d rounded away from zero to a float16, as float32.
+
+    A super-scale of ordinary weights is small enough to be a subnormal float16 of few bits. Rounded down, its
+    sub-scales would overflow their integers.
+    """
+    half = d.astype(np.float16)
+    bits = half.view(np.uint16)
+    bits += np.abs(half) < np.abs(d)  # the next float16 away from zero, whatever the sign
+    return half.astype(np.float32)
+
+
+def signed_peak(x: F32Array) -> F32Array:
+    """Of the last axis, the value of largest magnitude, the first of equals."""
+    high, low = x.max(axis=-1), x.min(axis=-1)
+    peak: F32Array = np.where(high > -low, high, low)
+    tied = high == -low
+    rows = x[tied]
+    first = np.abs(rows).argmax(axis=-1)[:, None]
+    peak[tied] = np.take_along_axis(rows, first, axis=-1)[:, 0]
+    return peak
+
+
+def pack_nibbles(q: Bytes) -> Bytes:
+    """Codes below 16 (..., 2, k) → (..., k), the first of the two in the low nibble."""
+    return q[..., 0, :] | q[..., 1, :] << np.uint8(4)
+
+
+def unpack_nibbles(packed: Bytes) -> Bytes:
+    """(..., k) → (..., 2, k)."""
+    return np.stack([packed & LOW, packed >> np.uint8(4)], axis=-2)
+
+
+def shifts(count: int, bits: int) -> Bytes:
+    """(count, 1): 0, bits, 2·bits …"""
+    return np.arange(0, count * bits, bits, dtype=np.uint8)[:, None]

@@ -1,0 +1,197 @@
+"""Floats, and the formats whose blocks of 32 weights have scales of their own."""
+
+# ruff: noqa: N801 - the classes carry the names that the field gives to these formats
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .base import (
+    HALF_MAX,
+    LOW,
+    NO_OFFSET,
+    PEAK_32,
+    RANGE_32,
+    Blocks,
+    Bytes,
+    F32Array,
+    Format,
+    column,
+    integers,
+    inverse,
+    pack_nibbles,
+    rounding_tolerance,
+    signed_peak,
+    unpack_nibbles,
+)
+
+
+class F32(Format):
+    name, gguf_type, block = "f32", 0, 1
+    layout: ClassVar[np.dtype[Any]] = np.dtype("<f4")
+    largest = float(np.finfo(np.float32).max)
+    tolerance = 0.0
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        out[:] = x[:, 0]
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        out[:, 0] = blocks
+
+
+class F16(F32):
+    name, gguf_type = "f16", 1
+    layout = np.dtype("<f2")
+    largest = HALF_MAX
+    tolerance = 2.0**-11
+
+
+class BF16(Format):
+    """The upper half of a float32, rounded to nearest even."""
+
+    name, gguf_type, block = "bf16", 30, 1
+    layout = np.dtype("<u2")
+    largest = float(np.uint32(0x7F7F0000).view(np.float32))
+    tolerance = 2.0**-8
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        bits = x[:, 0].view(np.uint32)
+        out[:] = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16  # weights are finite: no carry leaves the word
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        np.left_shift(blocks, 16, out=out[:, 0].view(np.uint32), dtype=np.uint32)
+
+
+class Q8_0(Format):
+    """w = d·q, q in −127 … 127."""
+
+    name, gguf_type, block = "q8_0", 8, 32
+    layout = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
+    codebook = integers(-127, 127)
+    largest = HALF_MAX * 127
+    tolerance = rounding_tolerance(PEAK_32, 127)
+
+    @classmethod
+    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
+        return column(blocks["d"]), NO_OFFSET
+
+    @classmethod
+    def put_codes(cls, codes: Bytes, out: Blocks) -> None:
+        out["qs"] = codes.astype(np.int16) - 127
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        d = np.abs(x).max(axis=1) / np.float32(127)
+        q = x * inverse(d)[:, None]
+        # Halves go away from zero. The float just below ½ rounds them up all the same, and .49999997 down.
+        q += np.copysign(np.nextafter(np.float32(0.5), np.float32(0)), q)
+        out["d"], out["qs"] = d, q
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        np.multiply(blocks["qs"], column(blocks["d"]), out=out)
+
+
+class Q4_0(Format):
+    """w = d·(q − 8). The weight of largest magnitude, of either sign, becomes −8."""
+
+    name, gguf_type, block = "q4_0", 2, 32
+    layout = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
+    codebook = integers(-8, 7)
+    largest = HALF_MAX * 8
+    tolerance = rounding_tolerance(PEAK_32, 8)
+
+    @classmethod
+    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
+        return column(blocks["d"]), NO_OFFSET
+
+    @classmethod
+    def put_codes(cls, codes: Bytes, out: Blocks) -> None:
+        out["qs"] = pack_nibbles(codes.reshape(-1, 2, 16))
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        out["d"], codes = _round_symmetric(x, 8)
+        cls.put_codes(codes, out)
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        q = unpack_nibbles(blocks["qs"]).reshape(-1, 32).view(np.int8)
+        np.multiply(q - np.int8(8), column(blocks["d"]), out=out)
+
+
+class Q5_0(Format):
+    """w = d·(q − 16), as Q4_0; bit i of qh is the fifth bit of weight i."""
+
+    name, gguf_type, block = "q5_0", 6, 32
+    layout = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
+    codebook = integers(-16, 15)
+    largest = HALF_MAX * 16
+    tolerance = rounding_tolerance(PEAK_32, 16)
+
+    @classmethod
+    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
+        return column(blocks["d"]), NO_OFFSET
+
+    @classmethod
+    def put_codes(cls, codes: Bytes, out: Blocks) -> None:
+        out["qh"] = np.packbits(codes >> 4, axis=1, bitorder="little")
+        out["qs"] = pack_nibbles((codes & LOW).reshape(-1, 2, 16))
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        out["d"], codes = _round_symmetric(x, 16)
+        cls.put_codes(codes, out)
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        q = unpack_nibbles(blocks["qs"]).reshape(-1, 32)
+        q |= np.unpackbits(blocks["qh"], axis=1, bitorder="little") << 4
+        np.multiply(q.view(np.int8) - np.int8(16), column(blocks["d"]), out=out)
+
+
+class Q4_1(Format):
+    """w = d·q + m."""
+
+    name, gguf_type, block = "q4_1", 3, 32
+    layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
+    codebook = integers(0, 15)
+    largest = HALF_MAX
+    tolerance = rounding_tolerance(RANGE_32, 15)
+
+    @classmethod
+    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
+        return column(blocks["d"]), column(blocks["m"])
+
+    @classmethod
+    def put_codes(cls, codes: Bytes, out: Blocks) -> None:
+        out["qs"] = pack_nibbles(codes.reshape(-1, 2, 16))
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        low = x.min(axis=1)
+        d = (x.max(axis=1) - low) / np.float32(15)
+        q = (x - low[:, None]) * inverse(d)[:, None]
+        q += np.float32(0.5)
+        out["d"], out["m"] = d, low
+        cls.put_codes(q.astype(np.uint8), out)
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        q = unpack_nibbles(blocks["qs"]).reshape(-1, 32)
+        np.multiply(q, column(blocks["d"]), out=out)
+        out += column(blocks["m"])
+
+
+def _round_symmetric(x: F32Array, steps: int) -> tuple[F32Array, Bytes]:
+    """Scales (blocks,) and codes 0 … 2·steps − 1 of x (blocks, 32), where the code `steps` is zero."""
+    d = signed_peak(x) / np.float32(-steps)
+    q = x * inverse(d)[:, None]
+    q += np.float32(steps + 0.5)
+    return d, np.minimum(q.astype(np.uint8), np.uint8(2 * steps - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Protocol
@@ -16,13 +16,15 @@ from ..runtime.tensors import tensor_specs
 from .worker import NotMeasured
 
 PREFILL = (128, 512, 4096, 7000)  # lengths of prompts
-DECODE = (16, 512, 2048, 4200, 7000)  # tokens held; 4200 is past Gemma 2's window
-# Each walk fills an empty sequence and stops at these lengths to measure. Those of the last are whole chunks as far
-# as can be, so that what is taken in between costs what one long prompt costs.
-WALKS = ((16,), (128,), (512, 2048, 4096, 4200, 7000))
+DECODE = (16, 128, 512, 2048, 4200, 7000)  # tokens held; 4200 is past Gemma 2's window
+# Each walk fills an empty sequence and stops at these lengths to measure. The short ones are walked in every round,
+# the long one once, because peers take minutes for it, with the turns of all rounds at each stop. Its stops are whole
+# chunks as far as can be, so that what is taken in between costs what one long prompt costs.
+SHORT_WALKS = ((16,), (128,), (512,))
+LONG_WALK = (2048, 4096, 4200, 7000)
 FIRST_TOKEN_PROMPT = 128
 STEPS = 8  # tokens in a turn of decoding
-TURNS = 3  # turns at each stop of each walk
+TURNS = 3  # turns at each stop, a round
 PAUSE = 0.1  # seconds before each: the threads of whoever was at work spin for a while before they sleep
 
 
@@ -79,9 +81,12 @@ class Measurement:
                 self._each(f"first token, {i + 1} of {repeats}", self._first_token)
             self._each("start", self._start)
             for i in range(repeats):
-                for walk in WALKS:
+                for walk in SHORT_WALKS:
                     self._probe()
-                    self._walk([stop for stop in walk if stop <= self._context], f"round {i + 1} of {repeats}")
+                    self._walk(walk, TURNS, f"round {i + 1} of {repeats}")
+            self._probe()
+            self._walk(LONG_WALK, TURNS * repeats, "long prompt")
+            self._probe()
             self._each(f"filling the context of {self._context}", self._fill)
         finally:
             for target in self._targets.values():
@@ -115,11 +120,12 @@ class Measurement:
         target.prefill(STEPS)  # every weight is touched once before anything is timed
         target.decode(STEPS)
 
-    def _walk(self, stops: list[int], round_: str) -> None:
+    def _walk(self, walk: Sequence[int], turns: int, what: str) -> None:
+        stops = [stop for stop in walk if stop <= self._context]
         if not stops:
             return
         seconds = dict.fromkeys(self.samples, 0.0)
-        self._each(round_, lambda name: self._targets[name].reset())
+        self._each(what, lambda name: self._targets[name].reset())
         self._position = 0
         for stop in stops:
             more = stop - self._position
@@ -133,11 +139,11 @@ class Measurement:
                 each = self._targets[name].decode(STEPS) / STEPS
                 self.samples[name].decode.setdefault(stop, []).append(each)
 
-            self._each(f"{round_}, prompt up to {stop}", prefill)
+            self._each(f"{what}, prompt up to {stop}", prefill)
             self._position = stop
             if stop in DECODE and stop + STEPS <= self._context:
-                for _ in range(TURNS):
-                    self._each(f"{round_}, decoding at {stop}", decode)
+                for _ in range(turns):
+                    self._each(f"{what}, decoding at {stop}", decode)
 
     def _fill(self, name: str) -> None:
         if self._position < self._context:

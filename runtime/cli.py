@@ -18,6 +18,7 @@ _VERBS = {
     "inspect": ("bezel.runtime.cli_inspect", "Show what a model file holds and how much memory it takes."),
     "verify": ("bezel.export.cli", "Compare a model file with the checkpoint that it came from."),
     "bench": ("bezel.bench.cli", "Measure speed and memory, next to llama.cpp if asked."),
+    "measure": ("bezel.bench.measure_cli", "Measure what quantization cost, against a reference."),
     "demo": ("bezel.bench.demo", "Do it all on the bundled model, in under a minute."),
 }
 

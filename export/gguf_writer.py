@@ -28,6 +28,7 @@ from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import END_OF_TURN, Vocabulary
 from .checkpoint import Checkpoint
 from .gguf_header import TensorRecord, aligned, encode_header
+from .receipt import PLACEHOLDERS
 
 CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its temporaries stay in a core's cache
 
@@ -241,6 +242,7 @@ def _metadata(checkpoint: Checkpoint, preset: str, plan: Sequence[PlannedTensor]
         "bezel.provenance.embedding_format": formats["token_embd"],
         "bezel.provenance.source_files": [file.name for file in checkpoint.files],
         "bezel.provenance.source_sha256": ["0" * 64 for _ in checkpoint.files],
+        **PLACEHOLDERS,
     }
 
 

@@ -13,7 +13,7 @@ import click
 from .cache import KV_TYPES, allocated_rows, default_chunk, new_caches, row_bytes
 from .config import ModelConfig
 from .errors import InvalidRequest
-from .gguf import GGUFFile
+from .gguf import RECEIPT, GGUFFile
 
 MIB = 1 << 20
 
@@ -101,6 +101,7 @@ def _facts(file: GGUFFile, config: ModelConfig, context: int | None) -> dict[str
         "rope_bases": [layer.rope_base for layer in config.layers],
         "cache": {kv: [cache_sizes(config, n, kv) for n in contexts] for kv in KV_TYPES},
         "provenance": _provenance(file),
+        "receipt": _receipt(file),
         "tensors": [
             {"name": info.name, "shape": info.shape, "format": info.format.name, "bytes": info.nbytes}
             for info in file.tensors.values()
@@ -116,6 +117,16 @@ def _provenance(file: GGUFFile) -> dict[str, Any]:
     names, hashes = (list(stored.pop(key, ())) for key in ("source_files", "source_sha256"))
     plain = {key: value for key, value in stored.items() if isinstance(value, (str, int, float))}
     return plain | {"sources": dict(zip(names, hashes, strict=False))} if names else plain
+
+
+def _receipt(file: GGUFFile) -> dict[str, Any] | None:
+    """What was measured of the file; None where nothing was, or where what is there is not a receipt."""
+    stored = {key.removeprefix(RECEIPT): file.metadata[key] for key in file.receipt_spans}
+    figures: dict[str, Any] = {key: v for key, v in stored.items() if isinstance(v, float) and math.isfinite(v)}
+    if "kld_mean" not in figures:
+        return None
+    texts = {key: value.strip() for key, value in stored.items() if isinstance(value, str)}
+    return figures | {key: v for key, v in stored.items() if type(v) is int} | texts
 
 
 def _contexts(limit: int) -> list[int]:
@@ -155,10 +166,32 @@ def _print(facts: dict[str, Any], tensors: bool) -> None:
                 click.echo(f"  {key:<22} {value}")
         for name, sha256 in facts["provenance"].get("sources", {}).items():
             click.echo(f"  from {name:<33} sha256 {sha256}")
+    if facts["receipt"]:
+        _print_receipt(facts["receipt"])
     if tensors:
         click.echo("\nTensors")
         for row in facts["tensors"]:
             click.echo(f"  {row['name']:<36} {row['format']:>5} {' × '.join(map(str, row['shape']))}")
+
+
+def _print_receipt(receipt: dict[str, Any]) -> None:
+    """What a receipt says, in words; a part that is missing is left out."""
+    click.echo(f"\nReceipt: measured against {receipt.get('reference') or 'a reference without a name'}")
+    lines = (
+        ("mean KLD", "{kld_mean:.4g} nats per token ({kld_mean_low:.4g} to {kld_mean_high:.4g})"),
+        ("99.9 % KLD", "{kld_p999:.4g}: one position in 1000 loses more"),
+        ("same top token", "{top1:.2%} of positions"),
+        ("perplexity", "{perplexity_ratio:.4f} times the reference's"),
+        ("measured", "{date} by {tool}, {tokens:,} positions, {protocol}"),
+        ("engine", "{engine}"),
+        ("text", "sha256 {text_sha256}"),
+        ("reference", "sha256 {reference_sha256}"),
+    )
+    for title, line in lines:
+        try:
+            click.echo(f"  {title:<22} {line.format_map(receipt)}")
+        except (KeyError, ValueError):
+            continue
 
 
 def _ranges(numbers: list[int]) -> str:

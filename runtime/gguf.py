@@ -41,6 +41,7 @@ _ALIGNMENTS = tuple(1 << i for i in range(3, 17))
 _SMALLEST_KEY = 8 + 1 + 4 + 1  # length, one letter, value type, a one-byte value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # length, one letter, one dimension, type, offset
 _SAMPLE = 4096  # bytes of each tensor that the fingerprint covers
+RECEIPT = "bezel.receipt."  # keys whose values may be filled in later, and so are no part of the fingerprint
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -107,6 +108,7 @@ class StringArray(Sequence[str]):
 class GGUFFile:
     """An open GGUF file. `metadata` maps keys to Python scalars, read-only arrays and StringArrays.
 
+    `receipt_spans` says where in the file the value of each RECEIPT key lies, its type included.
     Raises InvalidModelFile for whatever is not a sound GGUF file. The map is released once the file is closed
     and the last array that was read from it is gone.
     """
@@ -121,6 +123,7 @@ class GGUFFile:
         n_tensors = header.count("tensors", _SMALLEST_TENSOR)
         n_keys = header.count("metadata keys", _SMALLEST_KEY)
         self.metadata: Mapping[str, Any] = header.keys(n_keys)
+        self.receipt_spans: Mapping[str, slice] = header.receipt_spans
         self.tensors: dict[str, TensorInfo] = header.tensors(n_tensors, self.metadata.get("general.alignment", 32))
         self._header_size = header.pos
         self._closed = False
@@ -171,9 +174,17 @@ class GGUFFile:
                 )
 
     def fingerprint(self) -> str:
-        """Which model this is: SHA-256 (hex) of the size, the header and the first 4 KiB of each tensor."""
+        """Which model this is: SHA-256 (hex) of the size, the header and the first 4 KiB of each tensor.
+
+        Receipts count as zeros: what was measured of a model does not make it another.
+        """
         digest = hashlib.sha256(_U64.pack(self._raw.size))
-        digest.update(self._raw[: self._header_size].data)
+        header = self._raw[: self._header_size]
+        if self.receipt_spans:
+            header = header.copy()
+            for span in self.receipt_spans.values():
+                header[span] = 0
+        digest.update(header.data)
         for name in self.tensors:
             digest.update(self.data(name).reshape(-1)[:_SAMPLE].data)
         return digest.hexdigest()
@@ -248,6 +259,7 @@ class _Header:
     def __init__(self, path: Path, raw: NDArray[np.uint8]) -> None:
         self.path, self.raw, self.view = path, raw, raw.data
         self.pos, self.end = len(b"GGUF"), min(raw.size, _MAX_HEADER)
+        self.receipt_spans: dict[str, slice] = {}
 
     def fail(self, reason: str, offset: int | None = None) -> NoReturn:
         raise InvalidModelFile(self.path, reason, self.pos if offset is None else offset)
@@ -300,7 +312,10 @@ class _Header:
         found: dict[str, Any] = {}
         for i in range(count):
             key = self.name(f"key {i}", _MAX_KEY, found)
+            start = self.pos
             found[key] = self.value(f"key {_show(key)}")
+            if key.startswith(RECEIPT):
+                self.receipt_spans[key] = slice(start, self.pos)
         return found
 
     def value(self, what: str) -> Any:

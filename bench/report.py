@@ -243,14 +243,14 @@ def _list(lines: Iterable[str]) -> Element:
 def _tasks(result: Json) -> list[Element]:
     parts: list[Element] = []
     for task in result.get("tasks") or ():
-        pairs = {p["b"]: p for p in task["pairs"]}
+        against = task["candidates"][0]["name"]
+        pairs = {p["b"]: p for p in task["pairs"] if p["a"] == against}
         rows = []
         for c in task["candidates"]:
             pair = pairs.get(c["name"])
             flips = (f"{pair['worse']} worse, {pair['better']} better", number(pair["p"], 2)) if pair else ("–", "–")
             cells = [_cell(c["acc"], "acc"), _cell(c["acc_norm"], "acc"), *(element("td", text) for text in flips)]
             rows.append([element("th", c["name"], scope="row"), *cells])
-        against = task["pairs"][0]["a"] if task["pairs"] else "the first"
         heads = ("model", "accuracy", "accuracy by bytes", f"flips against {against}", "p (McNemar)")
         title = f"{Path(task['file']).name}: {task['questions']} questions"
         parts += [element("h3", title), _table(heads, rows)]

@@ -109,12 +109,7 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> Floats:
         """Logits float32 (len(ids), vocab) of every position of a fresh sequence."""
-        session = self.session()
-        checked = session.check(ids)
-        out = np.empty((len(checked), self.config.vocab_size), np.float32)
-        for start, part in session.chunks(checked):
-            out[start : start + len(part)] = session.engine.forward(part, len(part))
-        return out
+        return self.session().logits(ids)
 
     def prompt_ids(self, prompt: str | Sequence[int] | Sequence[chat.Message], raw: bool | None = None) -> list[int]:
         """What the model sees of a prompt: ids as they are, messages as a chat, text as one turn of a chat.
@@ -170,6 +165,15 @@ class Session:
         logits = self.feed(ids)
         assert logits is not None  # nothing cancels
         return logits
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """`prefill` that gives the logits float32 (len(ids), vocab) after every one of the ids."""
+        checked = self.check(ids)
+        out = np.empty((len(checked), self.model.config.vocab_size), np.float32)
+        for start, part in self.chunks(checked):
+            out[start : start + len(part)] = self.engine.forward(part, len(part))
+            self.ids += part.tolist()
+        return out
 
     def step(self, token: int) -> Floats:
         """Take one token; logits float32 (vocab,)."""

@@ -22,7 +22,7 @@ from .machine import bezel_version
 from .metrics import NotFinite, Records, compare
 from .passages import CHUNK, Passage, Text, cut, read_texts
 from .state import Arrays, State
-from .subjects import Opener, Spec, Subject, unique_names
+from .subjects import Opener, Spec, Subject, key_of, unique_names
 from .summary import Pooled, describe, pairs, reference_perplexity
 
 _ROWS = 64  # positions compared at a time …
@@ -88,8 +88,8 @@ def measure(
         "chunks": len(passages),
         "scored": sum(passage.scored for passage in passages),
         "confidence": confidence,
-        "warnings": pooled[0].warnings(),
-        "reference": work.subjects[0].facts | {"perplexity": reference_perplexity(pooled[0])},
+        "warnings": pooled[0].warnings() if pooled else [],
+        "reference": work.subjects[0].facts | {"perplexity": reference_perplexity(pooled[0]) if pooled else None},
         "candidates": described,
         "pairs": pairs([(work.subjects[c.candidate].name, p) for c, p in main]),
         "effects": [
@@ -157,14 +157,14 @@ def _compute(
     work: _Work, texts: Sequence[Text], passages: Sequence[Passage], protocol: str, folder: Path, progress: Progress
 ) -> list[list[Arrays]]:
     """For each comparison the arrays of each passage, computed or loaded."""
-    keys = [subject.key for subject in work.subjects]
+    keys = [key_of(subject.spec) for subject in work.subjects]
     common = {"texts": [t.sha256 for t in texts], "protocol": protocol, "chunk": len(passages[0].ids)}
     states = [
         State(folder, common | {"reference": keys[c.reference], "candidate": keys[c.candidate]})
         for c in work.comparisons
     ]
     out: list[list[Arrays]] = [[] for _ in work.comparisons]
-    for number, passage in enumerate(passages):
+    for number, passage in enumerate(passages if out else []):
         progress(number, len(passages), _so_far(work, out))
         found: dict[int, Arrays] = {i: a for i, state in enumerate(states) if (a := state.load(number)) is not None}
         missing = [i for i in range(len(states)) if i not in found]
@@ -174,7 +174,8 @@ def _compute(
             found[i] = arrays
         for i, kept in enumerate(out):
             kept.append(found[i])
-    progress(len(passages), len(passages), _so_far(work, out))
+    if out:
+        progress(len(passages), len(passages), _so_far(work, out))
     return out
 
 

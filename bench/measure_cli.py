@@ -12,11 +12,14 @@ from typing import Any
 
 import click
 
+from ..export.gguf_writer import atomic
 from ..runtime.api import ACTIVATIONS
 from ..runtime.cache import KV_TYPES
 from .measure import measure as run
 from .measure_tables import show
 from .passages import CHUNK, PROTOCOLS
+from .sensitivity import BY, CHUNKS
+from .sensitivity import sensitivity as find_sensitivity
 from .state import state_folder
 from .subjects import Spec, parse_spec
 
@@ -45,8 +48,25 @@ from .subjects import Spec, parse_spec
     help="chunks: each read afresh, its second half scored. long: read across windows, every position scored.",
 )
 @click.option("--chunk", type=int, help=f"Tokens in a chunk.  [default: {CHUNK}; long: all that the models take]")
-@click.option("--chunks", "limit", type=click.IntRange(min=1), help="Read so many chunks only.  [default: all]")
+@click.option(
+    "--chunks",
+    "limit",
+    type=click.IntRange(min=1),
+    help=f"Read so many chunks only.  [default: all; --sensitivity: {CHUNKS}]",
+)
 @click.option("--effects", is_flag=True, help="Measure weights, activations and keys and values apart, too.")
+@click.option(
+    "--sensitivity",
+    "formats",
+    metavar="FORMAT[,FORMAT…]",
+    help="Round the reference's tensors one by one and rank them.",
+)
+@click.option(
+    "--by", type=click.Choice(BY), default=BY[0], show_default=True, help="What --sensitivity rounds at a time."
+)
+@click.option(
+    "--sensitivity-out", type=click.Path(dir_okay=False, path_type=Path), help="Write the ranking for export."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the performance cores]")
 @click.option(
     "--state",
@@ -66,6 +86,9 @@ def measure(
     chunk: int | None,
     limit: int | None,
     effects: bool,
+    formats: str | None,
+    by: str,
+    sensitivity_out: Path | None,
     threads: int | None,
     state: Path | None,
     html: Path | None,
@@ -86,25 +109,45 @@ def measure(
       bezel measure a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --chunks 100 --html report.html
       bezel measure a.gguf@kv=int8 a.gguf@kv=f16 --reference a.gguf --text book.txt --protocol long
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --effects --json
+      bezel measure --reference gemma-2-2b/ --text wiki.test.txt --sensitivity q4_0,q6_k --sensitivity-out sens.json
     """
-    if not candidates:
-        raise click.UsageError("Give at least one CANDIDATE.")
+    if not candidates and not formats:
+        raise click.UsageError("Give at least one CANDIDATE, or --sensitivity.")
+    if sensitivity_out and not formats:
+        raise click.UsageError("--sensitivity-out needs --sensitivity.")
     default = Spec(Path(), engine, kv, activations)
-    exact = Spec(Path(), None, "f32", "f32")
-    progress = Progress() if sys.stderr.isatty() else None
+    exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
+    states = state or state_folder()
     try:
         result = run(
             [parse_spec(text, default) for text in candidates],
-            parse_spec(reference, exact),
+            exact,
             texts,
             protocol=protocol,
             chunk=chunk,
-            limit=limit,
+            limit=limit if candidates else limit or CHUNKS,
             effects=effects,
             threads=threads,
-            states=state or state_folder(),
-            progress=progress,
+            states=states,
+            progress=_progress("measuring"),
         )
+        if formats:
+            found = find_sensitivity(
+                exact.path,
+                texts,
+                formats.split(","),
+                by=by,
+                chunk=chunk if protocol == "chunks" else None,
+                limit=limit or CHUNKS,
+                states=states,
+                progress=_progress("sensitivity"),
+            )
+            # The report draws one format; the file has them all.
+            first = [entry for entry in found["entries"] if entry["format"] == formats.split(",")[0]]
+            result["sensitivity"] = {"format": formats.split(",")[0], "by": by, "entries": first}
+            if sensitivity_out:
+                with atomic(sensitivity_out) as file:
+                    file.write((json.dumps(found, indent=1) + "\n").encode())
     except KeyboardInterrupt:
         click.echo("\nstopped; the same command goes on from here", err=True)
         raise SystemExit(130) from None
@@ -126,11 +169,15 @@ def _give(result: dict[str, Any], as_json: bool, html: Path | None) -> None:
         click.echo(f"written to {html}", err=True)
 
 
+def _progress(what: str) -> Progress | None:
+    return Progress(what) if sys.stderr.isatty() else None
+
+
 class Progress:
     """A line on the terminal with the time that is left."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._started, self._first = clock, clock(), 0
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._clock, self._started, self._first = what, clock, clock(), 0
         self._last = 0
 
     def __call__(self, done: int, total: int, found: str) -> None:
@@ -141,7 +188,7 @@ class Progress:
         self._last = done
         computed = done - self._first
         left = f", {_duration(spent / computed * (total - done))} left" if computed and done < total else ""
-        line = f"{done} of {total}{left}{'; ' if found else ''}{found}"
+        line = f"{self._what}: {done} of {total}{left}{'; ' if found else ''}{found}"
         click.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), nl=False, err=True)
 
 

@@ -10,9 +10,20 @@ import click
 
 Json = Mapping[str, Any]
 
+_MOST = 20  # entries of a ranking shown
+
 
 def show(result: Json) -> None:
     """Print a measurement result."""
+    if result["candidates"]:
+        _show_candidates(result)
+        _show_pairs(result)
+        _show_effects(result)
+    if result["sensitivity"]:
+        _show_sensitivity(result["sensitivity"])
+
+
+def _show_candidates(result: Json) -> None:
     reference, candidates = result["reference"], result["candidates"]
     texts = ", ".join(Path(text["path"]).name for text in result["texts"])
     what = "sequences" if result["protocol"] == "long" else "chunks"
@@ -37,8 +48,6 @@ def show(result: Json) -> None:
         figures = [_value(c["metrics"][key], form, times) for _, key, form, times in columns]
         rows.append([c["name"], *size, *figures])
     _table(heads, rows)
-    _show_pairs(result)
-    _show_effects(result)
 
 
 def _show_pairs(result: Json) -> None:
@@ -71,6 +80,21 @@ def _show_effects(result: Json) -> None:
             for m in [e["metrics"]]
         ]
         _table(["candidate", "effect", "mean KLD", "same top, %"], rows)
+
+
+def _show_sensitivity(found: Json) -> None:
+    click.echo(f"\nmean KLD when one {found['by']} alone is {found['format']}")
+    rows = []
+    for entry in found["entries"][:_MOST]:
+        name = entry["tensors"][0] if len(entry["tensors"]) == 1 else _group(entry)
+        rows.append([name, _value({"value": entry["kld"], **entry}, "{:.2g}")])
+    _table([found["by"], "mean KLD"], rows)
+    if len(found["entries"]) > _MOST:
+        click.echo(f"and {len(found['entries']) - _MOST} with less")
+
+
+def _group(entry: Json) -> str:
+    return str(entry["role"]) if entry["layer"] is None else f"layer {entry['layer']}"
 
 
 def _setting(model: Json) -> str:

@@ -87,7 +87,7 @@ def _distribution(logits: Floats, which: int, first_row: int) -> _Distribution:
     rest, top = logits.copy(), np.empty((len(logits), TOP), np.int64)
     rows = np.arange(len(logits))
     for i in range(TOP):  # much faster than to sort, or to partition, the whole vocabulary
-        top[:, i] = rest.argmax(axis=1)
+        top[:, i] = np.argmax(rest, axis=1)
         rest[rows, top[:, i]] = -np.inf
     return _Distribution(x, top)
 

@@ -119,14 +119,6 @@ class Subject:
         self._backend = backend
         self.facts: dict[str, Any] = {}
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """All that decides what the model computes: two subjects with equal keys give equal logits."""
-        spec, files = self.spec, _files(self.spec.path)
-        stats = [(str(f.relative_to(spec.path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-        where = str(spec.path.resolve())
-        return {"path": where, "files": stats} | {k: getattr(spec, k) for k in ("engine", "kv", "activations", "ring")}
-
     def start(self, context: int) -> tuple[Engine, Tap | None]:
         """An empty sequence for up to `context` tokens, and a tap on it if its engine has ops to tap."""
         engine = self._backend().engine(context, self.spec.kv, default_chunk(self.config), self.spec.ring)
@@ -179,6 +171,13 @@ class Opener:
         }
         tokenizer = Tokenizer(checkpoint.vocabulary(), str(spec.path))
         return checkpoint.config, tokenizer, backend, facts
+
+
+def key_of(spec: Spec) -> dict[str, Any]:
+    """Which files, as they are now, and how they are run: models with equal keys give equal logits."""
+    stats = [(str(f.relative_to(spec.path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in _files(spec.path)]
+    setting = {name: getattr(spec, name) for name in ("engine", "kv", "activations", "ring")}
+    return {"path": str(spec.path.resolve()), "files": stats, **setting}
 
 
 def unique_names(specs: Sequence[Spec]) -> list[str]:

@@ -28,8 +28,8 @@ def _show_candidates(result: Json) -> None:
     texts = ", ".join(Path(text["path"]).name for text in result["texts"])
     what = "sequences" if result["protocol"] == "long" else "chunks"
     click.echo(
-        f"{result['chunks']} {what} of {result['chunk']} tokens of "
-        f"{texts}, {result['scored']:,} positions scored; in brackets, {result['confidence']:.0%} confidence intervals"
+        f"{result['chunks']} {what} of {result['chunk']} tokens of {texts}, {result['scored']:,} positions scored; "
+        f"± the longer side of the {result['confidence']:.0%} confidence interval"
     )
     ppl = _value(reference["perplexity"], "{:.4g}")
     click.echo(f"reference: {reference['name']}, {_setting(reference)}: perplexity {ppl}\n")
@@ -102,8 +102,9 @@ def _setting(model: Json) -> str:
 
 
 def _value(metric: Json, form: str, times: float = 1) -> str:
-    value, low, high = (None if metric[k] is None else form.format(times * metric[k]) for k in ("value", "low", "high"))
-    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+    value, low, high = (None if metric[k] is None else times * metric[k] for k in ("value", "low", "high"))
+    shown = form.format(value)
+    return shown if low is None else f"{shown} ±{form.format(max(value - low, high - value))}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -81,7 +81,7 @@ def _distribution(logits: Floats, which: int, first_row: int) -> _Distribution:
     peak = x.max(axis=1, keepdims=True)
     bad = ~np.isfinite(peak[:, 0]) | ~np.isfinite(x.min(axis=1))
     if bad.any():
-        raise NotFinite(which, first_row + int(bad.argmax()))
+        raise NotFinite(which, first_row + int(np.flatnonzero(bad)[0]))
     x -= peak
     x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
     rest, top = logits.copy(), np.empty((len(logits), TOP), np.int64)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..runtime.api import Model
+from ..runtime.api import Session
 
 _AT_ONCE = 64  # positions whose logits are held at a time: 64 MiB at Gemma's vocabulary
 
@@ -25,10 +25,14 @@ def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: 
 
 
 class Scorer:
-    """Log-likelihoods under `model`. What two questions in a row have in common is computed once."""
+    """Log-likelihoods in `session`. What two questions in a row have in common is computed once."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self._session = model, model.session()
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def encode(self, text: str) -> list[int]:
+        """The text's ids, after <bos>."""
+        return self._session.model.tokenizer.encode(text, bos=True)
 
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
         """log P(continuation | context) in nats, and whether greedy decoding would write the continuation.

@@ -45,7 +45,7 @@ class BezelLM(LM):  # type: ignore[misc]
             options.pop(name, None)
         self.bezel = load(path, **options)
         self.max_length, self.max_gen_toks = self.bezel.context, max_gen_toks
-        self._scorer, self._chat = Scorer(self.bezel), False
+        self._scorer, self._chat = Scorer(self.bezel.session()), False
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log P(continuation | context) in nats, whether it is what greedy decoding gives) of each request."""

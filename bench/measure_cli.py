@@ -13,27 +13,36 @@ from typing import Any
 import click
 
 from ..export.gguf_writer import atomic
-from ..runtime.api import ACTIVATIONS
+from ..export.receipt import check_room, stamp
+from ..runtime.api import ACTIVATIONS, Session
 from ..runtime.cache import KV_TYPES
+from ..runtime.gguf import GGUFFile
 from .measure import measure as run
 from .measure_tables import show
 from .passages import CHUNK, PROTOCOLS
 from .sensitivity import BY, CHUNKS
 from .sensitivity import sensitivity as find_sensitivity
 from .state import state_folder
-from .subjects import Spec, parse_spec
+from .subjects import Opener, Spec, parse_spec, unique_names
+from .tasks import run_tasks, show_tasks
 
 
 @click.command()
 @click.argument("candidates", nargs=-1, metavar="[CANDIDATE]...")
-@click.option("--reference", required=True, metavar="MODEL", help="What the candidates are compared with.")
+@click.option("--reference", metavar="MODEL", help="What the candidates are compared with.")
 @click.option(
     "--text",
     "texts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
-    required=True,
     help="What to read, UTF-8; may be given several times.",
+)
+@click.option(
+    "--tasks",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE.jsonl",
+    help="Multiple-choice questions to answer, too; may be given several times.",
 )
 @click.option("--engine", help="What runs the candidates.  [default: native for GGUF, ort for ONNX]")
 @click.option("--kv", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Their KV cache storage.")
@@ -74,11 +83,13 @@ from .subjects import Spec, parse_spec
     help="Folder for what is computed, so that the same command can go on.  [default: the user's cache]",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a report with plots here.")
+@click.option("--receipt", is_flag=True, help="Write the loss into the candidates' GGUF files, for `bezel inspect`.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def measure(
     candidates: tuple[str, ...],
-    reference: str,
+    reference: str | None,
     texts: tuple[Path, ...],
+    tasks: tuple[Path, ...],
     engine: str | None,
     kv: str,
     activations: str,
@@ -92,6 +103,7 @@ def measure(
     threads: int | None,
     state: Path | None,
     html: Path | None,
+    receipt: bool,
     as_json: bool,
 ) -> None:
     """Measure what quantization cost: compare each CANDIDATE with the reference on the same texts.
@@ -101,6 +113,10 @@ def measure(
     activations, ring (on, off) and name. The reference is exact unless it says otherwise: float32 activations, keys
     and values.
 
+    --tasks answers multiple-choice questions by likelihood, without a reference too. Each line of the file is one
+    question, a JSON object in the form of lm-evaluation-harness: "query", "ctx", "context" or "question";
+    "choices" or "endings"; and which is right, "gold", "label", "answer" or "answerKey".
+
     What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there.
 
     \b
@@ -109,31 +125,44 @@ def measure(
       bezel measure a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --chunks 100 --html report.html
       bezel measure a.gguf@kv=int8 a.gguf@kv=f16 --reference a.gguf --text book.txt --protocol long
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --effects --json
+      bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --receipt
+      bezel measure a.gguf b.gguf --tasks arc-easy.jsonl
       bezel measure --reference gemma-2-2b/ --text wiki.test.txt --sensitivity q4_0,q6_k --sensitivity-out sens.json
     """
     if not candidates and not formats:
         raise click.UsageError("Give at least one CANDIDATE, or --sensitivity.")
     if sensitivity_out and not formats:
         raise click.UsageError("--sensitivity-out needs --sensitivity.")
-    default = Spec(Path(), engine, kv, activations)
-    exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
+    if not texts and not tasks:
+        raise click.UsageError("Give --text, --tasks or both.")
+    if texts and reference is None:
+        raise click.UsageError("--text needs a --reference.")
+    if not texts and (html or receipt or effects or formats):
+        raise click.UsageError("--html, --receipt, --effects and --sensitivity need a --text.")
+    default, exact = Spec(Path(), engine, kv, activations), Spec(Path(), None, "f32", "f32")
+    specs = [parse_spec(text, default) for text in candidates]
+    against = None if reference is None else parse_spec(reference, exact)
+    if receipt:
+        _check_receipts(specs)
     states = state or state_folder()
+    result: dict[str, Any] = {}
     try:
-        result = run(
-            [parse_spec(text, default) for text in candidates],
-            exact,
-            texts,
-            protocol=protocol,
-            chunk=chunk,
-            limit=limit if candidates else limit or CHUNKS,
-            effects=effects,
-            threads=threads,
-            states=states,
-            progress=_progress("measuring"),
-        )
-        if formats:
+        if texts and against:
+            result = run(
+                specs,
+                against,
+                texts,
+                protocol=protocol,
+                chunk=chunk,
+                limit=limit if candidates else limit or CHUNKS,
+                effects=effects,
+                threads=threads,
+                states=states,
+                progress=_progress("measuring"),
+            )
+        if formats and against:
             found = find_sensitivity(
-                exact.path,
+                against.path,
                 texts,
                 formats.split(","),
                 by=by,
@@ -148,19 +177,51 @@ def measure(
             if sensitivity_out:
                 with atomic(sensitivity_out) as file:
                     file.write((json.dumps(found, indent=1) + "\n").encode())
+        if tasks:
+            result["tasks"] = [_answer(questions, against, specs, threads) for questions in tasks]
     except KeyboardInterrupt:
         click.echo("\nstopped; the same command goes on from here", err=True)
         raise SystemExit(130) from None
     result["command"] = f"bezel {shlex.join(sys.argv[1:])}"
+    if receipt:
+        _stamp(specs, result)
     _give(result, as_json, html)
+
+
+def _answer(file: Path, against: Spec | None, specs: list[Spec], threads: int | None) -> dict[str, Any]:
+    """`run_tasks`, each model opened when its turn comes."""
+    subjects = specs if against is None else [against, *specs]
+
+    def opener(spec: Spec, name: str) -> Callable[[], Session]:
+        return lambda: Opener(threads).open(spec, name).session()
+
+    sessions = {name: opener(spec, name) for spec, name in zip(subjects, unique_names(subjects), strict=True)}
+    return run_tasks(file, sessions, progress=_progress("answering"))
+
+
+def _check_receipts(specs: list[Spec]) -> None:
+    """Before hours of measuring rather than after them."""
+    for spec in specs:
+        with GGUFFile(spec.path) as file:
+            check_room(file)
+
+
+def _stamp(specs: list[Spec], result: dict[str, Any]) -> None:
+    """A file that was measured in several settings gets the receipt of the first."""
+    for spec, candidate in reversed([*zip(specs, result["candidates"], strict=True)]):
+        stamp(spec.path, result, candidate)
 
 
 def _give(result: dict[str, Any], as_json: bool, html: Path | None) -> None:
     if as_json:
         click.echo(json.dumps(result))
     else:
-        show(result)
-    for warning in result["warnings"]:
+        if "candidates" in result:
+            show(result)
+        for task in result.get("tasks", ()):
+            click.echo()
+            show_tasks(task)
+    for warning in result.get("warnings", ()):
         click.echo(f"warning: {warning}", err=True)
     if html:
         from .report import write_report

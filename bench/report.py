@@ -19,7 +19,7 @@ from .figures import Json, file_size, index, joined, kld_of
 from .svg import element, number
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_CONTEXT = 320  # characters shown before a token
+_CONTEXT, _MOST_WORST = 320, 10  # characters shown before a token; tokens shown of a candidate
 
 # Metric → its name, and what it is.
 METRICS: dict[str, tuple[str, str]] = {
@@ -58,6 +58,8 @@ def write_report(result: Json, path: str | Path) -> None:
 def _page(result: Json) -> Element:
     reference, names = result["reference"]["name"], [c["name"] for c in result["candidates"]]
     title = f"What quantization cost: {joined(names) if len(names) <= 3 else f'{len(names)} candidates'}"
+    if not names:
+        title = f"How sensitive {reference} is to quantization"
     sections = (_overview, _plots, _tasks, _worst, _method)
     return element(
         "html",
@@ -88,6 +90,9 @@ def _overview(result: Json) -> list[Element]:
     parts = [element("p.lead", _sentence(c, result)) for c in shown]
     if len(ranked) > 3:
         parts.append(element("p.soft", f"The closest and the farthest of {len(ranked)}; all are in the table."))
+    parts += [element("p.warning", warning) for warning in result.get("warnings") or ()]
+    if not ranked:
+        return parts
     parts += [_overview_table(result), _all_figures(result)]
     return parts + _pairs(result)
 
@@ -271,7 +276,7 @@ def _worst(result: Json) -> list[Element]:
     parts: list[Element] = []
     for i, candidate in enumerate(result["candidates"]):
         if worst := candidate.get("worst"):
-            cards = (_card(w, i, candidate["name"], result["reference"]["name"]) for w in worst)
+            cards = (_card(w, i, candidate["name"], result["reference"]["name"]) for w in worst[:_MOST_WORST])
             parts.append(element("details", element("summary", candidate["name"]), *cards, open=None if parts else ""))
     if not parts:
         return []

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..export.checkpoint import Checkpoint, open_checkpoint
 from ..export.safetensors import ITEM_SIZE
 from ..runtime import ops
-from ..runtime.api import ACTIVATIONS, load
+from ..runtime.api import ACTIVATIONS, Model, Session, load
 from ..runtime.cache import KV_TYPES, default_chunk, new_caches
 from ..runtime.config import ModelConfig
 from ..runtime.engine import Backend, Engine, ModelEngine
@@ -109,6 +109,17 @@ class Tap:
         return taken
 
 
+@dataclass(frozen=True)
+class _Runnable:
+    """What a session uses of its model."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    backend: Backend
+    kv: str
+    context: int
+
+
 class Subject:
     """An opened model: `start` gives a fresh sequence. `facts` goes into the result."""
 
@@ -126,6 +137,11 @@ class Subject:
             return engine, None
         engine.ops = tap = Tap(engine.ops)
         return engine, tap
+
+    def session(self) -> Session:
+        """An empty sequence that can be rewound; it cannot be saved."""
+        runnable = _Runnable(self.config, self.tokenizer, self._backend(), self.spec.kv, self.config.context_length)
+        return Session(cast("Model", runnable), ring=self.spec.ring)
 
 
 class Opener:

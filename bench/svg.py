@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 Point = tuple[float, float]
@@ -221,8 +221,12 @@ class Row:
 
 def rows(data: Sequence[Row], axis: Axis, label: str, bars: bool = True) -> Element:
     """Horizontal bars from zero, or points, one a row, with their intervals and their values in figures."""
-    step, width, top = 22, Plot.WIDTH, 8
-    left = min(4 + _LETTER * max(len(row.label) for row in data) + 8, 190.0)
+    lines: list[Row] = []
+    step, width, top, most = 22, Plot.WIDTH, 8, 27
+    for row in data:  # a long label gets a line of its own
+        lines += [row] if row.value is None or len(row.label) <= most else [Row(row.label), replace(row, label="")]
+    data = lines
+    left = 12 + _LETTER * max((len(row.label) for row in data if row.value is not None), default=0)
     right, bottom = width - 86.0, top + step * len(data) + 4.0
     svg = _canvas(width, int(bottom) + 42, label)
 
@@ -238,14 +242,16 @@ def rows(data: Sequence[Row], axis: Axis, label: str, bars: bool = True) -> Elem
     svg.append(element("text.axis", axis.label, x=(left + right) / 2, y=bottom + 36, text_anchor="middle"))
     for i, row in enumerate(data):
         middle = top + step * i + step / 2
-        name = row.label if len(row.label) * _LETTER <= 184 else row.label[:26] + "…"
         if row.value is None:
-            svg.append(element("text.heading", row.label, x=4, y=middle + 4))
+            heading = row.label if len(row.label) <= 60 else f"{row.label[:59]}…"
+            svg.append(element("text.heading", heading, element("title", row.label), x=4, y=middle + 4))
             continue
         low, high = row.value if row.low is None else row.low, row.value if row.high is None else row.high
-        title = f"{row.label}: {number(row.value)}" + ("" if low == high else f" ({number(low)} to {number(high)})")
+        title = f"{row.label} {number(row.value)}".strip() + (
+            "" if low == high else f" ({number(low)} to {number(high)})"
+        )
         group = element(f"g.series.{series_class(row.series)}", element("title", title))
-        group.append(element("text.label", name, x=left - 7, y=middle + 4, text_anchor="end"))
+        group.append(element("text.label", row.label, x=left - 7, y=middle + 4, text_anchor="end"))
         if bars:
             start, end = sorted((at(0), at(row.value)))
             group.append(element("rect.bar", x=start, y=middle - 7, width=max(end - start, 0.8), height=14, rx=1.5))

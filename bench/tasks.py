@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import NormalDist
@@ -29,7 +28,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.api import Model
+from ..runtime.api import Session
 from ..runtime.errors import BezelError, InvalidRequest
 from .likelihood import Scorer, encode_pair
 
@@ -38,8 +37,8 @@ _CHOICES = ("choices", "endings")
 _ANSWERS = ("gold", "label", "answer", "answerKey")
 
 Bools = npt.NDArray[np.bool_]
-Progress = Callable[[str, int, int], None]
-"""Called with a model's name, questions done, and questions in all."""
+Progress = Callable[[int, int, str], None]
+"""Called with answers given, answers in all, and the model's name."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,11 @@ def read_questions(path: str | Path) -> list[Question]:
 
 def run_tasks(
     path: str | Path,
-    models: Mapping[str, Callable[[], Model]],
+    sessions: Mapping[str, Callable[[], Session]],
     confidence: float = 0.95,
-    progress: Progress = lambda name, done, total: None,  # noqa: ARG005
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score each of `models`, opened one after the other, on the questions of a file.
+    """Let each model answer the questions of a file; `sessions` opens them, by name, one after the other.
 
     The first is what the others are compared with. Gives what stands under "tasks" in a measurement result:
     {"file", "sha256", "questions", "candidates": [{"name", "acc", "acc_norm"}], "pairs": [{"a", "b", "worse",
@@ -85,19 +84,16 @@ def run_tasks(
     """
     questions = read_questions(path)
     right: dict[str, Bools] = {}
-    for name, open_model in models.items():
-        model = open_model()
-        try:
-            scorer, found = Scorer(model), np.empty((len(questions), 2), bool)
-            for i, question in enumerate(questions):
-                progress(name, i, len(questions))
-                try:
-                    found[i] = _answer(scorer, question)
-                except BezelError as error:
-                    raise InvalidRequest(f"{path}: line {question.line}: {error}") from error
-            right[name] = found
-        finally:
-            model.file.close()
+    for turn, (name, start) in enumerate(sessions.items()):
+        scorer, found = Scorer(start()), np.empty((len(questions), 2), bool)
+        for i, question in enumerate(questions):
+            if progress:
+                progress(turn * len(questions) + i + 1, len(sessions) * len(questions), name)
+            try:
+                found[i] = _answer(scorer, question)
+            except BezelError as error:
+                raise InvalidRequest(f"{path}: line {question.line}: {error}") from error
+        right[name] = found
     shares = {name: [_share(found[:, i], confidence) for i in (0, 1)] for name, found in right.items()}
     return {
         "file": str(path),
@@ -140,11 +136,10 @@ def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
 
 def _answer(scorer: Scorer, question: Question) -> tuple[bool, bool]:
     """Whether the likeliest choice is the right one, and whether the likeliest per byte is."""
-    encode = partial(scorer.model.tokenizer.encode, bos=True)
     scores = []
     for choice in question.choices:
         gap = "" if choice[0].isspace() else " "
-        context, continuation = encode_pair(encode, question.context, gap + choice)
+        context, continuation = encode_pair(scorer.encode, question.context, gap + choice)
         if not continuation:
             raise InvalidRequest(f"choice {choice!r}: has no token of its own after the context")
         scores.append(scorer.score(context, continuation)[0])

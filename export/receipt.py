@@ -36,6 +36,17 @@ PLACEHOLDERS: dict[str, Any] = {
 }
 
 
+def check_room(file: GGUFFile) -> None:
+    """Raises InvalidRequest unless the file has room for a receipt, empty or filled in."""
+    for key, placeholder in PLACEHOLDERS.items():
+        found, span = file.metadata.get(key), file.receipt_spans.get(key, slice(0, 0))
+        if type(found) is not type(placeholder) or span.stop - span.start != len(encode_value(key, placeholder)):
+            raise InvalidRequest(
+                f"{file.path}: key '{key}': found {'nothing' if found is None else repr(found)[:80]}, expected room "
+                "for a receipt; export the model again with this version of bezel"
+            )
+
+
 def stamp(path: str | Path, result: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
     """Write what `candidate`, one of the candidates of the measurement `result`, has lost into its GGUF file `path`.
 
@@ -45,15 +56,8 @@ def stamp(path: str | Path, result: Mapping[str, Any], candidate: Mapping[str, A
     path = Path(path)
     values = _values(result, candidate)
     with GGUFFile(path) as file:
+        check_room(file)
         before, spans = file.fingerprint(), file.receipt_spans
-        for key, placeholder in PLACEHOLDERS.items():
-            # A receipt that is there already has the width of the placeholder too, so that it can be replaced.
-            found, room = file.metadata.get(key), len(encode_value(key, placeholder))
-            if type(found) is not type(placeholder) or spans[key].stop - spans[key].start != room:
-                raise InvalidRequest(
-                    f"{path}: key '{key}': found {'nothing' if found is None else repr(found)[:80]}, expected room for "
-                    "a receipt; export the model again with this version of bezel"
-                )
     start, end = min(s.start for s in spans.values()), max(s.stop for s in spans.values())
     with path.open("r+b", buffering=0) as raw:
         raw.seek(start)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from bezel.bench.lm_eval_model import BezelLM  # noqa: E402
 from bezel.bench.tasks import run_tasks  # noqa: E402
-from bezel.runtime import load  # noqa: E402
 from bezel.runtime.chat import Message  # noqa: E402
 from bezel.runtime.errors import InvalidRequest  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -54,7 +52,7 @@ def harness(model: BezelLM, folder: Path, **task: str) -> dict[str, Any]:
 
 
 def test_the_harness_and_bezel_s_own_tasks_agree(
-    model: BezelLM, gguf_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: BezelLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -66,7 +64,7 @@ def test_the_harness_and_bezel_s_own_tasks_agree(
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     more = "doc_to_choice: choices\nmetric_list: [{metric: acc}, {metric: acc_norm}]"
     theirs = harness(model, tmp_path, kind="multiple_choice", text="{{query}}", target="gold", more=more)
-    ours = run_tasks(tmp_path / "q.jsonl", {"demo": partial(load, gguf_of("demo"), **EXACT)})
+    ours = run_tasks(tmp_path / "q.jsonl", {"demo": model.bezel.session})
     (found,) = ours["candidates"]
     assert theirs["acc,none"] == found["acc"]["value"]
     assert theirs["acc_norm,none"] == found["acc_norm"]["value"]

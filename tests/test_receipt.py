@@ -158,3 +158,29 @@ def test_llama_cpp_reads_a_file_with_a_receipt(model: Path, gguf_of: GgufOf) -> 
     llama = llama_cpp.Llama(str(model), n_ctx=64, verbose=False, n_threads=2)
     llama.eval([2, 100])
     assert float(llama.metadata["bezel.receipt.top1"]) == pytest.approx(0.9412)
+
+
+HELDOUT = Path(__file__).parent.parent / "bench" / "data" / "fairy-heldout.txt"
+
+
+def measure(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["measure", *map(str, arguments)])
+
+
+def test_measure_writes_a_receipt(model: Path, gguf_of: GgufOf, tmp_path: Path) -> None:
+    again = f"{model}@kv=int8"  # the same file in another setting: the first one's receipt stays
+    options = ("--text", HELDOUT, "--chunks", 2, "--chunk", 64, "--receipt", "--json", "--state", tmp_path / "state")
+    found = measure(model, again, "--reference", gguf_of("demo"), *options)
+    assert found.exit_code == 0, found.output
+    first, second = json.loads(found.stdout)["candidates"]
+    assert receipt(model)["kld_mean"] == pytest.approx(first["metrics"]["kld_mean"]["value"], rel=2**-24)
+    assert receipt(model)["engine"] == "native, int8 activations, f16 KV"
+    assert second["kv"] == "int8"
+
+
+def test_room_is_asked_for_before_measuring(tmp_path: Path, gguf_of: GgufOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = write_gguf(tmp_path / "bare.gguf", "tiny-gemma-2", "q4_0")
+    monkeypatch.setattr("bezel.bench.measure_cli.run", lambda *_, **__: pytest.fail("it has begun to measure"))
+    found = measure(bare, "--reference", gguf_of("demo"), "--text", HELDOUT, "--receipt")
+    assert found.exit_code == 1
+    assert "export the model again" in found.output

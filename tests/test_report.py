@@ -143,6 +143,16 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     assert "None" not in page.text
 
 
+def test_a_sensitivity_alone(tmp_path: Path) -> None:
+    page, source = report(result(candidates=[], pairs=[], effects=[], warnings=["only 3 chunks"]), tmp_path)
+    assert "How sensitive exact is to quantization" in page.text
+    assert "only 3 chunks" in page.text
+    assert [svg.get("aria-label") for svg in plots(source)] == [
+        "sensitivity by layer and role",
+        "sensitivity ranking",
+    ]
+
+
 def test_a_lossless_candidate(tmp_path: Path) -> None:
     exact = candidate("copy", 0.0)
     measured = result(candidates=[exact, candidate("small"), candidate("other", 2.0)], pairs=[])

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from bezel.bench.likelihood import Scorer, encode_pair
 from bezel.bench.tasks import Question, mcnemar, read_questions, run_tasks, show_tasks, wilson
-from bezel.runtime import Model, load
+from bezel.runtime import Model
+from bezel.runtime.cli import main
 from bezel.runtime.errors import ContextFull, InvalidRequest
-from tiny import token_ids
+from click.testing import CliRunner
+from tiny import DEMO, token_ids
 
 ModelOf = Callable[..., Model]
 CONTEXT = "Once upon a time there was a king who had three"
@@ -39,7 +41,7 @@ def encoder(model: Model) -> Callable[[str], list[int]]:
 def test_scores_are_the_plain_ones(model_of: ModelOf) -> None:
     """Whatever came before: another context, a shorter one, one whose rings have gone on, the same again."""
     model = model_of("gemma2-gqa")
-    scorer, ids = Scorer(model), token_ids("gemma2-gqa")
+    scorer, ids = Scorer(model.session()), token_ids("gemma2-gqa")
     pairs = [(ids[:20], ids[20:23]), (ids[:20], ids[30:33]), (ids[:5], ids[5:30]), (ids[:1], ids[1:2])]
     pairs += [(ids[:20], list(np.resize(ids[1:], 150))), (ids[:20], ids[20:23]), ([2, 9, 9], ids[:4])]
     for context, continuation in pairs:
@@ -54,7 +56,7 @@ def test_greedy_is_what_decoding_would_write(model_of: ModelOf) -> None:
     written: list[int] = []
     for _ in range(3):
         written.append(int(model.logits(ids + written)[-1].argmax()))
-    scorer = Scorer(model)
+    scorer = Scorer(model.session())
     assert scorer.score(ids, written)[1]
     assert not scorer.score(ids, [*written[:-1], written[-1] + 1])[1]
 
@@ -62,7 +64,7 @@ def test_greedy_is_what_decoding_would_write(model_of: ModelOf) -> None:
 def test_a_context_is_computed_once(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("demo")
     context, taken = token_ids("demo")[:100], []
-    scorer = Scorer(model)
+    scorer = Scorer(model.session())
     engine = scorer._session.engine
     forward = engine.forward
     monkeypatch.setattr(engine, "forward", lambda ids, n: (taken.append(len(ids)), forward(ids, n))[1])
@@ -164,10 +166,10 @@ def test_a_file_without_questions(tmp_path: Path) -> None:
 
 
 def test_accuracy_and_flips_are_the_plain_ones(
-    gguf_of: Callable[..., Path], model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On questions whose right answers are drawn by lot, so that they go all ways."""
-    random = np.random.default_rng(10)
+    random = np.random.default_rng(5)
     openings = ["Once upon a time", "The king said:", "She went into the", "", "Then came the wolf and"]
     words = ["wood", "a little old man", "castle of the dwarf", "to", "night\n", "her stepmother", "x1"]
     raw = []
@@ -175,12 +177,11 @@ def test_accuracy_and_flips_are_the_plain_ones(
         choices = random.permutation(words)[:4].tolist()
         raw.append({"query": opening, "choices": choices, "gold": int(random.integers(4))})
     path = write(tmp_path / "q.jsonl", *raw)
-    models = {name: partial(load, gguf_of("demo", name), engine="reference", kv="f32") for name in ("f32", "q4_0")}
-    task = run_tasks(path, models)
+    models = {name: model_of("gemma2-gqa", name) for name in ("f32", "q4_0")}
+    task = run_tasks(path, {name: model.session for name, model in models.items()})
 
     right: dict[str, list[list[bool]]] = {}
-    for name in models:
-        model = model_of("demo", name)
+    for name, model in models.items():
         for question in raw:
             context = model.tokenizer.encode(question["query"], bos=True)
             scores = []
@@ -205,10 +206,10 @@ def test_accuracy_and_flips_are_the_plain_ones(
     assert f"{100 * a.mean():.1f} %" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_says_which_question(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_says_which_question(model_of: ModelOf, tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", GOOD, GOOD | {"query": "long " * 300})
     with pytest.raises(InvalidRequest, match=r"line 2: .*do not fit") as caught:
-        run_tasks(path, {"small": partial(load, gguf_of("demo", "q4_0"), context=64)})
+        run_tasks(path, {"small": model_of("demo", "q4_0", context=64).session})
     assert isinstance(caught.value.__cause__, ContextFull)
 
 
@@ -229,3 +230,19 @@ def test_wilson_has_its_coverage() -> None:
         assert 0.92 <= covered <= 0.98
     assert wilson(8, 10, 0.95) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # a textbook's
     assert wilson(0, 5, 0.95)[0] == 0
+
+
+def test_the_command_needs_no_reference_for_tasks(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", *[GOOD | {"query": CONTEXT, "choices": CHOICES}] * 3)
+    models = [str(gguf_of("demo", preset)) for preset in ("q8_0", "q4_0")]
+    found = CliRunner().invoke(main, ["measure", *models, "--tasks", str(path), "--json"])
+    assert found.exit_code == 0, found.output
+    (task,) = json.loads(found.stdout)["tasks"]
+    assert [c["name"] for c in task["candidates"]] == ["demo-q8_0", "demo-q4_0"]
+    # A checkpoint can answer too, though it is no model file.
+    reference = ["--reference", str(DEMO)]
+    found = CliRunner().invoke(main, ["measure", models[0], *reference, "--tasks", str(path)])
+    assert "than fairy-gemma2" in found.output
+    found = CliRunner().invoke(main, ["measure", models[0], "--tasks", str(path), "--html", "x.html"])
+    assert found.exit_code == 2
+    assert "need a --text" in found.output

@@ -168,13 +168,14 @@ def heat_map(found: Json) -> Element | None:
         return math.log(max(kld, floor) / floor) / math.log(top / floor) if log else max(kld / top, 0.0)
 
     drawn = [(e["layer"], e["role"], strength(e["kld"]), f"{part_of(e)}: {number(e['kld'])}") for e in cells]
-    columns, lines = sorted({e["layer"] for e in cells}), list(dict.fromkeys(e["role"] for e in cells))
+    columns, roles = sorted({e["layer"] for e in cells}), list(dict.fromkeys(e["role"] for e in cells))
+    roles.sort(key=lambda role: -sum(e["kld"] for e in cells if e["role"] == role))
     caption = f"Mean loss when one tensor alone is in {found['format']}: the more colour, the more sensitive"
     caption += " (logarithmic scale)." if log else "."
     others = [f"{part_of(e)} {number(e['kld'])}" for e in found["entries"] if e not in cells]
     if others:
         caption += f" Outside the layers: {joined(others[:6])}."
-    made = figure("Layer by role", svg.heat_map(drawn, columns, lines, "sensitivity by layer and role"), caption)
+    made = figure("Layer by role", svg.heat_map(drawn, columns, roles, "sensitivity by layer and role"), caption)
     scale = element("div.scale", number(floor if log else 0), element("i"), number(top), " nats per token")
     made.insert(2, scale)
     return made

@@ -102,9 +102,9 @@ def _setting(model: Json) -> str:
 
 
 def _value(metric: Json, form: str, times: float = 1) -> str:
-    value, low, high = (None if metric[k] is None else times * metric[k] for k in ("value", "low", "high"))
-    shown = form.format(value)
-    return shown if low is None else f"{shown} ±{form.format(max(value - low, high - value))}"
+    value, low, high = metric["value"], metric["low"], metric["high"]
+    shown = form.format(times * value)
+    return shown if low is None else f"{shown} ±{form.format(times * max(value - low, high - value))}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

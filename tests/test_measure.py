@@ -195,9 +195,9 @@ def test_a_change_shows_in_its_layer_and_after(run: Callable[..., dict[str, Any]
     folder = checkpoint_folder(TINY, tmp_path)
     changed = checkpoint_folder(TINY, tmp_path / "changed")
     weights = load_file(changed / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"] *= np.float32(1.01)
+    weights["model.layers.2.mlp.up_proj.weight"][::2] *= np.float32(1.01)
     save_file(weights, changed / "model.safetensors")
-    result = run([str(changed)], str(folder), chunk=64, limit=2)
+    result = run([f"{changed}@kv=f32"], str(folder), chunk=64, limit=2)
     errors = [layer["error"] for layer in result["candidates"][0]["by_layer"]]
     assert errors[:2] == [0, 0]
     assert min(errors[2:]) > 1e-5
@@ -323,13 +323,13 @@ def test_specs() -> None:
 
 
 def test_what_cannot_be_measured_is_refused(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], tmp_path: Path, text: Path
+    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], text: Path
 ) -> None:
     file = str(gguf_of(TINY))
     with pytest.raises(InvalidRequest, match="found 257, expected 4 to 256"):
         run([file], file, chunk=257)
     text.write_text("Too short.")
-    with pytest.raises(InvalidRequest, match="tale.txt: found . tokens, expected at least 64"):
+    with pytest.raises(InvalidRequest, match=r"tale\.txt: found \d tokens, expected at least 64"):
         run([file], file, chunk=64)
     text.write_bytes(b"Latin: \xe9\xe9")
     with pytest.raises(InvalidRequest, match="not UTF-8 at 7"):

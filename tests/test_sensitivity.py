@@ -50,22 +50,22 @@ def test_what_it_says_is_what_rounding_costs(tmp_path: Path, by: str) -> None:
     assert len(found["entries"]) == {"tensor": 29, "role": 8, "layer": 5}[by]
     klds = [entry["kld"] for entry in found["entries"]]
     assert klds == sorted(klds, reverse=True)
-    for entry in found["entries"]:
+    for entry in found["entries"][:: 6 if by == "tensor" else 3]:
         # A float32 forward pass that resumes is the same sums in the same order, up to BLAS's choice by shape.
         assert entry["kld"] == pytest.approx(direct(folder, entry["tensors"], "q4_0"), rel=1e-3, abs=1e-9)
         assert entry["low"] <= entry["kld"] <= entry["high"]
-    assert sorted(t for entry in found["entries"] for t in entry["tensors"]) == sorted(
-        {t for entry in found["entries"] for t in entry["tensors"]}
-    )
+    tensors = [name for entry in found["entries"] for name in entry["tensors"]]
+    assert len(tensors) == len(set(tensors)) == 29
 
 
 def test_a_planted_corruption_is_ranked_first(tmp_path: Path) -> None:
-    """One weight a block that dwarfs its neighbours leaves a 4-bit scale no room for them."""
+    """One huge weight a block, on an input that is always 0, leaves a 4-bit scale no room for all the others."""
     folder = checkpoint_folder(TINY, tmp_path)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.2.self_attn.v_proj.weight"][:, ::32] *= 30
+    weights["model.layers.2.pre_feedforward_layernorm.weight"][::32] = -1
+    weights["model.layers.2.mlp.up_proj.weight"][:, ::32] = 50
     save_file(weights, folder / "model.safetensors")
-    for by, want in (("tensor", ["blk.2.attn_v.weight"]), ("role", [f"blk.{i}.attn_v.weight" for i in range(4)])):
+    for by, want in (("tensor", ["blk.2.ffn_up.weight"]), ("role", [f"blk.{i}.ffn_up.weight" for i in range(4)])):
         found = sensitivity(folder, [TEXT], ["q4_0"], by=by, states=tmp_path / "states", **OPTIONS)
         first, second = found["entries"][:2]
         assert first["tensors"] == want

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, overload
 
 import numpy as np
 
@@ -65,6 +65,45 @@ class ModelConfig:
     def from_hf(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """From a parsed Hugging Face `config.json`; `source` names it in errors. Raises InvalidConfig."""
         return _from_hf(_Keys(raw, source))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that `from_hf` reads and transformers too. Raises InvalidConfig for a model that has none.
+
+        Only a GGUF file can describe such a model: one whose layers have windows of several lengths, say.
+        """
+        gemma2 = self.family == "gemma2"
+        out: dict[str, Any] = {
+            "architectures": ["Gemma2ForCausalLM" if gemma2 else "GemmaForCausalLM"],
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.context_length,
+            "rms_norm_eps": _shortest(self.rms_eps),
+            "rope_theta": _shortest(self.layers[0].rope_base),
+            "attention_bias": False,
+            "tie_word_embeddings": self.tied_head,
+            "hidden_activation" if gemma2 else "hidden_act": "gelu_pytorch_tanh",
+        }
+        if gemma2:
+            scalar = _shortest(self.query_pre_attn_scalar)
+            windows = [layer.window for layer in self.layers]
+            out |= {
+                "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
+                "attn_logit_softcapping": _shortest(self.attn_softcap),
+                "final_logit_softcapping": _shortest(self.final_softcap),
+                "sliding_window": max(window or 0 for window in windows) or self.context_length,
+                "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+            }
+        read = ModelConfig.from_hf(out)
+        for field in fields(self):
+            if getattr(read, field.name) != getattr(self, field.name):
+                raise InvalidConfig(f"a {self.family} config.json cannot express this model's {field.name}")
+        return out
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, vocab_size: int, tied_head: bool, source: str) -> ModelConfig:
@@ -180,6 +219,15 @@ def _is_positive(value: Any) -> bool:
 
 def _f32(value: float) -> float:
     return float(np.float32(value))
+
+
+@overload
+def _shortest(value: float) -> float: ...
+@overload
+def _shortest(value: float | None) -> float | None: ...
+def _shortest(value: float | None) -> float | None:
+    """The shortest decimal number that is this float32: 1e-06, not 9.999999974752427e-07."""
+    return None if value is None else float(str(np.float32(value)))
 
 
 def _from_hf(keys: _Keys) -> ModelConfig:

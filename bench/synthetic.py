@@ -21,6 +21,7 @@ from ..export.gguf_writer import atomic, plan_tensors
 from ..quant.formats import Format
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidRequest
+from ..runtime.protobuf import varint_bytes
 from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import (
     BYTE,
@@ -31,7 +32,6 @@ from ..runtime.tokenizer import (
     USER_DEFINED,
     Vocabulary,
     model_proto,
-    varint_bytes,
 )
 
 _GEMMA_1 = {

@@ -6,8 +6,6 @@ then the data, which the tensors cover without gap or overlap (https://github.co
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime import strict_json
 from ..runtime.errors import InvalidCheckpoint
 
 MAX_HEADER = 100_000_000
@@ -48,22 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object without duplicate keys (json would keep the last and hide the others)."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise InvalidCheckpoint(f"{path}: key {twice[:200]!r} appears twice")
-        return out
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InvalidCheckpoint(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InvalidCheckpoint(f"{path}: found a JSON {type(value).__name__}, expected an object")
-    return value
+    return strict_json.parse_json(text, lambda reason: InvalidCheckpoint(f"{path}: {reason}"))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

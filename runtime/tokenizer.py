@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BezelError, InvalidCheckpoint, InvalidModelFile, InvalidRequest
+from .protobuf import read_fields, varint_bytes
 
 # Types of pieces, numbered alike in SentencePiece's and in GGUF's specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -53,10 +54,7 @@ class Vocabulary:
 
     @classmethod
     def from_model_file(cls, path: str | Path) -> Vocabulary:
-        """From a checkpoint's `tokenizer.model`. Raises InvalidCheckpoint.
-
-        Also where the file's options are not Gemma's, because nothing but the pieces is carried on.
-        """
+        """From a checkpoint's `tokenizer.model`. Raises InvalidCheckpoint, as `from_model` does."""
 
         def fail(reason: str) -> InvalidCheckpoint:
             return InvalidCheckpoint(f"{path}: {reason}")
@@ -65,13 +63,21 @@ class Vocabulary:
             raw = Path(path).read_bytes()
         except OSError as error:
             raise fail(f"cannot be read: {error.strerror}") from error
+        return cls.from_model(raw, fail)
+
+    @classmethod
+    def from_model(cls, raw: bytes, fail: Callable[[str], BezelError]) -> Vocabulary:
+        """From the content of a `tokenizer.model`. Raises what `fail` makes of a reason.
+
+        Also where the file's options are not Gemma's, because nothing but the pieces is carried on.
+        """
         if not raw:
             raise fail("the file is empty, expected a SentencePiece model")
         try:
             original = _load(raw)
             probe = original.encode(_PROBE)
             # The library's Python interface does not tell which pieces are user-defined; the file does.
-            read = [_read_piece(value) for number, value in _fields(raw) if number == _PIECES]
+            read = [_read_piece(value) for number, _, value in read_fields(raw) if number == _PIECES]
             pieces, scores, types = zip(*read, strict=True)
         except _REFUSALS as error:
             raise fail(f"not a SentencePiece model: {str(error)[:200]}") from error
@@ -79,7 +85,7 @@ class Vocabulary:
         special = (original.bos_id(), original.eos_id(), pad if pad >= 0 else None)
         vocabulary = _checked(pieces, np.array(scores), np.array(types), *special, fail)
         try:
-            same = Tokenizer(vocabulary, str(path)).encode(_PROBE) == probe
+            same = Tokenizer(vocabulary, "").encode(_PROBE) == probe
         except InvalidModelFile as error:
             raise fail(error.reason) from error
         if not same:
@@ -320,8 +326,7 @@ def _undo_conversion(pieces: list[str], scores: NDArray[Any], types: NDArray[Any
             pieces[tab], types[tab] = "<0x09>", BYTE
 
 
-# The wire format of protocol buffers (https://protobuf.dev/programming-guides/encoding/), as far as
-# sentencepiece_model.proto needs it. Fields of ModelProto: pieces, trainer_spec, normalizer_spec.
+# Fields of sentencepiece_model.proto's ModelProto: pieces, trainer_spec, normalizer_spec.
 _PIECES = 1
 # trainer_spec (field 2): model_type (3) = BPE, byte_fallback (35). normalizer_spec (field 3): name (1) =
 # "identity", no add_dummy_prefix (3), no remove_extra_whitespaces (4), escape_whitespaces (5).
@@ -332,15 +337,6 @@ def _load(model_proto: bytes) -> Any:
     from sentencepiece import SentencePieceProcessor  # late: importing this module stays cheap
 
     return SentencePieceProcessor(model_proto=model_proto)
-
-
-def varint_bytes(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _piece_head(size: int) -> bytes:
@@ -362,40 +358,9 @@ def model_proto(vocabulary: Vocabulary) -> bytes:
     return b"".join(out) + _OPTIONS
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field, a varint as int, the rest as bytes. Raises ValueError if cut short."""
-    pos, end = 0, len(message)
-
-    def varint() -> int:
-        nonlocal pos
-        value = shift = 0
-        while pos < end and shift < 64:
-            byte = message[pos]
-            pos += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise ValueError(f"no number at byte {pos}")
-
-    while pos < end:
-        tag = varint()
-        wire = tag & 7
-        if wire == 0:
-            yield tag >> 3, varint()
-            continue
-        if wire not in (1, 2, 5):
-            raise ValueError(f"unknown wire type {wire} at byte {pos}")
-        size = varint() if wire == 2 else 8 if wire == 1 else 4
-        if size > end - pos:
-            raise ValueError(f"a field of {size} bytes at byte {pos} lies past the end")
-        yield tag >> 3, message[pos : pos + size]
-        pos += size
-
-
 def _read_piece(message: Any) -> tuple[str, float, int]:
     """Text, score and type of a serialised piece; what is left out has its default."""
-    fields = dict(_fields(message))
+    fields = {number: value for number, _, value in read_fields(message)}
     text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, NORMAL)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4 or not isinstance(kind, int):
         raise ValueError(f"a piece of another form: {message[:40]!r}")

@@ -314,7 +314,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
     def load_vocabulary() -> Vocabulary:
         with GGUFFile(path) as gguf:
-            return Vocabulary.from_gguf(gguf.metadata, str(path))
+            return gguf.vocabulary()
 
     return Checkpoint(
         path,

@@ -17,47 +17,53 @@ from .engine import Backend, Engine
 from .errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
 from .generation import Generation, MakeRoom
 from .gguf import GGUFFile
+from .model_file import ModelFile, open_model
+from .onnx_folder import OnnxFolder
 from .ops import Floats
 from .sampling import Sampling
-from .tokenizer import Tokenizer, Vocabulary
+from .tokenizer import Tokenizer
 
-ENGINES = ("native", "reference")
+ENGINES = ("native", "ort", "reference")
 ACTIVATIONS = ("int8", "f32")
 
 
 def load(
     path: str | Path,
-    engine: str = "native",
+    engine: str | None = None,
     context: int | None = None,
     kv: str = "f16",
     threads: int | None = None,
     activations: str = "int8",
 ) -> Model:
-    """Open a GGUF file of a Gemma model.
+    """Open a Gemma model: a GGUF file, or a folder that `bezel export --format onnx` wrote.
 
-    `engine` "native" computes on the C++ kernels, "reference" on NumPy in float32. `context` is the most tokens that
-    a session may hold (default: all that the model was made for); memory grows only as a session fills. `kv` is how
-    keys and values are stored: "f32", "f16" or "int8". `threads` None leaves the number to the engine: for "native"
-    the performance cores. `activations` "int8" rounds what is multiplied with quantized weights to 8 bits, as is
-    fast; "f32" does not, for measuring (the reference engine never does).
-    Raises InvalidModelFile, InvalidConfig or InvalidRequest.
+    `engine` "native" computes on the C++ kernels and "ort" on onnxruntime, each the default for its kind of file;
+    "reference" runs both on NumPy in float32. `context` is the most tokens that a session may hold (default: all that
+    the model was made for); memory grows only as a session fills. `kv` is how keys and values are stored: "f32", "f16"
+    or "int8". `threads` None leaves the number to the engine: for "native" the performance cores. `activations` "int8"
+    rounds what is multiplied with quantized weights to 8 bits, as is fast; "f32" does not, for measuring (the reference
+    engine never does). Raises InvalidModelFile, InvalidConfig or InvalidRequest.
     """
-    choices = (("engine", engine, ENGINES), ("kv", kv, KV_TYPES), ("activations", activations, ACTIVATIONS))
+    choices = (("engine", engine, (None, *ENGINES)), ("kv", kv, KV_TYPES), ("activations", activations, ACTIVATIONS))
     for name, value, known in choices:
         if value not in known:
-            raise InvalidRequest(f"{name}: found {value!r}, expected one of {', '.join(known)}")
+            raise InvalidRequest(f"{name}: found {value!r}, expected one of {', '.join(filter(None, known))}")
     if threads is not None and threads < 1:
         raise InvalidRequest(f"threads: found {threads}, expected at least 1")
-    return Model(GGUFFile(path), engine, context, kv, threads, activations == "f32")
+    file = open_model(path)
+    if engine is not None and engine not in file.engines:
+        raise InvalidRequest(f"engine: found {engine!r}, expected {' or '.join(file.engines)}: {path} is {file.kind}")
+    return Model(file, engine or file.engines[0], context, kv, threads, activations == "f32")
 
 
 class Model:
     """A loaded model; its weights are shared by any number of sessions. Made by `load`."""
 
     def __init__(
-        self, file: GGUFFile, engine: str, context: int | None, kv: str, threads: int | None, exact: bool
+        self, file: GGUFFile | OnnxFolder, engine: str, context: int | None, kv: str, threads: int | None, exact: bool
     ) -> None:
-        self.file, self.kv = file, kv
+        self.file: ModelFile = file
+        self.kv = kv
         self.engine = f"{engine} with float32 activations" if exact else engine
         self.config = file.config()
         file.check_tensors(self.config)
@@ -66,7 +72,7 @@ class Model:
             raise InvalidRequest(
                 f"context: found {context}, expected 1 to {self.config.context_length}, what {file.path} was made for"
             )
-        self.tokenizer = Tokenizer(Vocabulary.from_gguf(file.metadata, str(file.path)), str(file.path))
+        self.tokenizer = Tokenizer(file.vocabulary(), str(file.path))
         if self.tokenizer.vocab_size != self.config.vocab_size:
             raise InvalidModelFile(
                 file.path,
@@ -290,8 +296,18 @@ class Session:
         }
 
 
-def _backend(engine: str, file: GGUFFile, config: ModelConfig, threads: int | None, exact: bool) -> Backend:
-    if engine == "native":
+def _backend(
+    engine: str, file: GGUFFile | OnnxFolder, config: ModelConfig, threads: int | None, exact: bool
+) -> Backend:
+    if isinstance(file, OnnxFolder) and engine == "ort":
+        try:
+            from .ort_engine import OrtBackend
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            raise InvalidRequest("the engine 'ort' needs onnxruntime: pip install 'bezel-lm[onnx]'") from None
+        return OrtBackend(file, config, threads)
+    if isinstance(file, GGUFFile) and engine == "native":
         from .native_engine import NativeBackend
 
         return NativeBackend(file, config, threads, exact)
@@ -310,7 +326,7 @@ def _read_session(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any
         raise InvalidSession(f"{path}: not a saved session: {error}") from error
 
 
-def _stored_stop_ids(file: GGUFFile, vocab_size: int) -> frozenset[int]:
+def _stored_stop_ids(file: ModelFile, vocab_size: int) -> frozenset[int]:
     """The stop tokens of the checkpoint's generation config, and llama.cpp's end of turn, where the file has them."""
     stored = file.metadata.get("bezel.generation.stop_token_ids", [])
     ids = [*stored, file.metadata.get("tokenizer.ggml.eot_token_id")] if hasattr(stored, "__iter__") else []

@@ -38,10 +38,9 @@ _OPTIONS = [
     click.option("--threads", type=int, help="Threads to compute with.  [default: the performance cores]"),
     click.option(
         "--engine",
-        type=click.Choice(["native", "reference"]),
-        default="native",
-        show_default=True,
-        help="The C++ kernels, or NumPy in float32: slow, and what the kernels are tested against.",
+        type=click.Choice(["native", "ort", "reference"]),
+        help="The C++ kernels (for GGUF), onnxruntime (for ONNX), or NumPy in float32: slow, and what the others are "
+        "tested against.  [default: native or ort, as MODEL needs]",
     ),
     click.option(
         "--activations",
@@ -76,7 +75,7 @@ def _generation_options(command: Command) -> Command:
 @click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON, at the end.")
 @_generation_options
 def run(model: Path, prompt: str | None, raw: bool, stop: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Answer PROMPT with the model file MODEL. A PROMPT of - is read from standard input.
+    """Answer PROMPT with MODEL, a GGUF file or an exported ONNX folder. A PROMPT of - is read from standard input.
 
     A model without a chat template continues PROMPT as plain text. Ctrl-C stops the answer.
 
@@ -147,7 +146,7 @@ _CHAT_HELP = """\
 @click.argument("model", type=click.Path(path_type=Path))
 @_generation_options
 def chat(model: Path, **options: Any) -> None:
-    """Talk with the model file MODEL.
+    """Talk with MODEL, a GGUF file or an exported ONNX folder.
 
     \b
     /undo        takes back the last exchange

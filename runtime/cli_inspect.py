@@ -13,7 +13,9 @@ import click
 from .cache import KV_TYPES, allocated_rows, default_chunk, new_caches, row_bytes
 from .config import ModelConfig
 from .errors import InvalidRequest
-from .gguf import RECEIPT, GGUFFile
+from .gguf import RECEIPT
+from .model_file import ModelFile, open_model
+from .onnx_folder import OnnxFolder
 
 MIB = 1 << 20
 
@@ -24,7 +26,7 @@ MIB = 1 << 20
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> None:
-    """Show what the model file MODEL holds and how much memory it takes.
+    """Show what MODEL, a GGUF file or an exported ONNX folder, holds and how much memory it takes.
 
     \b
     Examples:
@@ -32,12 +34,14 @@ def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> N
       bezel inspect gemma.gguf --context 8192
       bezel inspect gemma.gguf --json
     """
-    with GGUFFile(model) as file:
+    with open_model(model) as file:
         config = file.config()
         file.check_tensors(config)
         if context is not None and not 1 <= context <= config.context_length:
             raise InvalidRequest(f"context: found {context}, expected 1 to {config.context_length}")
         facts = _facts(file, config, context)
+        if isinstance(file, OnnxFolder):
+            facts["onnx"] = _onnx_facts(file)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -63,7 +67,7 @@ def cache_sizes(config: ModelConfig, context: int, kv: str) -> dict[str, int]:
     }
 
 
-def _facts(file: GGUFFile, config: ModelConfig, context: int | None) -> dict[str, Any]:
+def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[str, Any]:
     formats: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
     for info in file.tensors.values():
         row = formats[info.format.name]
@@ -75,7 +79,7 @@ def _facts(file: GGUFFile, config: ModelConfig, context: int | None) -> dict[str
     contexts = [context] if context else _contexts(config.context_length)
     return {
         "file": str(file.path),
-        "file_bytes": file.path.stat().st_size,
+        "file_bytes": file.file_bytes,
         "name": file.metadata.get("general.name"),
         "family": config.family,
         "weights": weights,
@@ -109,7 +113,18 @@ def _facts(file: GGUFFile, config: ModelConfig, context: int | None) -> dict[str
     }
 
 
-def _provenance(file: GGUFFile) -> dict[str, Any]:
+def _onnx_facts(folder: OnnxFolder) -> dict[str, Any]:
+    """What only a graph has. Operators are named with their domain, unless it is ONNX's own."""
+    return {
+        "quant": folder.quant,
+        "dialect": folder.dialect,
+        "opsets": {domain or "ai.onnx": version for domain, version in folder.model.opsets.items()},
+        "operators": {f"{domain}.{op}".lstrip("."): n for (domain, op), n in sorted(folder.model.operators.items())},
+        "files": {name: entry["bytes"] for name, entry in folder.files.items()},
+    }
+
+
+def _provenance(file: ModelFile) -> dict[str, Any]:
     """What the exporter wrote about itself and its source."""
     stored = {
         key.removeprefix("bezel.provenance."): v for key, v in file.metadata.items() if "bezel.provenance." in key
@@ -119,9 +134,9 @@ def _provenance(file: GGUFFile) -> dict[str, Any]:
     return plain | {"sources": dict(zip(names, hashes, strict=False))} if names else plain
 
 
-def _receipt(file: GGUFFile) -> dict[str, Any] | None:
+def _receipt(file: ModelFile) -> dict[str, Any] | None:
     """What was measured of the file; None where nothing was, or where what is there is not a receipt."""
-    stored = {key.removeprefix(RECEIPT): file.metadata[key] for key in file.receipt_spans}
+    stored = {key.removeprefix(RECEIPT): value for key, value in file.metadata.items() if key.startswith(RECEIPT)}
     figures: dict[str, Any] = {key: v for key, v in stored.items() if isinstance(v, float) and math.isfinite(v)}
     if "kld_mean" not in figures:
         return None
@@ -142,6 +157,8 @@ def _print(facts: dict[str, Any], tensors: bool) -> None:
     for name, row in facts["formats"].items():
         click.echo(f"  {name:>6} {row['tensors']:5} tensors {row['bytes'] / MIB:10,.1f} MiB")
     click.echo(f"  embedding and head in {facts['embedding_format']}")
+    if "onnx" in facts:
+        _print_onnx(facts["onnx"])
     click.echo("\nConfig")
     for key, value in facts["config"].items():
         click.echo(f"  {key:<22} {value:g}" if isinstance(value, float) else f"  {key:<22} {value}")
@@ -192,6 +209,15 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
             click.echo(f"  {title:<22} {line.format_map(receipt)}")
         except (KeyError, ValueError):
             continue
+
+
+def _print_onnx(onnx: dict[str, Any]) -> None:
+    click.echo("\nONNX")
+    click.echo(f"  {'exported as':<22} {onnx['quant']}, {onnx['dialect']} dialect")
+    click.echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
+    click.echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
+    for name, size in onnx["files"].items():
+        click.echo(f"  {name:<22} {size / MIB:,.1f} MiB")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -31,6 +31,7 @@ from ..quant.formats import FORMAT_OF_TYPE, Format
 from .config import ModelConfig
 from .errors import InvalidModelFile, InvalidRequest
 from .tensors import tensor_specs
+from .tokenizer import Vocabulary
 
 # Bounds on what a hostile header costs to read. Gemma's own headers hold under 7 MB, 50 keys and 600 tensors.
 _MAX_HEADER = 16 << 20
@@ -113,6 +114,9 @@ class GGUFFile:
     and the last array that was read from it is gone.
     """
 
+    kind = "a GGUF file"
+    engines = ("native", "reference")
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._raw = _map_file(self.path)
@@ -125,6 +129,7 @@ class GGUFFile:
         self.metadata: Mapping[str, Any] = header.keys(n_keys)
         self.receipt_spans: Mapping[str, slice] = header.receipt_spans
         self.tensors: dict[str, TensorInfo] = header.tensors(n_tensors, self.metadata.get("general.alignment", 32))
+        self.file_bytes = self._raw.size
         self._header_size = header.pos
         self._closed = False
 
@@ -172,6 +177,10 @@ class GGUFFile:
                 raise InvalidModelFile(
                     self.path, f"tensor {name!r}: found shape {_shape(info.shape)}, expected nothing: {why}"
                 )
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's pieces. Raises InvalidModelFile."""
+        return Vocabulary.from_gguf(self.metadata, str(self.path))
 
     def fingerprint(self) -> str:
         """Which model this is: SHA-256 (hex) of the size, the header and the first 4 KiB of each tensor.

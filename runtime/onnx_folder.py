@@ -45,6 +45,9 @@ class OnnxFolder:
     exported. Raises InvalidModelFile for whatever is not a sound folder.
     """
 
+    kind = "an ONNX folder"
+    engines = ("ort", "reference")
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.model_path = self.path / MODEL

@@ -100,10 +100,10 @@ class Initializer:
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A checked graph. `opsets` maps domains to versions; `ops` are the operators used, with their domains."""
+    """A checked graph. `opsets` maps domains to versions; `operators` counts the nodes by domain and operator."""
 
     opsets: Mapping[str, int]
-    ops: Mapping[tuple[str, str], int]
+    operators: Mapping[tuple[str, str], int]
     initializers: Mapping[str, Initializer]
 
 

@@ -12,7 +12,7 @@ from . import ops
 from .cache import KVCache, new_caches
 from .config import ModelConfig
 from .engine import ModelEngine
-from .gguf import GGUFFile
+from .model_file import ModelFile
 from .ops import Floats
 from .tensors import TensorSpec, tensor_specs
 
@@ -20,7 +20,7 @@ from .tensors import TensorSpec, tensor_specs
 class LazyWeights(Mapping[str, Floats]):
     """Tensors of a file by role, dequantized to float32 when first used and then kept."""
 
-    def __init__(self, file: GGUFFile, specs: list[TensorSpec]) -> None:
+    def __init__(self, file: ModelFile, specs: list[TensorSpec]) -> None:
         self._file, self._specs = file, {spec.role: spec for spec in specs}
         self._kept: dict[str, Floats] = {}
 
@@ -39,7 +39,7 @@ class LazyWeights(Mapping[str, Floats]):
 class ReferenceBackend:
     """A model's weights for NumPy; 4 bytes a weight once all have been used. `threads` limits NumPy's BLAS."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, threads: int | None) -> None:
+    def __init__(self, file: ModelFile, config: ModelConfig, threads: int | None) -> None:
         specs = list(tensor_specs(config))
         self.config, self.threads = config, threads
         self.shared = LazyWeights(file, [s for s in specs if s.layer is None])

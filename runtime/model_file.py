@@ -1,0 +1,85 @@
+"""What the runtime needs of a file with a model in it, of whichever kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import ModelConfig
+from .errors import InvalidModelFile
+from .gguf import GGUFFile
+from .onnx_folder import MODEL, OnnxFolder
+from .tokenizer import Vocabulary
+
+
+class TensorFormat(Protocol):
+    """How numbers are stored: a name, and the relative RMS error that rounding Gaussian weights to it may cost."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tolerance(self) -> float: ...
+
+
+class Tensor(Protocol):
+    """A tensor of the model, under its name in GGUF; `shape` is outputs × inputs, `nbytes` what it takes in the file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def format(self) -> TensorFormat: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class ModelFile(Protocol):
+    """An open file: `GGUFFile` or `OnnxFolder`. `metadata` has GGUF's keys, `engines` those that can run it, best first."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def engines(self) -> tuple[str, ...]: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+    def config(self) -> ModelConfig:
+        """The model's description. Raises InvalidConfig."""
+
+    def check_tensors(self, config: ModelConfig) -> None:
+        """Raises InvalidModelFile unless the file holds exactly the tensors of `config`, in their shapes."""
+
+    def dequantize(self, name: str, rows: slice | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
+        """The tensor as float32 in its own shape, or only the chosen rows, float32 (chosen, inputs)."""
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's pieces. Raises InvalidModelFile."""
+
+    def fingerprint(self) -> str:
+        """Which model this is."""
+
+    def close(self) -> None: ...
+    def __enter__(self) -> ModelFile: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_model(path: str | Path) -> GGUFFile | OnnxFolder:
+    """A GGUF file, or a folder that `bezel export --format onnx` wrote. Raises InvalidModelFile."""
+    path = Path(path)
+    if path.suffix == ".onnx" and path.is_file():
+        raise InvalidModelFile(path, f"this is one file of a model; give its folder, {path.parent}")
+    return OnnxFolder(path) if path.is_dir() else GGUFFile(path)

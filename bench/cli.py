@@ -20,9 +20,9 @@ from ..runtime import _native
 from ..runtime.api import ENGINES, load
 from ..runtime.cache import KV_TYPES
 from ..runtime.errors import InvalidRequest
-from ..runtime.gguf import GGUFFile
+from ..runtime.model_file import ModelFile, open_model
 from . import machine
-from .peers import SETTINGS
+from .peers import OWN_FILE, SETTINGS
 from .profiling import profile
 from .speed import Measurement, Work, comparisons, figures
 from .synthetic import SHAPES, write_gguf
@@ -38,7 +38,9 @@ _PROFILE_HELD, _PROFILE_STEPS = 512, 32
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape instead of MODEL.")
 @click.option("--quant", type=click.Choice(PRESETS), default="q4_0", show_default=True, help="Their format.")
 @click.option("--embedding", type=click.Choice(PRESETS), help="Their embedding's format, as `bezel export` has it.")
-@click.option("--engine", type=click.Choice(ENGINES), default=ENGINES[0], show_default=True, help="Which of bezel's.")
+@click.option(
+    "--engine", type=click.Choice(ENGINES), help="Which of bezel's.  [default: native or ort, as MODEL needs]"
+)
 @click.option("--kv", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="KV cache storage.")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the performance cores]")
 @click.option(
@@ -48,6 +50,7 @@ _PROFILE_HELD, _PROFILE_STEPS = 512, 32
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of everything.")
 @click.option("--vs", type=click.Choice(list(SETTINGS)), help="Measure this program too, turn by turn.")
+@click.option("--peer-model", type=click.Path(path_type=Path), help="What it measures on.  [default: MODEL]")
 @click.option("--profile", "as_profile", is_flag=True, help="Show where a token's time goes instead.")
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Folder for the result.  [default: bench/results, or a cache]"
@@ -58,17 +61,18 @@ def bench(
     shape: str | None,
     quant: str,
     embedding: str | None,
-    engine: str,
+    engine: str | None,
     kv: str,
     threads: int | None,
     context: int | None,
     repeats: int,
     vs: str | None,
+    peer_model: Path | None,
     as_profile: bool,
     save: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the speed and the memory of the model file MODEL on this computer.
+    """Measure the speed and the memory of MODEL, a GGUF file or an exported ONNX folder, on this computer.
 
     Prints a table and, last, one line of JSON, which is kept in bench/results if there is such a folder, else with
     the user's cached files. The whole bench takes minutes; --context 1024 is quick.
@@ -79,19 +83,27 @@ def bench(
       bezel bench gemma.gguf --vs llama.cpp --kv int8
       bezel bench --shape gemma-2-2b --quant q4_0 --context 1024
       bezel bench gemma.gguf --profile
+      bezel bench gemma-onnx/ --vs onnxruntime-genai --peer-model genai/
     """
     if (model is None) == (shape is None):
         raise click.UsageError("Give either MODEL or --shape.")
+    if peer_model is not None and vs is None:
+        raise click.UsageError("--peer-model goes with --vs.")
+    if vs in OWN_FILE and peer_model is None:
+        raise click.UsageError(f"--vs {vs} needs --peer-model, the folder that its own exporter made.")
     progress = _show if sys.stderr.isatty() else _hide
     try:
         file = model or _random_model(str(shape), quant, embedding, progress)
-        with GGUFFile(file) as opened:
+        with open_model(file) as opened:
+            if engine is not None and engine not in opened.engines:
+                raise InvalidRequest(f"--engine: found {engine}, expected {' or '.join(opened.engines)} for {file}")
+            engine = engine or opened.engines[0]
             facts = _facts(opened, engine, kv, threads or _native.default_threads(), context)
             work = Work.of(opened)
         if as_profile:
             _profile(facts, as_json, progress)
             return
-        result = _measure(facts, work, repeats, vs, progress)
+        result = _measure(facts, work, repeats, vs, peer_model, progress)
     except KeyboardInterrupt:
         progress("")
         click.echo("cancelled", err=True)
@@ -112,7 +124,7 @@ def _random_model(shape: str, quant: str, embedding: str | None, progress: Calla
     return path
 
 
-def _facts(file: GGUFFile, engine: str, kv: str, threads: int, context: int | None) -> dict[str, Any]:
+def _facts(file: ModelFile, engine: str, kv: str, threads: int, context: int | None) -> dict[str, Any]:
     """What is measured, and how."""
     longest = file.config().context_length
     if context is not None and context > longest:
@@ -122,7 +134,7 @@ def _facts(file: GGUFFile, engine: str, kv: str, threads: int, context: int | No
         "model": {
             "file": str(file.path),
             "name": file.metadata.get("general.name"),
-            "file_bytes": file.path.stat().st_size,
+            "file_bytes": file.file_bytes,
             "tensor_bytes": sum(info.nbytes for info in file.tensors.values()),
         },
         "engine": engine,
@@ -134,24 +146,38 @@ def _facts(file: GGUFFile, engine: str, kv: str, threads: int, context: int | No
 
 
 def _measure(
-    facts: Mapping[str, Any], work: Work, repeats: int, vs: str | None, progress: Callable[[str], None]
+    facts: Mapping[str, Any],
+    work: Work,
+    repeats: int,
+    vs: str | None,
+    peer_model: Path | None,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     path, threads, context = facts["model"]["file"], facts["threads"], facts["context"]
-    common = {"model": path, "threads": threads, "context": context}
-    starts = {"bezel": partial(Worker, "bezel", engine=facts["engine"], kv=facts["kv"], **common)}
+    common = {"threads": threads, "context": context}
+    starts = {"bezel": partial(Worker, "bezel", model=path, engine=facts["engine"], kv=facts["kv"], **common)}
     settings = {f"{vs}, {setting}": options for setting, options in SETTINGS[vs].items()} if vs else {}
     for name, options in settings.items():
-        starts[name] = partial(Worker, str(vs), **options, **common)
+        starts[name] = partial(Worker, str(vs), model=str(peer_model or path), **options, **common)
     progress("reading the file")
-    probes = machine.Machine(Path(path), threads)
+    probes = machine.Machine(_largest_file(Path(path)), threads)
     samples = Measurement(starts, context, probe=probes.probe, progress=progress).run(repeats)
     peaks = {name: median(values) for name, values in probes.samples.items()}
     bandwidth = max(peaks["memory_read_bytes_per_s"], peaks["file_read_bytes_per_s"])
     runs = {name: figures(s, work, bandwidth, peaks["int8_peak_ops_per_s"]) for name, s in samples.items()}
     result = {"repeats": repeats, "peaks": peaks, "runs": runs}
     if vs:
-        result |= {"versus": vs, "compared": comparisons(samples["bezel"], {s: samples[s] for s in settings})}
+        result |= {
+            "versus": vs,
+            "peer_model": str(peer_model or path),
+            "compared": comparisons(samples["bezel"], {s: samples[s] for s in settings}),
+        }
     return result
+
+
+def _largest_file(path: Path) -> Path:
+    """The file that a model's weights are read from."""
+    return max(path.iterdir(), key=lambda file: file.stat().st_size) if path.is_dir() else path
 
 
 def _profile(facts: dict[str, Any], as_json: bool, progress: Callable[[str], None]) -> None:

@@ -1,9 +1,13 @@
-"""Other programs, measured as bezel is: on the same file, with as many threads."""
+"""Other programs, measured as bezel is: on the same model, with as many threads."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .worker import NotMeasured, Runner
 
@@ -65,9 +69,67 @@ class LlamaCpp:
         return None
 
 
-RUNNERS: dict[str, Callable[..., Runner]] = {"llama.cpp": LlamaCpp}
+class OnnxruntimeGenai:
+    """onnxruntime-genai on a folder that its own builder made: `python -m onnxruntime_genai.models.builder`.
+
+    The builder's graphs for processors keep keys and values in float32. A prompt goes in by 512 tokens: in one piece,
+    as the library takes it by itself, logits of every position need 1 MB each. Tokens are given, not sampled, because
+    sampling is not what is measured. Once its window is full it takes no token back: those of decoding then stay,
+    which is why it gets `_SPARE` more positions than asked for. A context smaller than the window it refuses.
+    """
+
+    kv = "f32"
+    _CHUNK, _SPARE = 512, 256
+
+    def __init__(self, model: str, context: int, threads: int) -> None:
+        try:
+            import onnxruntime_genai as lib
+        except ImportError as error:
+            raise NotMeasured(f"onnxruntime-genai is not installed ({error}): pip install onnxruntime-genai") from None
+        self._lib, self.version = lib, lib.__version__
+        try:
+            raw = json.loads((Path(model) / "genai_config.json").read_text(encoding="utf-8"))["model"]
+            self.vocab_size: int = raw["vocab_size"]
+            window: int = raw["decoder"].get("sliding_window", {}).get("window_size", 0)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NotMeasured(f"{model}: not a folder that onnxruntime-genai's builder made: {error}") from None
+        config = lib.Config(model)
+        options = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self._model = lib.Model(config)
+        self._max_length = max(context + self._SPARE, window)
+        self.reset()
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        for start in range(0, len(ids), self._CHUNK):
+            self._generator.append_tokens(np.array(ids[start : start + self._CHUNK], np.int32))
+        self._generator.get_logits()
+
+    def step(self, token: int) -> None:
+        self.prefill([token])
+
+    def rewind(self, n: int) -> None:
+        try:
+            self._generator.rewind_to(self._generator.token_count() - n)
+        except RuntimeError as error:
+            if "Cannot rewind" not in str(error):
+                raise
+
+    def reset(self) -> None:
+        params = self._lib.GeneratorParams(self._model)
+        params.set_search_options(max_length=self._max_length)
+        self._generator = self._lib.Generator(self._model, params)
+
+    def kv_bytes(self) -> int | None:
+        return None
+
+
+RUNNERS: dict[str, Callable[..., Runner]] = {"llama.cpp": LlamaCpp, "onnxruntime-genai": OnnxruntimeGenai}
 
 # Peer → the settings that it is measured with; at each point the faster one counts.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "llama.cpp": {"flash attention on": {"flash_attention": True}, "flash attention off": {"flash_attention": False}}
+    "llama.cpp": {"flash attention on": {"flash_attention": True}, "flash attention off": {"flash_attention": False}},
+    "onnxruntime-genai": {"its own export": {}},
 }
+# Peers that read another kind of file than bezel's, so that --peer-model must name it.
+OWN_FILE = ("onnxruntime-genai",)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..runtime.cache import row_bytes
 from ..runtime.config import ModelConfig
-from ..runtime.gguf import GGUFFile
+from ..runtime.model_file import ModelFile
 from ..runtime.tensors import tensor_specs
 from .worker import NotMeasured
 
@@ -160,7 +160,7 @@ class Work:
     matrix_weights: int  # that every token of a prompt is multiplied by
 
     @classmethod
-    def of(cls, file: GGUFFile) -> Work:
+    def of(cls, file: ModelFile) -> Work:
         config = file.config()
         read = [info.nbytes for name, info in file.tensors.items() if config.tied_head or name != "token_embd.weight"]
         in_layers = [spec for spec in tensor_specs(config) if spec.layer is not None and not spec.is_norm]

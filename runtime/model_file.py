@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .config import ModelConfig
 from .errors import InvalidModelFile
 from .gguf import GGUFFile
-from .onnx_folder import MODEL, OnnxFolder
+from .onnx_folder import OnnxFolder
 from .tokenizer import Vocabulary
 
 
@@ -27,7 +27,7 @@ class TensorFormat(Protocol):
 
 
 class Tensor(Protocol):
-    """A tensor of the model, under its name in GGUF; `shape` is outputs × inputs, `nbytes` what it takes in the file."""
+    """A tensor under its name in GGUF; `shape` is outputs × inputs, `nbytes` what it takes in the file."""
 
     @property
     def name(self) -> str: ...
@@ -40,7 +40,7 @@ class Tensor(Protocol):
 
 
 class ModelFile(Protocol):
-    """An open file: `GGUFFile` or `OnnxFolder`. `metadata` has GGUF's keys, `engines` those that can run it, best first."""
+    """`GGUFFile` or `OnnxFolder`. `metadata` has GGUF's keys; `engines` those that run it, default first."""
 
     @property
     def path(self) -> Path: ...

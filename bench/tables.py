@@ -10,6 +10,7 @@ import click
 from .profiling import Row
 from .speed import FIRST_TOKEN_PROMPT
 
+_PEER = 20  # columns of a peer's figure
 _MEMORY = {"peak": "peak_bytes", "private": "private_bytes", "mapped file": "file_bytes", "KV": "kv_bytes"}
 
 
@@ -52,7 +53,7 @@ def show_profile(title: str, rows: list[Row]) -> None:
 
 
 def _peer_heading(result: Mapping[str, Any]) -> str:
-    return f"{result['versus']:>14}  bezel is" if "versus" in result else ""
+    return f"{result['versus']:>{_PEER}}  bezel is" if "versus" in result else ""
 
 
 def _peer(result: Mapping[str, Any], found: Mapping[str, Any] | None, figure: str, n: int | None = None) -> str:
@@ -62,7 +63,7 @@ def _peer(result: Mapping[str, Any], found: Mapping[str, Any] | None, figure: st
     figures = result["runs"][found["setting"]][figure]
     value = figures if n is None else figures[n]
     setting = found["setting"].partition(", ")[2]
-    return f"{value:14,.{2 if n is None else 1}f}{found['times_as_fast']:8.2f} times as fast ({setting})"
+    return f"{value:{_PEER},.{2 if n is None else 1}f}{found['times_as_fast']:8.2f} times as fast ({setting})"
 
 
 def _show_first_token(result: Mapping[str, Any]) -> None:
@@ -74,8 +75,10 @@ def _show_first_token(result: Mapping[str, Any]) -> None:
 
 
 def _show_memory(result: Mapping[str, Any]) -> None:
-    click.echo(f"\nmemory after {result['context']} tokens, MB   " + "".join(f"{name:>13}" for name in _MEMORY))
+    click.echo(
+        f"\n{'memory after ' + str(result['context']) + ' tokens, MB':<36}" + "".join(f"{name:>13}" for name in _MEMORY)
+    )
     for name, run in result["runs"].items():
         if "not_measured" not in run:
             cells = (f"{'–':>13}" if run[key] is None else f"{run[key] / 1e6:13,.1f}" for key in _MEMORY.values())
-            click.echo(f"  {name:<30}" + "".join(cells))
+            click.echo(f"  {name:<34}" + "".join(cells))

@@ -286,16 +286,30 @@ def test_a_worker_that_crashes_is_an_error(worker: Worker) -> None:
 
 
 def test_a_missing_peer_and_a_missing_file_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "llama_cpp.py").write_text("raise ImportError('libgomp is gone')")
+    for module in ("llama_cpp", "onnxruntime_genai"):
+        (tmp_path / f"{module}.py").write_text("raise ImportError('libgomp is gone')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        peer = Worker("llama.cpp", model="x", context=16, threads=1, flash_attention=True)
-    with peer, pytest.raises(NotMeasured, match=r"llama-cpp-python is not installed \(libgomp is gone\)"):
-        peer.prefill(1)
+        peers = {
+            "llama-cpp-python": Worker("llama.cpp", model="x", context=16, threads=1, flash_attention=True),
+            "onnxruntime-genai": Worker("onnxruntime-genai", model="x", context=16, threads=1),
+        }
+    for name, peer in peers.items():
+        with peer, pytest.raises(NotMeasured, match=rf"{name} is not installed \(libgomp is gone\)"):
+            peer.prefill(1)
     ours = Worker("bezel", model="nothing.gguf", context=16, threads=1, engine="reference", kv="f16")
     with ours, pytest.raises(NotMeasured, match=r"nothing.gguf: invalid model file: there is no such file"):
         ours.prefill(1)
+
+
+def test_onnxruntime_genai_needs_a_folder_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    with (
+        Worker("onnxruntime-genai", model=str(tmp_path), context=16, threads=1) as peer,
+        pytest.raises(NotMeasured, match="not a folder that onnxruntime-genai's builder made"),
+    ):
+        peer.prefill(1)
 
 
 def run(*args: object, cwd: Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
@@ -364,6 +378,9 @@ def test_errors_name_what_is_wrong(gguf_of: Callable[..., Path], tmp_path: Path)
         ((demo, "--context", 4096), "--context: found 4096, expected up to 2048"),
         (("nothing.gguf",), "nothing.gguf"),
         ((demo, "--vs", "nobody"), "nobody"),
+        ((demo, "--vs", "onnxruntime-genai"), "needs --peer-model"),
+        ((demo, "--peer-model", demo), "goes with --vs"),
+        ((demo, "--engine", "ort"), "expected native or reference"),
     ):
         assert message in run(*args, cwd=tmp_path, ok=False).stderr
 

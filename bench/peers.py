@@ -75,7 +75,8 @@ class OnnxruntimeGenai:
     The builder's graphs for processors keep keys and values in float32. A prompt goes in by 512 tokens: in one piece,
     as the library takes it by itself, logits of every position need 1 MB each. Tokens are given, not sampled, because
     sampling is not what is measured. Once its window is full it takes no token back: those of decoding then stay,
-    which is why it gets `_SPARE` more positions than asked for. A context smaller than the window it refuses.
+    in up to `_SPARE` more positions than asked for; where the model has none to spare, as many of the next prompt are
+    left out. A context smaller than the window it refuses.
     """
 
     kv = "f32"
@@ -91,16 +92,21 @@ class OnnxruntimeGenai:
             raw = json.loads((Path(model) / "genai_config.json").read_text(encoding="utf-8"))["model"]
             self.vocab_size: int = raw["vocab_size"]
             window: int = raw["decoder"].get("sliding_window", {}).get("window_size", 0)
+            longest: int = raw["context_length"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise NotMeasured(f"{model}: not a folder that onnxruntime-genai's builder made: {error}") from None
         config = lib.Config(model)
         options = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._model = lib.Model(config)
-        self._max_length = max(context + self._SPARE, window)
+        self._max_length = min(max(context + self._SPARE, window), longest)
         self.reset()
 
     def prefill(self, ids: Sequence[int]) -> None:
+        room = self._max_length - self._generator.token_count()
+        if len(ids) > room + self._SPARE:
+            raise NotMeasured(f"onnxruntime-genai has room for {room} more tokens, not for {len(ids)}")
+        ids = ids[:room]
         for start in range(0, len(ids), self._CHUNK):
             self._generator.append_tokens(np.array(ids[start : start + self._CHUNK], np.int32))
         self._generator.get_logits()

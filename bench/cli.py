@@ -17,7 +17,7 @@ import click
 
 from ..quant.recipes import PRESETS
 from ..runtime import _native
-from ..runtime.api import ENGINES, load
+from ..runtime.api import ENGINES, default_kv, load
 from ..runtime.cache import KV_TYPES
 from ..runtime.errors import InvalidRequest
 from ..runtime.model_file import ModelFile, open_model
@@ -41,7 +41,7 @@ _PROFILE_HELD, _PROFILE_STEPS = 512, 32
 @click.option(
     "--engine", type=click.Choice(ENGINES), help="Which of bezel's.  [default: native or ort, as MODEL needs]"
 )
-@click.option("--kv", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="KV cache storage.")
+@click.option("--kv", type=click.Choice(KV_TYPES), help="KV cache storage.  [default: f16; with ort f32 only]")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the performance cores]")
 @click.option(
     "--context",
@@ -62,7 +62,7 @@ def bench(
     quant: str,
     embedding: str | None,
     engine: str | None,
-    kv: str,
+    kv: str | None,
     threads: int | None,
     context: int | None,
     repeats: int,
@@ -98,7 +98,7 @@ def bench(
             if engine is not None and engine not in opened.engines:
                 raise InvalidRequest(f"--engine: found {engine}, expected {' or '.join(opened.engines)} for {file}")
             engine = engine or opened.engines[0]
-            facts = _facts(opened, engine, kv, threads or _native.default_threads(), context)
+            facts = _facts(opened, engine, kv or default_kv(engine), threads or _native.default_threads(), context)
             work = Work.of(opened)
         if as_profile:
             _profile(facts, as_json, progress)

@@ -21,7 +21,6 @@ from ..export.gguf_writer import atomic, plan_tensors
 from ..quant.formats import Format
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidRequest
-from ..runtime.protobuf import varint_bytes
 from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import (
     BYTE,
@@ -283,16 +282,7 @@ def _vocabulary(vocab_size: int) -> Vocabulary:
 
 def tokenizer_model(vocab_size: int) -> bytes:
     """`_vocabulary` as a SentencePiece model."""
-    vocabulary = _vocabulary(vocab_size)
-    model = model_proto(vocabulary)
-    # trainer_spec once more, which protocol buffers merge with the first: fields 40 … 43 are the ids of unk,
-    # bos, eos and pad, fields 45 … 48 their pieces.
-    trainer = b""
-    for i, token in enumerate((3, 2, 1, 0)):
-        name = vocabulary.pieces[token].encode()
-        numbers = ((40 + i) << 3, token, (45 + i) << 3 | 2, len(name))
-        trainer += b"".join(map(varint_bytes, numbers)) + name
-    return model + b"\x12" + varint_bytes(len(trainer)) + trainer
+    return model_proto(_vocabulary(vocab_size))
 
 
 def _syllables() -> Iterator[str]:

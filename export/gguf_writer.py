@@ -101,7 +101,7 @@ def export_gguf(
         )
 
     done, total = 0, sum(p.n_weights for p in plan)
-    with atomic(out) as file, _background_hashes(checkpoint.files) as hashes:
+    with atomic(out) as file, background_hashes(checkpoint.files) as hashes:
         for planned, row, block in _quantized(checkpoint, plan):
             file.seek(len(header) + planned.offset + row * planned.row_bytes)
             file.write(block.data)
@@ -200,7 +200,7 @@ def atomic(out: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _background_hashes(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
+def background_hashes(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
     """SHA-256 of each file, computed by a thread of its own while the tensors are quantized."""
     stop = threading.Event()
 
@@ -236,8 +236,8 @@ def _metadata(checkpoint: Checkpoint, preset: str, plan: Sequence[PlannedTensor]
     if checkpoint.chat_template is not None:
         metadata["tokenizer.chat_template"] = checkpoint.chat_template
     return metadata | {
-        **_generation(checkpoint, vocabulary),
-        "bezel.provenance.tool": f"bezel {_version()}",
+        **generation_metadata(checkpoint, vocabulary),
+        "bezel.provenance.tool": f"bezel {tool_version()}",
         "bezel.provenance.recipe": preset,
         "bezel.provenance.embedding_format": formats["token_embd"],
         "bezel.provenance.source_files": [file.name for file in checkpoint.files],
@@ -246,7 +246,7 @@ def _metadata(checkpoint: Checkpoint, preset: str, plan: Sequence[PlannedTensor]
     }
 
 
-def _generation(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, Any]:
+def generation_metadata(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, Any]:
     """The defaults that the checkpoint gives for sampling, and every token that ends a turn."""
     config = checkpoint.generation_config
 
@@ -289,7 +289,7 @@ def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _version() -> str:
+def tool_version() -> str:
     try:
         return version("bezel-lm")
     except PackageNotFoundError:  # run from a source tree that is not installed

@@ -31,7 +31,7 @@ def load(
     path: str | Path,
     engine: str | None = None,
     context: int | None = None,
-    kv: str = "f16",
+    kv: str | None = None,
     threads: int | None = None,
     activations: str = "int8",
 ) -> Model:
@@ -40,11 +40,15 @@ def load(
     `engine` "native" computes on the C++ kernels and "ort" on onnxruntime, each the default for its kind of file;
     "reference" runs both on NumPy in float32. `context` is the most tokens that a session may hold (default: all that
     the model was made for); memory grows only as a session fills. `kv` is how keys and values are stored: "f32", "f16"
-    or "int8". `threads` None leaves the number to the engine: for "native" the performance cores. `activations` "int8"
-    rounds what is multiplied with quantized weights to 8 bits, as is fast; "f32" does not, for measuring (the reference
-    engine never does). Raises InvalidModelFile, InvalidConfig or InvalidRequest.
+    (the default) or "int8"; "ort" has "f32" only. `threads` None takes the performance cores, for "reference" all.
+    `activations` "int8" rounds what is multiplied with quantized weights to 8 bits, as is fast; "f32" does not, for
+    measuring (the reference engine never does). Raises InvalidModelFile, InvalidConfig or InvalidRequest.
     """
-    choices = (("engine", engine, (None, *ENGINES)), ("kv", kv, KV_TYPES), ("activations", activations, ACTIVATIONS))
+    choices = (
+        ("engine", engine, (None, *ENGINES)),
+        ("kv", kv, (None, *KV_TYPES)),
+        ("activations", activations, ACTIVATIONS),
+    )
     for name, value, known in choices:
         if value not in known:
             raise InvalidRequest(f"{name}: found {value!r}, expected one of {', '.join(filter(None, known))}")
@@ -53,7 +57,15 @@ def load(
     file = open_model(path)
     if engine is not None and engine not in file.engines:
         raise InvalidRequest(f"engine: found {engine!r}, expected {' or '.join(file.engines)}: {path} is {file.kind}")
-    return Model(file, engine or file.engines[0], context, kv, threads, activations == "f32")
+    engine = engine or file.engines[0]
+    if engine == "ort" and kv not in (None, "f32"):
+        raise InvalidRequest(f"kv: found {kv!r}, expected 'f32': the caches of {path}'s graph are float32")
+    return Model(file, engine, context, kv or default_kv(engine), threads, activations == "f32")
+
+
+def default_kv(engine: str) -> str:
+    """How an engine stores keys and values unless it is told otherwise."""
+    return "f32" if engine == "ort" else "f16"
 
 
 class Model:
@@ -306,7 +318,7 @@ def _backend(
             if error.name != "onnxruntime":
                 raise
             raise InvalidRequest("the engine 'ort' needs onnxruntime: pip install 'bezel-lm[onnx]'") from None
-        return OrtBackend(file, config, threads)
+        return OrtBackend(file, config, threads, exact)
     if isinstance(file, GGUFFile) and engine == "native":
         from .native_engine import NativeBackend
 

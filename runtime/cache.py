@@ -129,24 +129,45 @@ class KVCache:
         self._store = new_store(n_kv_heads, head_dim, capacity, kv)
 
     @property
+    def store(self) -> Store:
+        """Where the numbers lie."""
+        return self._store
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for the positions held so far."""
-        return allocated_rows(self._newest, self.capacity) * row_bytes(*self._shape, self.kv)
+        return self.slots * row_bytes(*self._shape, self.kv)
 
     def append(self, keys: Floats, values: Floats) -> None:
         """Take keys (after RoPE) and values, (n, kv_heads, head_dim), for the next n positions.
 
         Raises CacheError if n positions would push out what the first of their queries still sees.
         """
-        end = self.length + len(keys)
+        start = self.length
+        self.advance(len(keys))
+        self._store.write(start, keys, values)
+
+    def advance(self, n: int) -> None:
+        """`append` for a store that is written to by someone else."""
+        end = self.length + n
         if end - self.capacity > first_visible(self.length, self.window):
-            raise CacheError(
-                f"cannot append {len(keys)} positions at {self.length}: the cache has {self.capacity} slots"
-            )
-        self._store.write(self.length, keys, values)
+            raise CacheError(f"cannot append {n} positions at {self.length}: the cache has {self.capacity} slots")
         self.length = end
         self._newest = max(self._newest, end)
         self._oldest = max(self._oldest, end - self.capacity)
+
+    @property
+    def slots(self) -> int:
+        """How many slots storage has for the positions held so far: those that memory was allocated for."""
+        return allocated_rows(self._newest, self.capacity)
+
+    def visible(self, n: int) -> npt.NDArray[np.bool_]:
+        """Which slots each of the n newest positions sees, (n, slots)."""
+        newest = self.length - 1
+        held = newest - (newest - np.arange(self.slots)) % self.capacity  # the position in each slot; < 0 in empty ones
+        queries = np.arange(self.length - n, self.length)[:, None]
+        oldest = 0 if self.window is None else np.maximum(0, queries - self.window + 1)
+        return (oldest <= held) & (held <= queries)
 
     def attend(self, queries: Floats, scale: float, softcap: float | None) -> Floats:
         """Attention of queries (n, heads, head_dim), which belong to the n newest positions. Same shape back."""

@@ -33,7 +33,7 @@ _OPTIONS = [
     click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens."),
     click.option("--context", type=int, help="Most tokens to hold.  [default: what the model was made for]"),
     click.option(
-        "--kv", type=click.Choice(["f32", "f16", "int8"]), default="f16", show_default=True, help="KV cache storage."
+        "--kv", type=click.Choice(["f32", "f16", "int8"]), help="KV cache storage.  [default: f16; with ort f32 only]"
     ),
     click.option("--threads", type=int, help="Threads to compute with.  [default: the performance cores]"),
     click.option(

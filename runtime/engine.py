@@ -54,20 +54,11 @@ class Backend(Protocol):
         """A new, empty sequence; see `cache.new_caches`."""
 
 
-class ModelEngine:
-    """One sequence through `model.forward` on some ops; `caches` has one cache a layer."""
+class CachedEngine:
+    """What engines do with their caches, of which there is one a layer."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        shared: Weights,
-        layers: Sequence[Weights],
-        caches: list[KVCache],
-        chunk: int,
-    ) -> None:
-        self.chunk, self.caches, self.ops = chunk, caches, ops
-        self._config, self._shared, self._layers = config, shared, layers
+    def __init__(self, caches: list[KVCache], chunk: int) -> None:
+        self.chunk, self.caches = chunk, caches
 
     @property
     def position(self) -> int:
@@ -76,15 +67,6 @@ class ModelEngine:
     @property
     def cache_bytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
-
-    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
-        start = self.position
-        try:
-            return forward(self._config, self.ops, self._shared, self._layers, self.caches, ids, wanted)
-        except BaseException:
-            for cache in self.caches:
-                cache.rewind(cache.length - start)
-            raise
 
     def rewind(self, n: int) -> None:
         for cache in self.caches:
@@ -108,3 +90,29 @@ class ModelEngine:
         if len({cache.length for cache in restored}) != 1:
             raise InvalidSession("the saved layers hold different numbers of positions")
         self.caches = restored
+
+
+class ModelEngine(CachedEngine):
+    """One sequence through `model.forward` on some ops."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        shared: Weights,
+        layers: Sequence[Weights],
+        caches: list[KVCache],
+        chunk: int,
+    ) -> None:
+        super().__init__(caches, chunk)
+        self.ops = ops
+        self._config, self._shared, self._layers = config, shared, layers
+
+    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+        start = self.position
+        try:
+            return forward(self._config, self.ops, self._shared, self._layers, self.caches, ids, wanted)
+        except BaseException:
+            for cache in self.caches:
+                cache.rewind(cache.length - start)
+            raise

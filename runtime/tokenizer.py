@@ -346,7 +346,10 @@ def _piece_head(size: int) -> bytes:
 
 
 def model_proto(vocabulary: Vocabulary) -> bytes:
-    """A serialised ModelProto. Each piece is a message of piece (1), score (2, float32) and type (3)."""
+    """A serialised ModelProto. Each piece is a message of piece (1), score (2, float32) and type (3).
+
+    trainer_spec comes twice, which protocol buffers merge; its second part names the special tokens.
+    """
     texts = [piece.encode() for piece in vocabulary.pieces]
     sizes = list(map(len, texts))
     heads = {size: _piece_head(size) for size in set(sizes)}  # few sizes, 256,000 pieces
@@ -355,7 +358,20 @@ def model_proto(vocabulary: Vocabulary) -> bytes:
         b"%b%b\x15%b\x18%c" % (heads[size], text, score, kind)
         for size, text, (score,), kind in zip(sizes, texts, scores, vocabulary.types.tolist(), strict=True)
     ]
-    return b"".join(out) + _OPTIONS
+    special = _special_tokens(vocabulary)
+    return b"".join(out) + _OPTIONS + b"\x12" + varint_bytes(len(special)) + special
+
+
+def _special_tokens(vocabulary: Vocabulary) -> bytes:
+    """Fields 40 … 43 of a trainer_spec, the ids of unk, bos, eos and pad, and 45 … 48, their pieces."""
+    out = b""
+    ids = (vocabulary.unk_id, vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id)
+    for i, token in enumerate(ids):
+        if token is not None:
+            piece = vocabulary.pieces[token].encode()
+            numbers = ((40 + i) << 3, token, (45 + i) << 3 | 2, len(piece))
+            out += b"".join(map(varint_bytes, numbers)) + piece
+    return out
 
 
 def _read_piece(message: Any) -> tuple[str, float, int]:

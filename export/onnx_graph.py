@@ -1,0 +1,302 @@
+"""Gemma as an ONNX graph: the nodes, their names, and which tensors they need.
+
+Standard operators of opset 24 carry the structure: TensorScatter writes a layer's ring, Attention reads it. Nodes are
+named by layer and part (`/layers.3/attention/q/MatMul`), which Netron shows as groups; weights have the names that
+GGUF gives them. One graph serves chunks of any length and caches of any size. The activations are (n, features).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from ..runtime.config import LayerConfig, ModelConfig
+from ..runtime.tensors import TensorSpec, tensor_specs
+
+OPSET, IR_VERSION = 24, 11
+MICROSOFT = "com.microsoft"
+DIALECTS = ("ort", "standard")
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+_BITS: dict[int, int] = {
+    TensorProto.FLOAT: 32,
+    TensorProto.FLOAT16: 16,
+    TensorProto.UINT8: 8,
+    TensorProto.INT8: 8,
+    TensorProto.INT4: 4,
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a weight is stored: as floats of `bits` bits, or as integers of `bits` with a scale for each `block`."""
+
+    bits: int
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class External:
+    """A tensor of the external data: "weights", "codes" or "scales", which is `part`, of the model's tensor `spec`.
+
+    `transposed` ones are inputs × outputs. Codes of UINT8 have half their range added, and two of 4 bits share a byte.
+    """
+
+    spec: TensorSpec
+    storage: Storage
+    part: str
+    name: str
+    data_type: int
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.data_type] // 8
+
+
+def externals(spec: TensorSpec, storage: Storage, dialect: str) -> list[External]:
+    """The tensors that hold one weight of the model: integers in the layout of MatMulNBits, or as MatMul takes them."""
+    if storage.block is None:
+        kind = TensorProto.FLOAT16 if storage.bits == 16 else FLOAT
+        return [External(spec, storage, "weights", spec.gguf, kind, spec.shape)]
+    n, k = spec.shape
+    blocks, transposed = k // storage.block, dialect == "standard"
+    codes: tuple[int, ...] = (k, n) if transposed else (n, blocks, storage.block * storage.bits // 8)
+    signed = TensorProto.INT4 if storage.bits == 4 else TensorProto.INT8
+    kind = signed if transposed else TensorProto.UINT8
+    scales = (blocks, n) if transposed else (n, blocks)
+    return [
+        External(spec, storage, "codes", f"{spec.gguf}.codes", kind, codes, transposed),
+        External(spec, storage, "scales", f"{spec.gguf}.scales", FLOAT, scales, transposed),
+    ]
+
+
+def build_model(config: ModelConfig, storage: Mapping[str, Storage], dialect: str) -> tuple[ModelProto, list[External]]:
+    """The model without its weights, and the external tensors that it needs, in the order of use.
+
+    `storage` has an entry for each GGUF tensor name. The caller adds the external tensors as initialisers.
+    """
+    graph = _Graph(config, storage, dialect)
+    graph.build()
+    opsets = [helper.make_opsetid("", OPSET)]
+    if graph.uses_microsoft:
+        opsets.append(helper.make_opsetid(MICROSOFT, 1))
+    model = helper.make_model(
+        helper.make_graph(graph.nodes, config.family, graph.inputs, graph.outputs, graph.constants),
+        opset_imports=opsets,
+        ir_version=IR_VERSION,
+        producer_name="bezel",
+    )
+    model.graph.value_info.extend(graph.value_info)
+    return model, graph.externals
+
+
+class _Graph:
+    """Nodes, inputs, outputs and constants as they come."""
+
+    def __init__(self, config: ModelConfig, storage: Mapping[str, Storage], dialect: str) -> None:
+        self.config, self.storage, self.dialect = config, storage, dialect
+        self.specs = {spec.gguf: spec for spec in tensor_specs(config)}
+        self.nodes: list[NodeProto] = []
+        self.inputs: list[ValueInfoProto] = []
+        self.outputs: list[ValueInfoProto] = []
+        self.value_info: list[ValueInfoProto] = []
+        self.constants: list[TensorProto] = []
+        self.externals: list[External] = []
+        self.uses_microsoft = False
+        self.rows = "n"  # of the activations; in the last layer, those that logits are wanted of
+        self._stored: dict[str, dict[str, str]] = {}
+        self._known: set[str] = set()
+
+    def node(
+        self, op: str, inputs: Sequence[str], path: str, output: str | None = None, domain: str = "", **attributes: Any
+    ) -> str:
+        """A node called `path`/`op`, and the name of its output, by default `path`."""
+        name, output = f"{path}/{op}", output or path
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=name, domain=domain or None, **attributes))
+        self.uses_microsoft |= domain == MICROSOFT
+        return output
+
+    def ints(self, *values: int) -> str:
+        return self.constant("ints." + ".".join(map(str, values)), np.array(values, np.int64))
+
+    def number(self, value: float) -> str:
+        return self.constant(f"number.{np.float32(value)}", np.array(value, np.float32))
+
+    def constant(self, name: str, value: np.ndarray[Any, Any]) -> str:
+        if name not in self._known:
+            self._known.add(name)
+            self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def input(self, name: str, kind: int, shape: Iterable[int | str]) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def output(self, name: str, shape: Iterable[int | str]) -> None:
+        self.outputs.append(helper.make_tensor_value_info(name, FLOAT, list(shape)))
+
+    def stored(self, name: str) -> dict[str, str]:
+        """The initialisers that hold a weight, by part; the embedding and a tied head share theirs."""
+        if name not in self._stored:
+            found = externals(self.specs[name], self.storage[name], self.dialect)
+            self.externals += found
+            self._stored[name] = {tensor.part: tensor.name for tensor in found}
+        return self._stored[name]
+
+    def build(self) -> None:
+        c = self.config
+        ids = self.input("input_ids", INT64, ["n"])
+        positions = self.input("positions", INT64, ["n"])
+        self.wanted = self.input("wanted", INT64, ["wanted"])
+        self.masks = {
+            kind: self.input(f"visible.{kind}", TensorProto.BOOL, ["n", f"slots.{kind}"])
+            for kind in dict.fromkeys(map(_kind, c.layers))
+        }
+        self.first = self.node("Slice", [positions, self.ints(0), self.ints(1)], "/first_position")
+        self.turns = {base: self._turns(positions, base) for base in dict.fromkeys(la.rope_base for la in c.layers)}
+        self.output("logits", ["wanted", c.vocab_size])
+
+        x = self._embed(ids)
+        for i, layer in enumerate(c.layers):
+            x = self._layer(i, layer, x)
+        x = self._norm(x, "output_norm.weight", "/norm")
+        head = "token_embd.weight" if c.tied_head else "output.weight"
+        if c.final_softcap is None:
+            self._linear(x, head, "/head", "logits")
+            return
+        cap = self.number(c.final_softcap)
+        x = self.node("Div", [self._linear(x, head, "/head/matrix"), cap], "/head/softcap/in")
+        x = self.node("Tanh", [x], "/head/softcap/tanh")
+        self.node("Mul", [x, cap], "/head/softcap/out", "logits")
+
+    def _turns(self, positions: str, base: float) -> tuple[str, str]:
+        """RoPE's cosines and sines, (1, n, head_dim / 2), of float32 angles as the checkpoints were trained with."""
+        half = self.config.head_dim // 2
+        frequency = (base ** -(np.arange(half) / half)).astype(np.float32)
+        path = f"/rope_{base:g}"
+        x = self.node("Cast", [positions], f"{path}/positions", to=FLOAT)
+        x = self.node("Unsqueeze", [x, self.ints(0, 2)], f"{path}/column")
+        x = self.node("Mul", [x, self.constant(f"rope_{base:g}.frequency", frequency)], f"{path}/angle")
+        return self.node("Cos", [x], f"{path}/cos"), self.node("Sin", [x], f"{path}/sin")
+
+    def _embed(self, ids: str) -> str:
+        c, path, name = self.config, "/embedding", "token_embd.weight"
+        parts, storage = self.stored(name), self.storage[name]
+        scale = self.number(c.embedding_scale)
+        if storage.block is None:
+            x = self.node("Gather", [parts["weights"], ids], f"{path}/rows")
+            if storage.bits == 16:
+                x = self.node("Cast", [x], f"{path}/float", to=FLOAT)
+        elif self.dialect == "ort":
+            # MatMulNBits wants scales without the axis that GatherBlockQuantized wants them with.
+            blocks = c.hidden_size // storage.block
+            shape = self.ints(c.vocab_size, blocks, 1)
+            scales = self.node("Reshape", [parts["scales"], shape], f"{path}/scales_of_blocks")
+            form: dict[str, Any] = {
+                "bits": storage.bits,
+                "block_size": storage.block,
+                "gather_axis": 0,
+                "quantize_axis": 2,
+            }
+            inputs = [parts["codes"], ids, scales]
+            x = self.node("GatherBlockQuantized", inputs, f"{path}/blocks", domain=MICROSOFT, **form)
+            x = self._described(x, [self.rows, blocks, storage.block])
+            x = self.node("Reshape", [x, self.ints(-1, c.hidden_size)], f"{path}/rows")
+        else:
+            codes = self.node("Gather", [parts["codes"], ids], f"{path}/codes", axis=1)
+            scales = self.node("Gather", [parts["scales"], ids], f"{path}/scales", axis=1)
+            x = self.node("DequantizeLinear", [codes, scales], f"{path}/columns", axis=0, block_size=storage.block)
+            x = self.node("Transpose", [x], f"{path}/rows", perm=[1, 0])
+        return self.node("Mul", [x, scale], f"{path}/scaled")
+
+    def _layer(self, i: int, layer: LayerConfig, x: str) -> str:
+        c, path, blk, kind = self.config, f"/layers.{i}", f"blk.{i}", _kind(layer)
+        h = self._norm(x, f"{blk}.attn_norm.weight", f"{path}/attention_norm")
+        cos, sin = self.turns[layer.rope_base]
+        k = self._linear(h, f"{blk}.attn_k.weight", f"{path}/attention/k")
+        v = self._linear(h, f"{blk}.attn_v.weight", f"{path}/attention/v")
+        k, v = (self.node("Unsqueeze", [t, self.ints(0)], f"{t}/batch") for t in (k, v))
+        k = self.node("RotaryEmbedding", [k, cos, sin], f"{path}/attention/k/rope", num_heads=c.n_kv_heads)
+        keys, values = (self._cache(i, name, new, kind) for name, new in (("key", k), ("value", v)))
+        mask = self.masks[kind]
+        if i == c.n_layers - 1:  # from here on, only what logits are wanted of
+            self.rows = "wanted"
+            h = self.node("Gather", [h, self.wanted], f"{path}/wanted/normed")
+            x = self.node("Gather", [x, self.wanted], f"{path}/wanted/stream")
+            mask = self.node("Gather", [mask, self.wanted], f"{path}/wanted/visible")
+            cos, sin = (
+                self.node("Gather", [t, self.wanted], f"{path}/wanted/{n}", axis=1)
+                for n, t in (("cos", cos), ("sin", sin))
+            )
+        q = self._linear(h, f"{blk}.attn_q.weight", f"{path}/attention/q")
+        q = self.node("Unsqueeze", [q, self.ints(0)], f"{path}/attention/q/batch")
+        q = self.node("RotaryEmbedding", [q, cos, sin], f"{path}/attention/q/rope", num_heads=c.n_heads)
+        form: dict[str, Any] = {
+            "q_num_heads": c.n_heads,
+            "kv_num_heads": c.n_kv_heads,
+            "softcap": c.attn_softcap or 0.0,
+        }
+        inputs = [q, keys, values, mask]
+        h = self.node("Attention", inputs, f"{path}/attention/mixed", scale=c.query_scale, **form)
+        h = self.node("Squeeze", [h, self.ints(0)], f"{path}/attention/heads")
+        h = self._linear(h, f"{blk}.attn_output.weight", f"{path}/attention/output")
+        x = self._add(x, h, f"{blk}.post_attention_norm.weight", f"{path}/attention")
+        h = self._norm(x, f"{blk}.ffn_norm.weight", f"{path}/feed_forward_norm")
+        gate = self._linear(h, f"{blk}.ffn_gate.weight", f"{path}/feed_forward/gate")
+        up = self._linear(h, f"{blk}.ffn_up.weight", f"{path}/feed_forward/up")
+        gate = self.node("Gelu", [gate], f"{path}/feed_forward/gelu", approximate="tanh")
+        h = self.node("Mul", [gate, up], f"{path}/feed_forward/gated")
+        h = self._linear(h, f"{blk}.ffn_down.weight", f"{path}/feed_forward/down")
+        return self._add(x, h, f"{blk}.post_ffw_norm.weight", f"{path}/feed_forward")
+
+    def _cache(self, i: int, name: str, new: str, kind: str) -> str:
+        """The cache with the new rows in it. Position p has slot p mod slots; a global layer has a slot for each."""
+        shape: list[int | str] = [1, f"slots.{kind}", self.config.n_kv_heads * self.config.head_dim]
+        past, present = f"past.{i}.{name}", f"present.{i}.{name}"
+        self.input(past, FLOAT, shape)
+        self.output(present, shape)
+        mode = "linear" if kind == "global" else "circular"
+        return self.node(
+            "TensorScatter", [past, new, self.first], f"/layers.{i}/attention/{name}_cache", present, axis=1, mode=mode
+        )
+
+    def _add(self, x: str, h: str, post_norm: str, path: str) -> str:
+        if post_norm in self.specs:
+            h = self._norm(h, post_norm, f"{path}/post_norm")
+        return self.node("Add", [x, h], f"{path}/added")
+
+    def _norm(self, x: str, weight: str, path: str) -> str:
+        return self.node("RMSNormalization", [x, self.stored(weight)["weights"]], path, epsilon=self.config.rms_eps)
+
+    def _linear(self, x: str, weight: str, path: str, output: str | None = None) -> str:
+        parts, storage, (n, k) = self.stored(weight), self.storage[weight], self.specs[weight].shape
+        out = output or path
+        if storage.block is None:
+            w = parts["weights"]
+            if storage.bits == 16:
+                w = self.node("Cast", [w], f"{path}/float", to=FLOAT)
+            return self.node("Gemm", [x, w], path, output, transB=1)
+        block: dict[str, Any] = {"block_size": storage.block}
+        if self.dialect == "standard":
+            w = self.node("DequantizeLinear", [parts["codes"], parts["scales"]], f"{path}/float", axis=0, **block)
+            return self.node("MatMul", [x, w], path, output)
+        sizes: dict[str, Any] = {"K": k, "N": n, "bits": storage.bits, **block, "accuracy_level": 4}
+        out = self.node("MatMulNBits", [x, parts["codes"], parts["scales"]], path, output, MICROSOFT, **sizes)
+        return self._described(out, [self.rows, n])
+
+    def _described(self, value: str, shape: Sequence[int | str]) -> str:
+        """`value`, its type and shape put down because ONNX's own shape inference does not know its operator."""
+        if value != "logits":
+            self.value_info.append(helper.make_tensor_value_info(value, FLOAT, list(shape)))
+        return value
+
+
+def _kind(layer: LayerConfig) -> str:
+    """What the graph's inputs and dimensions call the caches of such layers, which are of one size."""
+    return "global" if layer.window is None else "local"

@@ -1,0 +1,153 @@
+"""The ort engine: an exported ONNX folder through onnxruntime, with caches that its graph writes in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from . import _native
+from .cache import Arrays, KVCache, new_caches
+from .config import ModelConfig
+from .engine import CachedEngine
+from .errors import InvalidModelFile, InvalidRequest
+from .onnx_folder import OnnxFolder
+from .ops import Floats
+
+
+class OrtStore:
+    """Slots in the layout of the graph's caches: (1, slots, kv_heads · head_dim), float32.
+
+    Address space is there for all slots from the start; the system gives memory to those that are written to.
+    """
+
+    def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
+        if kv != "f32":
+            raise InvalidRequest(f"kv: found {kv!r}, expected 'f32': an ONNX graph's caches are float32")
+        self._shape = (n_kv_heads, head_dim)
+        # Zeros, because what is in a slot that no query sees is multiplied by 0 all the same.
+        self.keys, self.values = (np.zeros((capacity, n_kv_heads * head_dim), np.float32) for _ in range(2))
+
+    def write(self, position: int, keys: Floats, values: Floats) -> None:
+        slots = self._slots(position, position + len(keys))
+        self.keys[slots], self.values[slots] = (x.reshape(len(x), -1) for x in (keys, values))
+
+    def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
+        raise NotImplementedError("the graph attends")
+
+    def raw(self, start: int, stop: int) -> Arrays:
+        slots = self._slots(start, stop)
+        return {name: x[slots].reshape(-1, *self._shape) for name, x in (("keys", self.keys), ("values", self.values))}
+
+    def set_raw(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.write(start, arrays["keys"], arrays["values"])
+
+    def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return np.arange(start, stop) % len(self.keys)
+
+
+class OrtBackend:
+    """A folder's graph in an onnxruntime session. `threads` None takes the performance cores.
+
+    With `exact`, quantized weights are dequantized before they are multiplied with float32 activations, slowly.
+    Raises InvalidModelFile for a graph that onnxruntime refuses or that is not one of bezel's.
+    """
+
+    def __init__(self, folder: OnnxFolder, config: ModelConfig, threads: int | None, exact: bool = False) -> None:
+        self.config, self._folder = config, folder
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or _native.default_threads()
+        options.log_severity_level = 3
+        entries = {"session.model_external_initializers_file_folder_path": str(folder.path.resolve())}
+        if exact:  # kernels for 8-bit activations work on packed weights only
+            entries["session.disable_prepacking"] = "1"
+        if all(tensor.dtype != "float16" for tensor in folder.initializers.values()):
+            # No constant of a quantized model is worth a second copy. Those of 16 bits are needed as float32.
+            entries["optimization.constant_folding_max_output_size_in_bytes"] = str(1 << 20)
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        try:
+            self.session = ort.InferenceSession(folder.model_bytes, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no base of their own
+            raise InvalidModelFile(folder.model_path, f"onnxruntime refuses it: {error}") from error
+        folder.check_unchanged()
+        self.masks = _check_interface(self.session, folder, config)
+
+    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> OrtEngine:
+        return OrtEngine(self, new_caches(self.config, context, kv, chunk, ring, OrtStore), chunk)
+
+
+class OrtEngine(CachedEngine):
+    """One sequence through the graph."""
+
+    def __init__(self, backend: OrtBackend, caches: list[KVCache], chunk: int) -> None:
+        super().__init__(caches, chunk)
+        self._backend = backend
+        self._binding = backend.session.io_binding()
+        self._binding.bind_output("logits", "cpu")  # the first one, and so the first of `get_outputs`
+        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+        n, start = len(ids), self.position
+        rows = np.arange(n - max(wanted, 1), n)  # the graph has no form for no row at all
+        for cache in self.caches:
+            cache.advance(n)
+        try:
+            self._bind_caches()
+            inputs: Arrays = {
+                "input_ids": np.ascontiguousarray(ids),
+                "positions": np.arange(start, start + n),
+                "wanted": rows,
+            }
+            for name, layer in self._backend.masks.items():
+                inputs[name] = self.caches[layer].visible(n)
+            for name, array in inputs.items():
+                self._binding.bind_cpu_input(name, array)
+            self._binding.bind_output("logits", "cpu")  # anew, because its shape may be another
+            self._backend.session.run_with_iobinding(self._binding)
+        except BaseException:
+            for cache in self.caches:
+                cache.rewind(n)
+            raise
+        logits: Floats = self._binding.get_outputs()[0].numpy()
+        return logits[len(rows) - wanted :]
+
+    def _bind_caches(self) -> None:
+        """Input and output of each cache are the same memory, so that writing a row moves nothing else."""
+        for i, cache in enumerate(self.caches):
+            store = cache.store
+            assert isinstance(store, OrtStore)
+            for name, array in ((f"{i}.key", store.keys), (f"{i}.value", store.values)):
+                address, shape = array.ctypes.data, (1, cache.slots, array.shape[1])
+                if self._bound.get(name) != (address, shape):
+                    self._binding.bind_input(f"past.{name}", "cpu", 0, np.float32, shape, address)
+                    self._binding.bind_output(f"present.{name}", "cpu", 0, np.float32, shape, address)
+                    self._bound[name] = (address, shape)
+
+
+def _check_interface(session: ort.InferenceSession, folder: OnnxFolder, config: ModelConfig) -> dict[str, int]:
+    """The masks that the graph takes, each with a layer whose cache says what it holds. Raises InvalidModelFile."""
+    masks: dict[str, int] = {}
+    for i, layer in enumerate(config.layers):
+        masks.setdefault(f"visible.{'global' if layer.window is None else 'local'}", i)
+    caches = [f"{i}.{name}" for i in range(config.n_layers) for name in ("key", "value")]
+    want = {
+        **dict.fromkeys(("input_ids", "positions", "wanted"), "tensor(int64) 1"),
+        **dict.fromkeys(masks, "tensor(bool) 2"),
+        **dict.fromkeys((f"past.{name}" for name in caches), "tensor(float) 3"),
+        **dict.fromkeys((f"present.{name}" for name in caches), "output tensor(float) 3"),
+        "logits": "output tensor(float) 2",
+    }
+    found = {value.name: f"{value.type} {len(value.shape)}" for value in session.get_inputs()}
+    found |= {value.name: f"output {value.type} {len(value.shape)}" for value in session.get_outputs()}
+    for name in sorted({*found, *want}):
+        if found.get(name) != want.get(name):
+            raise InvalidModelFile(
+                folder.model_path,
+                f"graph input or output {name!r}: found {found.get(name)}, expected {want.get(name)} by config.json; "
+                "export the model anew",
+            )
+    return masks

@@ -76,23 +76,29 @@ def export(checkpoint: Path, out: Path, quant: str, embedding: str | None, force
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="What FILE was exported from.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="What MODEL was exported from: a checkpoint folder, or a GGUF file, whose weights must then be kept exactly.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify(file: Path, checkpoint: Path, as_json: bool) -> None:
-    """Compare every tensor of the GGUF file FILE with its checkpoint.
+def verify(model: Path, checkpoint: Path, as_json: bool) -> None:
+    """Compare every tensor of MODEL, a GGUF file or an ONNX folder, with what it was exported from.
 
     Prints the tensors, worst first, and exits with 1 if one is further off than its format explains.
 
     \b
-    Example:
+    Examples:
       bezel verify gemma-2-2b-it.gguf --checkpoint gemma-2-2b-it/
+      bezel verify gemma-2-2b-it-onnx/ --checkpoint gemma-2-2b-it.gguf
     """
-    from .checkpoint import open_checkpoint
+    from .verify import open_source
     from .verify import verify as compare
 
-    with open_checkpoint(checkpoint) as source:
-        reports = compare(file, source)
+    with open_source(checkpoint) as source:
+        reports = compare(model, source)
     reports.sort(key=lambda report: (report.ok, -report.error))
     if as_json:
         click.echo(json.dumps([_as_json(report) for report in reports], indent=2))

@@ -1,19 +1,25 @@
-"""Reads an exported file back and compares every tensor with the checkpoint that it came from."""
+"""Reads an exported model back and compares every tensor with the checkpoint or the GGUF file that it came from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidModelFile
-from ..runtime.gguf import GGUFFile, TensorInfo
-from ..runtime.tensors import TensorSpec
+from ..runtime.gguf import GGUFFile
+from ..runtime.model_file import ModelFile, Tensor, open_model
+from ..runtime.onnx_folder import OnnxFolder
+from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import NORMAL, Vocabulary
-from .checkpoint import Checkpoint
+from .checkpoint import open_checkpoint
 
 _CHUNK_WEIGHTS = 1 << 20
 
@@ -41,59 +47,105 @@ class TensorReport:
         return max(self.error, self.worst_chunk) <= self.tolerance
 
 
-def verify(file: str | Path, checkpoint: Checkpoint) -> list[TensorReport]:
-    """A report for each tensor of the GGUF file, in the model's order.
+class Source(Protocol):
+    """What a model was exported from: a `Checkpoint`, or a GGUF file, whose quantized weights count as they are."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def specs(self) -> Sequence[TensorSpec]: ...
+
+    def vocabulary(self) -> Vocabulary: ...
+
+    def dtype(self, spec: TensorSpec) -> str:
+        """The name of the tensor's format, in capitals."""
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start … stop−1 as float32 (rows, inputs); a one-dimensional tensor is one row."""
+
+
+class _QuantizedSource:
+    def __init__(self, file: GGUFFile) -> None:
+        self.path, self.config, self.vocabulary = file.path, file.config(), file.vocabulary
+        file.check_tensors(self.config)
+        self.specs = list(tensor_specs(self.config))
+        self._file = file
+
+    def dtype(self, spec: TensorSpec) -> str:
+        return self._file.tensors[spec.gguf].format.name.upper()
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
+        return self._file.dequantize(spec.gguf, slice(start, stop))
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """A checkpoint folder or a GGUF file, quantized or not. Raises what opening it raises."""
+    if path.is_file():
+        with GGUFFile(path) as file:
+            yield _QuantizedSource(file)
+    else:
+        with open_checkpoint(path) as checkpoint:
+            yield checkpoint
+
+
+def verify(path: str | Path, source: Source) -> list[TensorReport]:
+    """A report for each tensor of the GGUF file or the ONNX folder, in the model's order.
 
     Raises InvalidModelFile where comparing makes no sense or the text would differ: another config, other
-    tensors, another vocabulary.
+    tensors, another vocabulary; and where a file of a folder is not what was written.
     """
-    with GGUFFile(file) as gguf:
-        config = gguf.config()
+    with open_model(path) as file:
+        config = file.config()
         for field in fields(config):
-            found, want = getattr(config, field.name), getattr(checkpoint.config, field.name)
+            found, want = getattr(config, field.name), getattr(source.config, field.name)
             if found != want:
                 raise InvalidModelFile(
-                    file,
-                    f"config: {field.name} is {str(found)[:80]}, expected {str(want)[:80]} as in {checkpoint.path}",
+                    path,
+                    f"config: {field.name} is {str(found)[:80]}, expected {str(want)[:80]} as in {source.path}",
                 )
-        gguf.check_tensors(config)
-        _check_vocabulary(gguf, checkpoint)
-        return [_compare(gguf, spec, checkpoint) for spec in checkpoint.specs]
+        file.check_tensors(config)
+        if isinstance(file, OnnxFolder):
+            file.check_hashes()
+        _check_vocabulary(file, source)
+        return [_compare(file, spec, source) for spec in source.specs]
 
 
-def _check_vocabulary(gguf: GGUFFile, checkpoint: Checkpoint) -> None:
-    found, want = Vocabulary.from_gguf(gguf.metadata, str(gguf.path)), checkpoint.vocabulary()
+def _check_vocabulary(file: ModelFile, source: Source) -> None:
+    found, want = file.vocabulary(), source.vocabulary()
     if len(found.pieces) != len(want.pieces):
         raise InvalidModelFile(
-            gguf.path,
-            f"{len(found.pieces)} tokens, expected {len(want.pieces)} as in {checkpoint.path}",
+            file.path,
+            f"{len(found.pieces)} tokens, expected {len(want.pieces)} as in {source.path}",
         )
     for i, pair in enumerate(zip(found.pieces, want.pieces, strict=True)):
         if pair[0] != pair[1]:
-            raise InvalidModelFile(gguf.path, f"token {i} is {pair[0]!r}, expected {pair[1]!r} as in {checkpoint.path}")
+            raise InvalidModelFile(file.path, f"token {i} is {pair[0]!r}, expected {pair[1]!r} as in {source.path}")
     scored = want.types == NORMAL  # the score of any other piece decides nothing
     same = np.array_equal(found.types, want.types) and np.array_equal(found.scores[scored], want.scores[scored])
     special = [(v.bos_id, v.eos_id, v.unk_id, v.pad_id) for v in (found, want)]
     if not same or special[0] != special[1]:
         raise InvalidModelFile(
-            gguf.path,
-            f"the scores, types or special ids of its tokens differ from those of {checkpoint.path}",
+            file.path,
+            f"the scores, types or special ids of its tokens differ from those of {source.path}",
         )
 
 
-def _compare(gguf: GGUFFile, spec: TensorSpec, checkpoint: Checkpoint) -> TensorReport:
-    info = gguf.tensors[spec.gguf]
+def _compare(file: ModelFile, spec: TensorSpec, source: Source) -> TensorReport:
+    info = file.tensors[spec.gguf]
     n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
     step = max(1, _CHUNK_WEIGHTS // columns)
     noise, signal, sizes, max_error = [], [], [], 0.0
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
-        source = checkpoint.rows(spec, start, stop)
+        rows = source.rows(spec, start, stop)
         with np.errstate(all="ignore"):  # a damaged file may hold any number; it shows in the figures
-            error = gguf.dequantize(spec.gguf, slice(start, stop)) - source
+            error = file.dequantize(spec.gguf, slice(start, stop)) - rows
             noise.append(_energy(error))
             max_error = float(np.maximum(max_error, np.abs(error).max()))
-        signal.append(_energy(source))
+        signal.append(_energy(rows))
         sizes.append(stop - start)
     mean = sum(signal) / n_rows
     relative = _ratio(sum(noise), sum(signal))
@@ -105,7 +157,7 @@ def _compare(gguf: GGUFFile, spec: TensorSpec, checkpoint: Checkpoint) -> Tensor
         worst_chunk=max(_ratio(n, max(x, mean * rows)) for n, x, rows in zip(noise, signal, sizes, strict=True)),
         max_error=max_error,
         sqnr_db=-20 * math.log10(relative) if relative else math.inf,
-        tolerance=_tolerance(info, spec, checkpoint),
+        tolerance=_tolerance(info, spec, source),
     )
 
 
@@ -120,7 +172,7 @@ def _ratio(noise: float, signal: float) -> float:
     return math.sqrt(noise / signal) if signal else math.inf
 
 
-def _tolerance(info: TensorInfo, spec: TensorSpec, checkpoint: Checkpoint) -> float:
+def _tolerance(info: Tensor, spec: TensorSpec, source: Source) -> float:
     """The format's own, but nothing where source and file hold the same kind of number."""
-    same = info.format.name.upper() == checkpoint.dtype(spec) and not spec.is_norm
+    same = info.format.name.upper() == source.dtype(spec) and not spec.is_norm
     return 0.0 if same else info.format.tolerance

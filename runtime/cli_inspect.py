@@ -76,6 +76,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         row["bytes"] += info.nbytes
     weights = sum(row["weights"] for row in formats.values())
     tensor_bytes = sum(row["bytes"] for row in formats.values())
+    kv_types = ("f32",) if file.engines[0] == "ort" else KV_TYPES
     contexts = [context] if context else _contexts(config.context_length)
     return {
         "file": str(file.path),
@@ -103,7 +104,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         },
         "windows": [layer.window for layer in config.layers],
         "rope_bases": [layer.rope_base for layer in config.layers],
-        "cache": {kv: [cache_sizes(config, n, kv) for n in contexts] for kv in KV_TYPES},
+        "cache": {kv: [cache_sizes(config, n, kv) for n in contexts] for kv in kv_types},
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [

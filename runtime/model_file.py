@@ -10,20 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quant.formats import Format
 from .config import ModelConfig
 from .errors import InvalidModelFile
 from .gguf import GGUFFile
 from .onnx_folder import OnnxFolder
 from .tokenizer import Vocabulary
-
-
-class TensorFormat(Protocol):
-    """How numbers are stored: a name, and the relative RMS error that rounding Gaussian weights to it may cost."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def tolerance(self) -> float: ...
 
 
 class Tensor(Protocol):
@@ -34,7 +26,7 @@ class Tensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def format(self) -> TensorFormat: ...
+    def format(self) -> type[Format]: ...
     @property
     def nbytes(self) -> int: ...
 
@@ -61,8 +53,8 @@ class ModelFile(Protocol):
     def check_tensors(self, config: ModelConfig) -> None:
         """Raises InvalidModelFile unless the file holds exactly the tensors of `config`, in their shapes."""
 
-    def dequantize(self, name: str, rows: slice | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
-        """The tensor as float32 in its own shape, or only the chosen rows, float32 (chosen, inputs)."""
+    def dequantize(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """The tensor as float32 in its own shape, or some rows of it, float32 (rows, inputs)."""
 
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's pieces. Raises InvalidModelFile."""

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from .config import ModelConfig
 from .errors import InvalidModelFile
 from .onnx_model import Initializer, OnnxModel, is_file_name, read_model
+from .onnx_tensors import OnnxTensor, dequantize, find_tensors
 from .strict_json import parse_json
 from .tokenizer import Vocabulary
 
@@ -41,8 +42,9 @@ _SAMPLE = 4096  # bytes of each tensor that the fingerprint covers
 class OnnxFolder:
     """An open folder. `metadata` has the keys of GGUF metadata, from `bezel.json`; `model` is the checked graph.
 
-    `files` maps the names of the folder's files to {"bytes": …, "sha256": …}, `quant` and `dialect` say how it was
-    exported. Raises InvalidModelFile for whatever is not a sound folder.
+    `files` maps the names of the folder's files to {"bytes": …, "sha256": …}, `formats` those of the model's tensors to
+    GGUF's name for the format of their numbers; `quant` and `dialect` say how the folder was exported. Raises
+    InvalidModelFile for whatever is not a sound folder.
     """
 
     kind = "an ONNX folder"
@@ -56,7 +58,7 @@ class OnnxFolder:
         manifest = self._read_manifest()
         self.metadata: Mapping[str, Any] = manifest["metadata"]
         self.quant, self.dialect = str(manifest["quant"]), str(manifest["dialect"])
-        self.files = manifest["files"]
+        self.files, self.formats = manifest["files"], manifest["formats"]
         self.model_bytes = self._read(MODEL, _MAX_GRAPH)
         self.model: OnnxModel = read_model(self.model_path, self.model_bytes)
         self._data = self._map_data()
@@ -104,6 +106,19 @@ class OnnxFolder:
                 digest.update(self.data(tensor.name)[:_SAMPLE].data)
         return digest.hexdigest()
 
+    @cached_property
+    def tensors(self) -> Mapping[str, OnnxTensor]:
+        """The model's tensors by their names in GGUF. Raises InvalidModelFile and InvalidConfig."""
+        return find_tensors(self.model_path, self.initializers, self.config(), self.formats)
+
+    def check_tensors(self, config: ModelConfig) -> None:
+        """Raises InvalidModelFile unless the graph holds all tensors of `config`, in their shapes."""
+        find_tensors(self.model_path, self.initializers, config, self.formats)
+
+    def dequantize(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """The tensor as float32 in its own shape, or some rows of it, float32 (rows, inputs)."""
+        return dequantize(self.tensors[name], self.data, rows)
+
     def check_unchanged(self) -> None:
         """Raises InvalidModelFile if a file is no longer the one that was checked when this folder was opened.
 
@@ -149,7 +164,7 @@ class OnnxFolder:
         raw = self._json(MANIFEST)
         if raw.get("bezel_onnx") != _VERSION or isinstance(raw["bezel_onnx"], bool):
             self._fail(MANIFEST, f"key 'bezel_onnx': found {_show(raw.get('bezel_onnx'))}, expected {_VERSION}")
-        for key, kind in (("metadata", dict), ("quant", str), ("dialect", str), ("files", dict)):
+        for key, kind in (("metadata", dict), ("quant", str), ("dialect", str), ("files", dict), ("formats", dict)):
             if not isinstance(raw.get(key), kind):
                 self._fail(MANIFEST, f"key {key!r}: found {_show(raw.get(key))}, expected a {kind.__name__}")
         for name, entry in raw["files"].items():

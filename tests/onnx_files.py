@@ -88,7 +88,14 @@ def write_manifest(folder: Path, **change: object) -> None:
         if path.is_file() and path.name != "bezel.json"
     }
     metadata = {"general.name": "small", "bezel.generation.stop_token_ids": [1, 5]}
-    manifest = {"bezel_onnx": 1, "metadata": metadata, "quant": "f32", "dialect": "standard", "files": files}
+    manifest = {
+        "bezel_onnx": 1,
+        "metadata": metadata,
+        "quant": "f32",
+        "dialect": "standard",
+        "files": files,
+        "formats": {},
+    }
     (folder / "bezel.json").write_text(json.dumps(manifest | change))
 
 

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("runtime", "export", "quant", "bench")
-CONTRACT = ("errors", "config", "tensors", "gguf", "onnx_folder", "onnx_model", "protobuf", "strict_json", "tokenizer")
+CONTRACT = (
+    *("errors", "config", "tensors", "gguf", "tokenizer", "protobuf", "strict_json"),
+    *("onnx_folder", "onnx_model", "onnx_tensors", "model_file"),
+)
 
 CONTRACT_MODULES = {f"bezel.runtime.{name}" for name in CONTRACT}
 RUNTIME_THIRD_PARTY = {"numpy", "click", "sentencepiece", "threadpoolctl", "safetensors"}

@@ -55,6 +55,15 @@ def linear(
     or a NaN makes its token's row NaN. Raises ValueError for another dtype, shape or memory order.
     """
 
+def feed_forward(
+    pool: ThreadPool, x: NDArray[np.float32], gate: Matrix, up: Matrix, down: Matrix, exact: bool = False
+) -> NDArray[np.float32]:
+    """down · (gelu(gate · x) ⊙ (up · x)) of x (n, cols) → float32 (n, down.rows); releases the GIL.
+
+    The bits are those of `linear`, `geglu` and `linear`. Raises ValueError for another dtype, shape or memory order,
+    and for matrices whose sizes do not fit.
+    """
+
 def embed(matrix: Matrix, ids: NDArray[np.int64], scale: float) -> NDArray[np.float32]:
     """Rows ids (n,), dequantized, times scale → (n, cols). Raises ValueError for an id that is no row."""
 

@@ -43,8 +43,7 @@ class NativeOps:
         return _native.norm_add_norm(x, h, post_weight, next_weight, eps, self._pool)
 
     def feed_forward(self, x: Floats, gate: _native.Matrix, up: _native.Matrix, down: _native.Matrix) -> Floats:
-        gated, upped = self.linear(x, gate, up)
-        return self.linear(_native.geglu(gated, upped, self._pool), down)[0]
+        return _native.feed_forward(self._pool, x, gate, up, down, self._exact)
 
     def softcap(self, x: Floats, cap: float) -> Floats:
         _native.softcap(x, cap, self._pool)

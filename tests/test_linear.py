@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bezel.quant.formats import FORMATS, Format
 from bezel.runtime import _native
-from bezel.runtime._native import Matrix, ThreadPool, embed, linear
+from bezel.runtime._native import Matrix, ThreadPool, embed, feed_forward, geglu, linear
 
 EPS = float(np.finfo(np.float32).eps) / 2  # of one rounding
 FORMATS = {name: f for name, f in FORMATS.items() if not name.startswith("iq4")}  # those that have kernels
@@ -160,6 +160,30 @@ def test_many_tokens_and_many_rows(pool: ThreadPool) -> None:
         for t in (0, 511, 512, 549, 550, 1099):
             (one,) = linear(pool, x[t : t + 1], [matrix(FORMATS[name], data)])
             assert one.tobytes() == y[t].tobytes()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_feed_forward_is_its_parts(fmt: type[Format], exact: bool, pool: ThreadPool) -> None:
+    """Gate and up in different formats, several items of rows and less than a group, one token to blocks of them."""
+    rng = np.random.default_rng(5)
+    for width in (19, 45, 700) if fmt.block == 1 else (fmt.block, 3 * 256, 5 * 256 if fmt.block == 256 else 1120):
+        gate, up = (matrix(f, random_bytes(rng, f, width, 256)) for f in (fmt, FORMATS["q4_1"]))
+        down = matrix(fmt, random_bytes(rng, fmt, 33, width))
+        for n in (1, 3, 8, 17, 40) if width < 1120 else (1, 540):
+            x = rng.standard_normal((n, 256)).astype(np.float32) / 4
+            (want,) = linear(pool, geglu(*linear(pool, x, [gate, up], exact), pool), [down], exact)
+            assert feed_forward(pool, x, gate, up, down, exact).tobytes() == want.tobytes()
+    assert feed_forward(pool, x[:0], gate, up, down, exact).shape == (0, 33)
+
+
+def test_feed_forward_refuses_what_does_not_fit(pool: ThreadPool) -> None:
+    gate, down = Matrix(DATA, 8, 64), Matrix(np.zeros((64, 3 * 4), np.uint8), 0, 3)
+    assert feed_forward(pool, X, gate, gate, down).shape == (1, 64)
+    other = Matrix(DATA[:2], 8, 64)
+    for wrong in ((gate, other, down), (other, gate, down), (gate, gate, gate), (down, gate, down)):
+        with pytest.raises(ValueError, match=r"sizes do not fit each other"):
+            feed_forward(pool, X, *wrong)
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -341,6 +365,10 @@ def digest(pool: ThreadPool) -> str:
                 sha.update(linear(pool, x, [w])[0].tobytes())
                 if n > 2:
                     sha.update(linear(pool, x, [w], exact=True)[0].tobytes())
+        gate = matrix(fmt, random_bytes(rng, fmt, 256, 256))
+        for n in (1, 20):
+            x = rng.standard_normal((n, 256)).astype(np.float32)
+            sha.update(feed_forward(pool, x, gate, gate, gate).tobytes())
     return sha.hexdigest()
 
 

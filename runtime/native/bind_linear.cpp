@@ -81,12 +81,31 @@ std::vector<Output> linear_py(ThreadPool& pool, const Input& x, const std::vecto
   }
   {
     nb::gil_scoped_release release;  // not a call_guard: the results below need the GIL
-    linear(pool, activations, n, matrices.data(), static_cast<int>(matrices.size()), to.data(),
+    linear(selected_isa(), pool, activations, n, matrices.data(), static_cast<int>(matrices.size()), to.data(),
            exact ? Activations::f32 : Activations::int8);
   }
   std::vector<Output> results;
   for (size_t i = 0; i < y.size(); ++i) results.push_back(to_numpy(std::move(y[i]), n, matrices[i]->rows));
   return results;
+}
+
+Output feed_forward_py(ThreadPool& pool, const Input& x, const Matrix& gate, const Matrix& up, const Matrix& down,
+                       bool exact) {
+  const float* activations = checked<float>(x, 2, "x", "float32 (n, cols)");
+  const int64_t n = size(x, 0), cols = size(x, 1);
+  const auto shape = [](const Matrix& w) {
+    return "(" + std::to_string(w.rows) + ", " + std::to_string(w.cols) + ")";
+  };
+  if (gate.cols != cols || up.cols != cols || up.rows != gate.rows || down.cols != gate.rows)
+    throw std::invalid_argument("x: found " + describe(x) + ", gate " + shape(gate) + ", up " + shape(up) +
+                                " and down " + shape(down) + ", whose sizes do not fit each other");
+  Floats y = allocate(n, down.rows);
+  {
+    nb::gil_scoped_release release;
+    feed_forward(selected_isa(), pool, activations, n, gate, up, down, y.get(),
+                 exact ? Activations::f32 : Activations::int8);
+  }
+  return to_numpy(std::move(y), n, down.rows);
 }
 
 Output embed_py(const Matrix& matrix, const Input& ids, float scale) {
@@ -112,6 +131,7 @@ void bind_linear(nb::module_& m) {
       .def_ro("rows", &Matrix::rows)
       .def_ro("cols", &Matrix::cols);
   m.def("linear", &linear_py, "pool"_a, "x"_a.noconvert(), "matrices"_a, "exact"_a = false);
+  m.def("feed_forward", &feed_forward_py, "pool"_a, "x"_a.noconvert(), "gate"_a, "up"_a, "down"_a, "exact"_a = false);
   m.def("embed", &embed_py, "matrix"_a, "ids"_a.noconvert(), "scale"_a);
 }
 

@@ -8,8 +8,6 @@
 
 namespace bezel {
 
-struct LinearKernels;
-
 // A row-major matrix of one of GGUF's types, used where it lies: `data` may have any alignment, may be
 // read-only, and must outlive the matrix.
 struct Matrix {
@@ -28,15 +26,16 @@ enum class Activations {
 };
 
 // y[i] (n, w[i]->rows) = x (n, cols) · w[i]ᵀ, where all matrices have the same number of columns. An output
-// has the same bits whatever n, the other tokens, the other matrices, the threads, or the instruction set.
-// Throws what selected_isa() throws, and std::bad_alloc.
-void linear(ThreadPool& pool, const float* x, int64_t n, const Matrix* const* w, int count, float* const* y,
-            Activations activations = Activations::int8);
+// has the same bits whatever n, the other tokens, the other matrices, the threads, or the instruction set,
+// which must be one that can run here. Throws std::bad_alloc.
+void linear(Isa isa, ThreadPool& pool, const float* x, int64_t n, const Matrix* const* w, int count,
+            float* const* y, Activations activations = Activations::int8);
 
-// The same with the kernels of any instruction set that can run here.
-const LinearKernels& linear_kernels(Isa isa);
-void linear(const LinearKernels& kernels, ThreadPool& pool, const float* x, int64_t n, const Matrix* const* w,
-            int count, float* const* y, Activations activations);
+// y (n, down.rows) = (gelu(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ, with the same promise; as many rows in gate and up as
+// columns in down. The bits are those of linear(), geglu() and linear(), but what lies between them never leaves the
+// caches whole.
+void feed_forward(Isa isa, ThreadPool& pool, const float* x, int64_t n, const Matrix& gate, const Matrix& up,
+                  const Matrix& down, float* y, Activations activations = Activations::int8);
 
 // out (n, cols) = rows ids[0 … n) of w, times scale. Every id is a row of w.
 void embed(const Matrix& w, const int64_t* ids, int64_t n, float scale, float* out);

@@ -64,7 +64,7 @@ std::vector<float> run(Isa isa, ThreadPool& pool, const std::vector<float>& x, i
   std::vector<float> y(static_cast<size_t>(n * w.rows), -1.0f);
   const Matrix* matrix = &w;
   float* out = y.data();
-  linear(linear_kernels(isa), pool, x.data(), n, &matrix, 1, &out, activations);
+  linear(isa, pool, x.data(), n, &matrix, 1, &out, activations);
   return y;
 }
 
@@ -123,6 +123,28 @@ void same_as_the_scalar_twin(ThreadPool& pool) {
       }
 }
 
+// What threads compute of a gate is put together by blocks of others' tiles.
+void feed_forwards(ThreadPool& pool) {
+  constexpr int64_t kCols = 256, kWidth = 1120;
+  const Format &q4_0 = kFormats[3], &q8_0 = kFormats[6];
+  const Weights gate(q4_0, kWidth, kCols, 1), up(q8_0, kWidth, kCols, 2), down(q4_0, 33, kWidth, 3);
+  const auto matrix = [](const Weights& w, const Format& f, int64_t rows, int64_t cols) {
+    return Matrix(w.data, rows, cols / f.block * f.bytes, f.type, cols);
+  };
+  const Matrix g = matrix(gate, q4_0, kWidth, kCols), u = matrix(up, q8_0, kWidth, kCols),
+               d = matrix(down, q4_0, 33, kWidth);
+  for (const int64_t n : {1, 14, 300}) {
+    const std::vector<float> x = activations_of(n, kCols);
+    std::vector<float> expected;
+    for (const Isa isa : usable_isas()) {
+      std::vector<float> y(static_cast<size_t>(n * 33), -1.0f);
+      feed_forward(isa, pool, x.data(), n, g, u, d, y.data());
+      if (isa == Isa::scalar) expected = y;
+      else check(y, expected, isa, q4_0, 33, kWidth, n, Activations::int8);
+    }
+  }
+}
+
 // More than a block of tokens, and several matrices of different formats in one call.
 void large_calls(ThreadPool& pool) {
   constexpr int64_t kCols = 1280, kTokens = 300;
@@ -145,7 +167,7 @@ void large_calls(ThreadPool& pool) {
         w.push_back(&m);
       }
       for (std::vector<float>& v : y) out.push_back(v.data());
-      linear(linear_kernels(isa), pool, x.data(), n, w.data(), static_cast<int>(w.size()), out.data(),
+      linear(isa, pool, x.data(), n, w.data(), static_cast<int>(w.size()), out.data(),
              Activations::int8);
       for (size_t i = 0; i < matrices.size(); ++i)
         check(y[i], run(Isa::scalar, pool, x, n, matrices[i], Activations::int8), isa, kFormats[i], rows[i],
@@ -161,6 +183,7 @@ int main(int argc, char**) {
   if (argc == 1) same_as_the_scalar_twin(three);
   large_calls(three);
   large_calls(one);
+  feed_forwards(three);
   if (failures == 0) {
     std::string names;
     for (const Isa isa : usable_isas()) names += std::string(" ") + name(isa);

@@ -197,6 +197,7 @@ void Inputs::quantize(const float* x, int64_t tile) const noexcept {
       d[b * stride + t] = 0.0f;
       sums[2 * b * stride + t] = sums[(2 * b + 1) * stride + t] = 0;
     }
+  if (k.arrange != nullptr && stride > 1) k.arrange(q, blocks, stride);
 }
 
 void Inputs::fold(const Bias& bias, int64_t tile) const noexcept {

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from ..export.gguf_writer import atomic
 from ..export.receipt import check_room, stamp
 from ..runtime.api import ACTIVATIONS, Session
 from ..runtime.cache import KV_TYPES
+from ..runtime.files import atomic
 from ..runtime.gguf import GGUFFile
 from .measure import measure as run
 from .measure_tables import show

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
-from ..export.gguf_writer import atomic
+from ..runtime.files import atomic
 from . import figures, svg
 from .figures import Json, file_size, index, joined, kld_of
 from .svg import element, number

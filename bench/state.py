@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.files import atomic
 from .machine import cache_folder
 
 _KEPT_DAYS = 30
@@ -43,14 +43,8 @@ class State:
             return None
 
     def save(self, number: int, arrays: Arrays) -> None:
-        path = self._path(number)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic(self._path(number)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06}.npz"

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.gguf_header import TensorRecord, aligned, encode_header
-from ..export.gguf_writer import atomic, plan_tensors
+from ..export.gguf_writer import plan_tensors
 from ..quant.formats import Format
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidRequest
+from ..runtime.files import atomic
 from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import (
     BYTE,
@@ -94,12 +95,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 _LINEAR, _NORM = 0.02, 0.05
 _CHUNK = 1 << 20  # weights generated at a time
 
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
+
+def _chat_template() -> str:
+    """Gemma 2's, as the bundled model has it."""
+    text = (Path(__file__).parent / "data/fairy-gemma2/tokenizer_config.json").read_text(encoding="utf-8")
+    template: str = json.loads(text)["chat_template"]
+    return template
 
 
 def write_checkpoint(
@@ -124,7 +125,7 @@ def write_checkpoint(
         "add_bos_token": True,
         "add_eos_token": False,
         **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": _chat_template(),
     }
     for name, content in (
         ("config.json", raw),
@@ -155,7 +156,7 @@ def write_gguf(
         **config.to_gguf(),
         **vocabulary.to_gguf(),
         "tokenizer.ggml.eot_token_id": vocabulary.pieces.index(END_OF_TURN),
-        "tokenizer.chat_template": _CHAT_TEMPLATE,
+        "tokenizer.chat_template": _chat_template(),
     }
     records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
     rng = np.random.Generator(np.random.SFC64(seed))

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from ..quant.formats import Format
 from ..quant.recipes import choose
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidCheckpoint, InvalidRequest
+from ..runtime.files import atomic
 from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import END_OF_TURN, Vocabulary
 from .checkpoint import Checkpoint
@@ -182,21 +183,6 @@ def _quantized(
             yield done, row, block.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def atomic(out: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name once it is complete and on the disk, and otherwise not at all."""
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, out)
-    except BaseException:  # Ctrl-C too
-        part.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from .cache import KV_TYPES, default_chunk
 from .config import ModelConfig
 from .engine import Backend, Engine
 from .errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
+from .files import replacing
 from .generation import Generation, MakeRoom
 from .gguf import GGUFFile
 from .model_file import ModelFile, open_model
@@ -262,14 +262,9 @@ class Session:
         """Write the session to a file; whole or not at all."""
         from safetensors.numpy import save_file
 
-        path = Path(path)
         arrays = {**self.engine.snapshot(), "ids": np.array(self.ids, np.int64)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, self._identity())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(Path(path)) as part:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, self._identity())
 
     def restore(self, path: str | Path) -> None:
         """Go on from a saved session, as if nothing had happened. Raises InvalidSession, changing nothing."""

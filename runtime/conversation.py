@@ -39,7 +39,15 @@ class Conversation:
         """The model's reply to a user's turn, as an iterable of pieces."""
         make_room = self._make_room if self._slide else None
         prompt = self.prompt_ids(text)
-        return Generation(self.session, prompt, sampling, max_tokens=max_tokens, make_room=make_room, cancel=cancel)
+        return Generation(
+            self.session,
+            prompt,
+            sampling,
+            max_tokens=max_tokens,
+            make_room=make_room,
+            cancel=cancel,
+            hold_last=True,
+        )
 
     def undo(self) -> None:
         """Take back the last exchange. Raises InvalidRequest if there is none."""

@@ -19,7 +19,8 @@ class Generation:
 
     `ids` are the tokens generated so far, without the one that stopped it. `finish` says why it ended: "stop" (a
     stop token or string), "length" (max_tokens), "cancelled" (`cancel` returned True), None while it runs. If the
-    context is full, `make_room` is asked for shorter ids to go on with; without it ContextFull is raised.
+    context is full, `make_room` is asked for shorter ids to go on with; without it ContextFull is raised. The token
+    that reaches max_tokens goes through the model, which costs a step, only if `hold_last`: where the session goes on.
     """
 
     def __init__(
@@ -33,13 +34,14 @@ class Generation:
         stop_ids: frozenset[int] | None = None,
         make_room: MakeRoom | None = None,
         cancel: Callable[[], bool] = lambda: False,
+        hold_last: bool = False,
     ) -> None:
         self.ids: list[int] = []
         self.finish: str | None = None
         self._session, self._prompt, self._sampler = session, list(prompt), Sampler(sampling)
         self._max_tokens, self._stop = max_tokens, [s for s in stop if s]
         self._stop_ids = session.model.stop_ids if stop_ids is None else stop_ids
-        self._make_room, self._cancel = make_room, cancel
+        self._make_room, self._cancel, self._hold_last = make_room, cancel, hold_last
 
     def __iter__(self) -> Iterator[str]:
         decoder = self._session.model.tokenizer.stream()
@@ -60,9 +62,9 @@ class Generation:
             yield held
 
     def _tokens(self) -> Iterator[int]:
-        logits = self._session.feed(self._prompt, self._make_room, self._cancel)
-        while logits is not None:
-            if self._max_tokens is not None and len(self.ids) >= self._max_tokens:
+        fed = self._prompt
+        while (logits := self._session.feed(fed, self._make_room, self._cancel)) is not None:
+            if self._reached_max():
                 self.finish = "length"
                 return
             token = self._sampler(logits, self._session.ids)
@@ -71,8 +73,14 @@ class Generation:
                 return
             self.ids.append(token)
             yield token
-            logits = self._session.feed([token], self._make_room, self._cancel)
+            if self._reached_max() and not self._hold_last:
+                self.finish = "length"
+                return
+            fed = [token]
         self.finish = "cancelled"
+
+    def _reached_max(self) -> bool:
+        return self._max_tokens is not None and len(self.ids) >= self._max_tokens
 
     def _find_stop(self, text: str) -> int | None:
         found = [at for at in map(text.find, self._stop) if at >= 0]

@@ -30,6 +30,31 @@ def test_pieces_add_up_and_ids_are_told(model: Model) -> None:
     assert text == model.tokenizer.decode(generation.ids)
 
 
+@pytest.mark.parametrize("hold_last", [False, True])
+def test_the_last_token_costs_a_step_only_where_it_is_kept(hold_last: bool, model_of: ModelOf) -> None:
+    model = model_of("demo", "q8_0", context=12)
+    ids, session = model.prompt_ids("A king", raw=True), model.session()
+    room = model.context - len(ids)
+    generation = Generation(session, ids, GREEDY, max_tokens=room, stop_ids=frozenset(), hold_last=hold_last)
+    list(generation)
+    assert session.ids == [*ids, *generation.ids[: None if hold_last else -1]]
+    assert (generation.finish, len(generation.ids), session.position) == ("length", room, len(session.ids))
+
+
+def test_no_tokens_at_all(model: Model) -> None:
+    generation = model.generate("A king", max_tokens=0, raw=True)
+    assert (list(generation), generation.finish) == ([], "length")
+
+
+def test_a_context_that_is_just_large_enough(model_of: ModelOf) -> None:
+    """The last token needs no position."""
+    model = model_of("demo", "q8_0", context=12)
+    ids = model.prompt_ids("A king", raw=True)
+    generation = Generation(model.session(), ids, GREEDY, max_tokens=13 - len(ids), stop_ids=frozenset())
+    list(generation)
+    assert generation.finish == "length"
+
+
 def test_stop_string_never_shows(model: Model) -> None:
     whole = "".join(model.generate("Once upon a time", max_tokens=40, sampling=GREEDY, raw=True))
     stop = whole[30:36]
@@ -99,7 +124,7 @@ class TestFullContext:
         list(generation)
         assert len(generation.ids) == 100
         assert session.ids[: len(ids)] == ids
-        assert session.ids[len(ids) :] == generation.ids[-(len(session.ids) - len(ids)) :]
+        assert session.ids[len(ids) :] == generation.ids[-(len(session.ids) - len(ids)) - 1 : -1]
         assert said
         assert all("dropped 10 tokens" in line for line in said)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bezel.bench.synthetic import SHAPES, tokenizer_model, write_checkpoint
+from bezel.bench.synthetic import SHAPES, tokenizer_model, write_checkpoint, write_gguf
+from bezel.runtime.chat import template_is_known
 from bezel.runtime.config import ModelConfig
 from bezel.runtime.errors import InvalidRequest
+from bezel.runtime.gguf import GGUFFile
 from bezel.runtime.tensors import tensor_specs
 from bezel.runtime.tokenizer import Vocabulary
 from safetensors import safe_open
@@ -92,6 +94,15 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     first, same, other = (file.read_bytes() for file in files)
     assert first == same
     assert first != other
+
+
+def test_their_chats_are_gemmas(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "hf", "tiny-gemma-2")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    with GGUFFile(write_gguf(tmp_path / "x.gguf", "tiny-gemma-2", "q8_0")) as file:
+        stored = file.metadata["tokenizer.chat_template"]
+    assert template_is_known(config["chat_template"])
+    assert stored == config["chat_template"]
 
 
 def test_unknown_requests(tmp_path: Path) -> None:

@@ -1,17 +1,16 @@
 // Attention, its caches, and the elementwise operations in the Python module.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "attention.h"
+#include "bind_arrays.h"
 #include "elementwise.h"
 #include "kv_store.h"
 #include "thread_pool.h"
@@ -23,72 +22,6 @@ using namespace nb::literals;
 namespace bezel {
 namespace {
 
-using Input = nb::ndarray<nb::ro, nb::device::cpu>;
-using InOut = nb::ndarray<nb::device::cpu>;
-using Array = nb::ndarray<nb::numpy>;
-using Shape = std::vector<int64_t>;
-
-std::string text(const Shape& shape) {
-  std::string s = "(";
-  for (size_t i = 0; i < shape.size(); ++i)
-    s += (shape[i] < 0 ? "n" : std::to_string(shape[i])) + (i + 1 < shape.size() ? ", " : "");
-  return s + (shape.size() == 1 ? ",)" : ")");
-}
-
-std::string text(nb::dlpack::dtype type) {
-  static const char* const kinds[] = {"int", "uint", "float"};
-  return type.code < 3 ? kinds[type.code] + std::to_string(type.bits) : "another type";
-}
-
-// The data of a C-contiguous array of `type` and `shape`, in which −1 is any size; else std::invalid_argument.
-template <class A>
-auto* checked(const A& array, const char* name, nb::dlpack::dtype type, const Shape& shape) {
-  Shape found(array.ndim());
-  for (size_t i = 0; i < found.size(); ++i) found[i] = static_cast<int64_t>(array.shape(i));
-  const std::string description = text(array.dtype()) + " " + text(found);
-  bool fits = array.dtype() == type && found.size() == shape.size();
-  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i] < 0 || shape[i] == found[i];
-  if (!fits)
-    throw std::invalid_argument(std::string(name) + ": found " + description + ", expected " + text(type) + " " +
-                                text(shape));
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= found[i])
-    if (found[i] > 1 && array.stride(i) != stride && array.size() > 0)
-      throw std::invalid_argument(std::string(name) + ": " + description +
-                                  " is not C-contiguous; pass np.ascontiguousarray of it");
-  if (reinterpret_cast<uintptr_t>(array.data()) % (type.bits / 8) != 0)
-    throw std::invalid_argument(std::string(name) + ": " + description +
-                                " is not aligned to its type; pass a copy of it");
-  return array.data();
-}
-
-const float* floats(const Input& array, const char* name, const Shape& shape) {
-  return static_cast<const float*>(checked(array, name, nb::dtype<float>(), shape));
-}
-
-int64_t size(const Input& array, size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
-
-// A new NumPy array, to be filled while the GIL is released.
-struct Result {
-  nb::dlpack::dtype type;
-  std::vector<size_t> shape;
-  std::unique_ptr<char[]> bytes;
-
-  Result(nb::dlpack::dtype t, const Shape& s) : type(t), shape(s.begin(), s.end()) {
-    size_t n = type.bits / 8;
-    for (const size_t x : shape) n *= x;
-    bytes.reset(new char[n]);
-  }
-  explicit Result(const Shape& s) : Result(nb::dtype<float>(), s) {}
-  float* data() { return reinterpret_cast<float*>(bytes.get()); }
-  Array array() {
-    char* p = bytes.get();
-    nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<char*>(q); });
-    bytes.release();
-    return Array(p, shape.size(), shape.data(), owner, nullptr, type);
-  }
-};
-
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 KvType kv_type(const std::string& kv) {
@@ -98,7 +31,7 @@ KvType kv_type(const std::string& kv) {
   refuse("kv is '" + kv + "', expected 'f32', 'f16' or 'int8'");
 }
 
-nb::dlpack::dtype storage_type(const KVStore& store) {
+DType storage_type(const KVStore& store) {
   switch (store.type()) {
     case KvType::f16: return {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
     case KvType::int8: return nb::dtype<int8_t>();
@@ -114,16 +47,14 @@ void check_span(const KVStore& store, int64_t position, int64_t n) {
            " do not fit a store of " + std::to_string(store.capacity()) + " positions");
 }
 
-
 float positive(double x, const char* name) {
   if (!(x > 0 && std::isfinite(static_cast<float>(x)))) refuse(std::string(name) + " is not a positive number");
   return static_cast<float>(x);
 }
 
 void write(KVStore& store, int64_t position, const Input& keys, const Input& values) {
-  const Shape shape{-1, store.kv_heads(), store.head_dim()};
-  const float* k = floats(keys, "keys", shape);
-  const float* v = floats(values, "values", {size(keys, 0), store.kv_heads(), store.head_dim()});
+  const float* k = checked<float>(keys, "keys", {"n", store.kv_heads(), store.head_dim()});
+  const float* v = checked<float>(values, "values", {size(keys, 0), store.kv_heads(), store.head_dim()});
   check_span(store, position, size(keys, 0));
   nb::gil_scoped_release release;
   store.write(position, size(keys, 0), k, v);
@@ -131,7 +62,7 @@ void write(KVStore& store, int64_t position, const Input& keys, const Input& val
 
 Array attend_py(const KVStore& store, ThreadPool& pool, const Input& queries, int64_t length,
                 std::optional<int64_t> window, double scale, std::optional<double> softcap) {
-  const float* q = floats(queries, "queries", {-1, -1, store.head_dim()});
+  const float* q = checked<float>(queries, "queries", {"n", "heads", store.head_dim()});
   const int64_t n = size(queries, 0), heads = size(queries, 1), span = window.value_or(0);
   if (heads == 0 || heads % store.kv_heads() != 0)
     refuse("queries: found " + std::to_string(heads) + " heads, expected a multiple of the store's " +
@@ -152,7 +83,7 @@ Array attend_py(const KVStore& store, ThreadPool& pool, const Input& queries, in
 
 nb::tuple read(const KVStore& store, int64_t start, int64_t stop) {
   check_span(store, start, stop - start);
-  const Shape shape{stop - start, store.kv_heads(), store.head_dim()};
+  const std::vector<int64_t> shape{stop - start, store.kv_heads(), store.head_dim()};
   Result keys(shape), values(shape);
   {
     nb::gil_scoped_release release;
@@ -186,7 +117,7 @@ void set_raw(KVStore& store, int64_t start, const nb::dict& arrays) {
   struct Side {
     Input rows, scales;
   } sides[2];
-  int64_t n = -1;
+  Size n("n");
   const bool scaled = store.type() == KvType::int8;
   for (const bool values : {false, true}) {  // all of them, before a byte is changed
     const char* const name = values ? "values" : "keys";
@@ -197,18 +128,18 @@ void set_raw(KVStore& store, int64_t start, const nb::dict& arrays) {
     if (!scaled) continue;
     const char* const scales_name = values ? "value_scales" : "key_scales";
     side.scales = get(scales_name);
-    floats(side.scales, scales_name, {n, store.kv_heads()});
+    checked<float>(side.scales, scales_name, {n, store.kv_heads()});
   }
-  check_span(store, start, n);
+  check_span(store, start, n.number);
   nb::gil_scoped_release release;
   for (const bool values : {false, true})
-    store.write_raw(start, n, values, sides[values].rows.data(),
+    store.write_raw(start, n.number, values, sides[values].rows.data(),
                     scaled ? static_cast<const float*>(sides[values].scales.data()) : nullptr);
 }
 
 Array rms_norm_py(const Input& x, const Input& weight, double eps, ThreadPool& pool) {
-  const float* data = floats(x, "x", {-1, -1});
-  const float* w = floats(weight, "weight", {size(x, 1)});
+  const float* data = checked<float>(x, "x", {"n", "cols"});
+  const float* w = checked<float>(weight, "weight", {size(x, 1)});
   Result y({size(x, 0), size(x, 1)});
   {
     nb::gil_scoped_release release;
@@ -219,11 +150,11 @@ Array rms_norm_py(const Input& x, const Input& weight, double eps, ThreadPool& p
 
 nb::tuple norm_add_norm_py(const Input& x, const Input& h, const std::optional<Input>& post_weight,
                            const Input& next_weight, double eps, ThreadPool& pool) {
-  const float* data = floats(x, "x", {-1, -1});
-  const Shape shape{size(x, 0), size(x, 1)};
-  const float* added = floats(h, "h", shape);
-  const float* post = post_weight ? floats(*post_weight, "post_weight", {shape[1]}) : nullptr;
-  const float* next = floats(next_weight, "next_weight", {shape[1]});
+  const float* data = checked<float>(x, "x", {"n", "cols"});
+  const std::vector<int64_t> shape{size(x, 0), size(x, 1)};
+  const float* added = checked<float>(h, "h", {shape[0], shape[1]});
+  const float* post = post_weight ? checked<float>(*post_weight, "post_weight", {shape[1]}) : nullptr;
+  const float* next = checked<float>(next_weight, "next_weight", {shape[1]});
   Result sum(shape), y(shape);
   {
     nb::gil_scoped_release release;
@@ -233,9 +164,9 @@ nb::tuple norm_add_norm_py(const Input& x, const Input& h, const std::optional<I
 }
 
 Array geglu_py(const Input& gate, const Input& up, ThreadPool& pool) {
-  const float* g = floats(gate, "gate", {-1, -1});
-  const Shape shape{size(gate, 0), size(gate, 1)};
-  const float* u = floats(up, "up", shape);
+  const float* g = checked<float>(gate, "gate", {"n", "cols"});
+  const std::vector<int64_t> shape{size(gate, 0), size(gate, 1)};
+  const float* u = checked<float>(up, "up", {shape[0], shape[1]});
   Result y(shape);
   {
     nb::gil_scoped_release release;
@@ -245,14 +176,14 @@ Array geglu_py(const Input& gate, const Input& up, ThreadPool& pool) {
 }
 
 void softcap_py(const InOut& x, double cap, ThreadPool& pool) {
-  float* data = static_cast<float*>(checked(x, "x", nb::dtype<float>(), {-1, -1}));
+  float* data = static_cast<float*>(checked(x, "x", nb::dtype<float>(), {"n", "cols"}));
   const float limit = positive(cap, "cap");
   nb::gil_scoped_release release;
   softcap(data, limit, static_cast<int64_t>(x.size()), pool);
 }
 
 void rope_py(const InOut& x, int64_t first_position, double base, ThreadPool& pool) {
-  float* data = static_cast<float*>(checked(x, "x", nb::dtype<float>(), {-1, -1, -1}));
+  float* data = static_cast<float*>(checked(x, "x", nb::dtype<float>(), {"n", "heads", "head_dim"}));
   const auto head_dim = static_cast<int64_t>(x.shape(2));
   if (head_dim % 2 != 0) refuse("x: found a head_dim of " + std::to_string(head_dim) + ", expected an even number");
   if (first_position < 0 || first_position > int64_t{1} << 40)

@@ -68,9 +68,12 @@ void Inputs::put(int64_t token, int64_t col, int64_t count, const float* x) noex
 
 void Inputs::close(ThreadPool& pool) {
   pad(tiles() - 1);
-  pool.parallel_for(biases_.empty() ? 0 : tiles(), 1, [&](int64_t begin, int64_t end) noexcept {
-    for (int64_t tile = begin; tile < end; ++tile)
+  pool.parallel_for(q_ == nullptr ? 0 : tiles(), 1, [&](int64_t begin, int64_t end) noexcept {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (k.arrange != nullptr && tokens(tile) > 1)
+        k.arrange(q_ + tile * k.tokens * cols, cols / kXBlock, tokens(tile));
       for (const Bias& bias : biases_) fold(bias, tile);
+    }
   });
 }
 

@@ -89,6 +89,10 @@ struct LinearKernels {
   // scale, so that the damage shows in the result. sums[(2 b + h) · tokens] is Σ q over half h of block b.
   void (*quantize)(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, int32_t* sums) noexcept;
 
+  // Of a tile of more than one token: q from the order of Tile to the one that gemm wants, in place. May be
+  // null.
+  void (*arrange)(int8_t* q, int64_t blocks, int tokens) noexcept;
+
   QuantizedKernels of[kTypes];
 
   // The first `cols` columns of a group, at most kFloatPanelCols, as float32 [column][row].

@@ -5,9 +5,5 @@
 
 namespace bezel {
 void use_neondot(LinearKernels& kernels) noexcept { fill(kernels); }
-
-// Its matrix products would want two rows and two tokens in a register, another panel than everything else
-// here.
-void use_neoni8mm(LinearKernels& kernels) noexcept { fill(kernels); }
 }  // namespace bezel
 #endif

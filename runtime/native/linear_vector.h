@@ -79,8 +79,9 @@ void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
   store_float(y, acc);
 }
 
-// panel.codes: [column / 4][row][4]. Scales and minima: [sub-block][row].
-template <class W>
+// panel.codes: [column / 4][row][4], unless 16 columns are arranged in another way. Scales and minima:
+// [sub-block][row].
+template <class W, Rows (*kArranged)(const Rows&) = transposed>
 void unpack(const Group& w, int64_t blocks, Panel& panel) noexcept {
   constexpr int kSubs = 32 / W::kSub;
   const uint8_t* data = w.data;
@@ -96,7 +97,7 @@ void unpack(const Group& w, int64_t blocks, Panel& panel) noexcept {
       ahead.fetch(j);
       uint8_t* to = out + j * W::kSub * kRows;
       const auto put = [&](const Rows& rows) BEZEL_LAMBDA {
-        const Rows t = transposed(rows);
+        const Rows t = kArranged(rows);
         repeat<4>([&](auto i)
                       BEZEL_LAMBDA { store(to + decltype(i)::value * 4 * kRows, t.v[decltype(i)::value]); });
         to += 16 * kRows;

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,35 +21,118 @@ if TYPE_CHECKING:
     from .verify import TensorReport
 
 
+_ONNX_QUANTS = ("int8", "int4")  # and f32, f16
+
+
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--from", "source", type=click.Path(path_type=Path), help="CHECKPOINT, where it is not said first.")
+@click.option(
+    "--format",
+    "container",
+    type=click.Choice(("gguf", "onnx")),
+    default="gguf",
+    show_default=True,
+    help="gguf: one file. onnx: a folder for onnxruntime.",
+)
 @click.option(
     "--quant",
-    type=click.Choice(PRESETS),
-    default="q8_0",
-    show_default=True,
-    help="Format of the weights: q8_0 is almost lossless, q4_0 the smallest and the fastest on a laptop.",
+    type=click.Choice((*PRESETS, *_ONNX_QUANTS)),
+    help="Format of the weights: q8_0 is almost lossless, q4_0 the smallest and the fastest on a laptop; for ONNX f32, "
+    "f16, int8 or int4.  [default: q8_0; for ONNX int8, or a GGUF file's own]",
 )
 @click.option(
     "--embedding",
-    type=click.Choice(PRESETS),
-    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k.",
+    type=click.Choice((*PRESETS, *_ONNX_QUANTS)),
+    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k, or "
+    "int8 for ONNX.",
 )
+@click.option(
+    "--dialect",
+    type=click.Choice(("ort", "standard")),
+    help="ONNX: operators for quantized weights, onnxruntime's own or any runtime's.  [default: ort]",
+)
+@click.option("--check", is_flag=True, help="ONNX: run what was written, and compare it with its source: bezel check.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def export(checkpoint: Path, out: Path, quant: str, embedding: str | None, force: bool, as_json: bool) -> None:
-    """Write CHECKPOINT to the GGUF file OUT.
+@click.pass_context
+def export(
+    context: click.Context,
+    checkpoint: Path,
+    out: Path | None,
+    source: Path | None,
+    container: str,
+    quant: str | None,
+    embedding: str | None,
+    dialect: str | None,
+    check: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write CHECKPOINT to OUT: a GGUF file, or a folder with an ONNX graph.
 
     CHECKPOINT is a folder as downloaded from the hub (config.json, tokenizer.model, safetensors), or a GGUF
-    file that is not quantized. OUT may be a folder; the file is then named after the checkpoint.
+    file that is not quantized; for ONNX it may be, and its weights then stay what they are. OUT may be a folder; a
+    GGUF file is then named after the checkpoint.
 
     \b
     Examples:
       bezel export gemma-2-2b-it/ gemma-2-2b-it.gguf
       bezel export gemma-2-2b-it/ . --quant q4_0
       bezel export gemma-2-2b-it/ small.gguf --quant q4_0 --embedding q4_0
+      bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4
+      bezel export --from small.gguf gemma-onnx/ --format onnx --check
     """
+    if (out is None) == (source is None):
+        raise click.UsageError("Give CHECKPOINT and OUT, or OUT and --from.")
+    if source is not None:
+        checkpoint, out = source, checkpoint
+    assert out is not None
+    if container == "gguf" and (dialect or check):
+        raise click.UsageError("--dialect and --check go with --format onnx.")
+    if container == "gguf" and {quant, embedding} & {*_ONNX_QUANTS}:
+        raise click.UsageError(f"{' and '.join(_ONNX_QUANTS)} go with --format onnx; GGUF has q8_0 and q4_0.")
+    if check and as_json:
+        raise click.UsageError("--check prints a table: leave --json out, or use bezel check --json.")
+    show = sys.stderr.isatty()
+    with click.progressbar(length=1, label=out.name, file=sys.stderr) if show else nullcontext() as bar:
+
+        def progress(done: int, total: int) -> None:
+            if bar is not None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+        try:
+            if container == "onnx":
+                from .onnx_cli import export_folder
+
+                summary = export_folder(checkpoint, out, quant, embedding, dialect or "ort", progress, force)
+            else:
+                summary = _export_file(checkpoint, out, quant or "q8_0", embedding, progress, force)
+        except KeyboardInterrupt:
+            click.echo("\ncancelled", err=True)
+            raise SystemExit(130) from None
+    if as_json:
+        click.echo(json.dumps(asdict(summary), indent=2))
+    else:
+        _print_summary(summary)
+    if check:
+        verbs = context.find_root().command
+        assert isinstance(verbs, click.Group)  # `check` needs an engine, which this room does not import
+        command = verbs.get_command(context, "check")
+        assert command is not None
+        context.invoke(command, folder=out, source=checkpoint)
+
+
+def _export_file(
+    checkpoint: Path,
+    out: Path,
+    quant: str,
+    embedding: str | None,
+    progress: Callable[[int, int], None],
+    force: bool,
+) -> ExportSummary:
     from .checkpoint import open_checkpoint
     from .gguf_writer import export_gguf
 
@@ -56,23 +140,7 @@ def export(checkpoint: Path, out: Path, quant: str, embedding: str | None, force
         if out.is_dir():
             name = re.sub(r"[^\w.-]+", "-", source.name).strip("-.") or "model"
             out = out / f"{name}-{quant}.gguf"
-        show = sys.stderr.isatty()
-        with click.progressbar(length=1, label=out.name, file=sys.stderr) if show else nullcontext() as bar:
-
-            def progress(done: int, total: int) -> None:
-                if bar is not None:
-                    bar.length = total
-                    bar.update(done - bar.pos)
-
-            try:
-                summary = export_gguf(source, out, quant, embedding, progress, force)
-            except KeyboardInterrupt:
-                click.echo("\ncancelled", err=True)
-                raise SystemExit(130) from None
-    if as_json:
-        click.echo(json.dumps(asdict(summary), indent=2))
-    else:
-        _print_summary(summary)
+        return export_gguf(source, out, quant, embedding, progress, force)
 
 
 @click.command()

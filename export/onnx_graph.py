@@ -237,14 +237,7 @@ class _Graph:
         q = self._linear(h, f"{blk}.attn_q.weight", f"{path}/attention/q")
         q = self.node("Unsqueeze", [q, self.ints(0)], f"{path}/attention/q/batch")
         q = self.node("RotaryEmbedding", [q, cos, sin], f"{path}/attention/q/rope", num_heads=c.n_heads)
-        form: dict[str, Any] = {
-            "q_num_heads": c.n_heads,
-            "kv_num_heads": c.n_kv_heads,
-            "softcap": c.attn_softcap or 0.0,
-        }
-        inputs = [q, keys, values, mask]
-        h = self.node("Attention", inputs, f"{path}/attention/mixed", scale=c.query_scale, **form)
-        h = self.node("Squeeze", [h, self.ints(0)], f"{path}/attention/heads")
+        h = self._attend(q, keys, values, mask, f"{path}/attention")
         h = self._linear(h, f"{blk}.attn_output.weight", f"{path}/attention/output")
         x = self._add(x, h, f"{blk}.post_attention_norm.weight", f"{path}/attention")
         h = self._norm(x, f"{blk}.ffn_norm.weight", f"{path}/feed_forward_norm")
@@ -254,6 +247,40 @@ class _Graph:
         h = self.node("Mul", [gate, up], f"{path}/feed_forward/gated")
         h = self._linear(h, f"{blk}.ffn_down.weight", f"{path}/feed_forward/down")
         return self._add(x, h, f"{blk}.post_ffw_norm.weight", f"{path}/feed_forward")
+
+    def _attend(self, q: str, keys: str, values: str, mask: str, path: str) -> str:
+        """Attention of q (1, n, heads · head_dim), as (n, heads · head_dim).
+
+        Of query heads that share a KV head, two go as one head with twice the rows: kernels read the keys and values
+        anew for every head, and from memory, not from a cache, where they are many.
+        """
+        c = self.config
+        heads, paired = c.n_heads, c.n_heads // c.n_kv_heads % 2 == 0
+        if paired:
+            heads //= 2
+            q = self.node("Reshape", [q, self.ints(-1, heads, 2, c.head_dim)], f"{path}/q/pairs")
+            q = self.node("Transpose", [q], f"{path}/q/turned", perm=[2, 0, 1, 3])
+            q = self.node("Reshape", [q, self.ints(1, -1, heads * c.head_dim)], f"{path}/q/rows")
+            mask = self._doubled(mask)
+        form: dict[str, Any] = {
+            "q_num_heads": heads,
+            "kv_num_heads": c.n_kv_heads,
+            "scale": c.query_scale,
+            "softcap": c.attn_softcap or 0.0,
+        }
+        h = self.node("Attention", [q, keys, values, mask], f"{path}/mixed", **form)
+        if paired:
+            h = self.node("Reshape", [h, self.ints(2, -1, heads, c.head_dim)], f"{path}/mixed/rows")
+            h = self.node("Transpose", [h], f"{path}/mixed/turned", perm=[1, 2, 0, 3])
+        return self.node("Reshape", [h, self.ints(-1, c.n_heads * c.head_dim)], f"{path}/heads")
+
+    def _doubled(self, mask: str) -> str:
+        """The mask's rows twice, one node for all layers that share it."""
+        doubled = f"{mask}/twice"
+        if doubled not in self._known:
+            self._known.add(doubled)
+            self.node("Concat", [mask, mask], doubled, axis=0)
+        return doubled
 
     def _cache(self, i: int, name: str, new: str, kind: str) -> str:
         """The cache with the new rows in it. Position p has slot p mod slots; a global layer has a slot for each."""

@@ -81,7 +81,14 @@ def export_onnx(
             "bezel.provenance.source_files": [file.name for file in source.files],
             "bezel.provenance.source_sha256": source_hashes(),
         }
-        manifest = {"bezel_onnx": 1, "metadata": metadata, "quant": source.quant, "dialect": dialect, "files": files}
+        manifest = {
+            "bezel_onnx": 1,
+            "metadata": metadata,
+            "quant": source.quant,
+            "dialect": dialect,
+            "formats": {spec.gguf: source.format(spec).name for spec in specs},
+            "files": files,
+        }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in (*names, MANIFEST):
             with (part / name).open("rb") as file:

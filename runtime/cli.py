@@ -12,11 +12,12 @@ from .errors import BezelError
 
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
-    "export": ("bezel.export.cli", "Convert a checkpoint to a GGUF file."),
+    "export": ("bezel.export.cli", "Convert a checkpoint to a GGUF file or an ONNX folder."),
     "run": ("bezel.runtime.cli_generate", "Answer one prompt, or continue a text."),
     "chat": ("bezel.runtime.cli_generate", "Talk with a model."),
     "inspect": ("bezel.runtime.cli_inspect", "Show what a model file holds and how much memory it takes."),
     "verify": ("bezel.export.cli", "Compare a model file with the checkpoint that it came from."),
+    "check": ("bezel.bench.check", "Run an ONNX folder, and compare it with what it was exported from."),
     "bench": ("bezel.bench.cli", "Measure speed and memory, next to llama.cpp if asked."),
     "measure": ("bezel.bench.measure_cli", "Measure what quantization cost, against a reference."),
     "demo": ("bezel.bench.demo", "Do it all on the bundled model, in under a minute."),

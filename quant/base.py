@@ -8,10 +8,13 @@ being defined; tests and tools walk `FORMATS`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .search import dot, normalized, search_scale
 
 F32Array = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -129,18 +132,42 @@ class Format:
         return out
 
     @classmethod
-    def fit(cls, x: F32Array, weights: F32Array | None) -> Blocks:  # noqa: ARG003 - no search yet
+    def fit(cls, x: F32Array, weights: F32Array | None) -> Blocks:
         """Blocks (b,) for x (b, block) whose scales are set, rounded as they are stored, and whose codes are zero.
 
         `weights`, broadcastable to x, is the importance of each squared error, finite and ≥ 0: the scales are then
         the best that a search finds for nearest codes, and never worse than the plain ones. None gives these.
         """
-        plain = np.empty(len(x), cls.layout)
-        cls._encode(x, plain)
+        best = np.empty(len(x), cls.layout)
+        cls._encode(x, best)
         for name in cls.layout.names or ():
             if name.startswith("q"):
-                plain[name] = 0
-        return plain
+                best[name] = 0
+        if weights is None:
+            return best
+        w, _ = normalized(np.broadcast_to(weights, x.shape))
+        error = cls._error(x, w, best)
+        for trial in cls._search(x, w):
+            found = cls._error(x, w, trial)
+            better = found < error
+            best[better], error[better] = trial[better], found[better]
+        return best
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        """Blocks (b,) with promising scales and codes of zero, for x (b, block) of importance w, at most 1."""
+        raise NotImplementedError
+
+    @classmethod
+    def _error(cls, x: F32Array, w: F32Array, blocks: Blocks) -> F32Array:
+        """Σ w (x − dequantized)² of each block, with nearest codes."""
+        scale, offset = cls.steps(blocks)
+        off = cls.snap((x - offset) * inverse(scale))
+        off *= scale
+        off += offset
+        off -= x
+        off *= off
+        return dot(w, off)
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -161,9 +188,14 @@ class Format:
     @classmethod
     def round(cls, values: F32Array) -> Bytes:
         """The code of the nearest value of the codebook, for each of `values`."""
-        first, last = cls.codebook[0], cls.codebook[-1]
-        codes: Bytes = (np.rint(values).clip(first, last) - first).astype(np.uint8)
+        codes: Bytes = (cls.snap(values) - cls.codebook[0]).astype(np.uint8)
         return codes
+
+    @classmethod
+    def snap(cls, values: F32Array) -> F32Array:
+        """The nearest value of the codebook, for each of `values`."""
+        snapped: F32Array = np.rint(values).clip(cls.codebook[0], cls.codebook[-1])
+        return snapped
 
     @classmethod
     def dequantize(cls, data: Bytes) -> F32Array:
@@ -194,6 +226,14 @@ class Format:
     def _decode(cls, blocks: Blocks, out: F32Array) -> None:
         """Dequantize blocks (blocks,) into out (blocks, cls.block)."""
         raise NotImplementedError
+
+
+def search_one_scale(form: type[Format], x: F32Array, w: F32Array, trials: Sequence[float]) -> Blocks:
+    """Blocks of a format whose only scale is "d", for x (b, block) of importance w; `search_scale` says more."""
+    unit, peak = normalized(x)
+    out = np.zeros(len(x), form.layout)
+    out["d"] = search_scale(unit, w, form.snap, trials) * peak[:, 0]
+    return out
 
 
 def column(half: Blocks) -> F32Array:

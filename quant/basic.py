@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,9 +24,15 @@ from .base import (
     inverse,
     pack_nibbles,
     rounding_tolerance,
+    search_one_scale,
     signed_peak,
     unpack_nibbles,
 )
+from .search import AFFINE_TRIALS_15, normalized, search_affine
+
+_TRIALS_Q8 = (-127.0, -126.5, 126.5, 126.0, -125.5)
+_TRIALS_Q4 = (-8.0, -8.4, -8.8, -7.6, -7.2, -6.8, 6.6, 7.0, 7.4, 7.8)
+_TRIALS_Q5 = (-16.0, -16.5, -17.0, -15.5, -15.0, -14.5, -14.0, -13.2, 15.0, 15.5, 14.5, 14.0, 13.3)
 
 
 class F32(Format):
@@ -86,6 +93,10 @@ class Q8_0(Format):
         out["qs"] = codes.astype(np.int16) - 127
 
     @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        yield search_one_scale(cls, x, w, _TRIALS_Q8)
+
+    @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
         d = np.abs(x).max(axis=1) / np.float32(127)
         q = x * inverse(d)[:, None]
@@ -114,6 +125,10 @@ class Q4_0(Format):
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["qs"] = pack_nibbles(codes.reshape(-1, 2, 16))
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        yield search_one_scale(cls, x, w, _TRIALS_Q4)
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
@@ -145,6 +160,10 @@ class Q5_0(Format):
         out["qs"] = pack_nibbles((codes & LOW).reshape(-1, 2, 16))
 
     @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        yield search_one_scale(cls, x, w, _TRIALS_Q5)
+
+    @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
         out["d"], codes = _round_symmetric(x, 16)
         cls.put_codes(codes, out)
@@ -172,6 +191,14 @@ class Q4_1(Format):
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["qs"] = pack_nibbles(codes.reshape(-1, 2, 16))
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        unit, peak = normalized(x)
+        scale, offset = search_affine(unit, w, 15, AFFINE_TRIALS_15, signed=True)
+        out = np.zeros(len(x), cls.layout)
+        out["d"], out["m"] = scale * peak[:, 0], offset * peak[:, 0]
+        yield out
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:

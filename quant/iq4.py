@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+from numpy.typing import NDArray
 
 from .base import (
     HALF_MAX,
@@ -20,15 +23,19 @@ from .base import (
     inverse,
     pack_nibbles,
     rounding_tolerance,
+    search_one_scale,
     signed_peak,
     unpack_nibbles,
 )
+from .search import search_two_levels
 
 # Part of the file format; `kvalues` in the gguf package.
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 # Half-way points between neighbours are multiples of ½, so the code of v is that of the half unit in which v lies.
 _CODES = np.searchsorted((VALUES[:-1] + VALUES[1:].astype(np.float32)) / 2, np.arange(-256, 256) / 2, side="right")
 _CODE_OF_HALF = _CODES.astype(np.uint8)
+_VALUE_OF_HALF = VALUES[_CODES].astype(np.float32)
+_TRIALS = (-127.0, -120.0, -113.0, -134.0, -106.0, 113.0, 106.0, 120.0)  # what the largest weight may become
 # An even step that would round a Gaussian, whose largest of 32 is at −127, as well as these values do.
 _GAP = 15.1
 _HIGH = np.arange(0, 16, 2, dtype=np.uint16)  # where a scale's high bits lie
@@ -54,6 +61,14 @@ class IQ4_NL(Format):
     @classmethod
     def round(cls, values: F32Array) -> Bytes:
         return round_to_values(values)
+
+    @classmethod
+    def snap(cls, values: F32Array) -> F32Array:
+        return snap_to_values(values)
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        yield search_one_scale(cls, x, w, _TRIALS)
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
@@ -91,6 +106,18 @@ class IQ4_XS(Format):
         return round_to_values(values)
 
     @classmethod
+    def snap(cls, values: F32Array) -> F32Array:
+        return snap_to_values(values)
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        for d, scales in search_two_levels(x.reshape(-1, 8, 32), w.reshape(-1, 8, 32), cls.snap, _TRIALS, (-32, 31)):
+            out = np.zeros(len(x), cls.layout)
+            out["d"] = d
+            _pack_scales(scales, out)
+            yield out
+
+    @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
         step = signed_peak(x.reshape(-1, 8, 32)) / np.float32(-127)
         d = half_up(signed_peak(step) / np.float32(-32))
@@ -106,9 +133,18 @@ class IQ4_XS(Format):
 
 
 def round_to_values(values: F32Array) -> Bytes:
-    halves = np.floor(values * np.float32(2)).clip(-256, 255)
-    codes: Bytes = _CODE_OF_HALF[halves.astype(np.int16) + 256]
-    return codes
+    return _CODE_OF_HALF[_halves(values)]
+
+
+def snap_to_values(values: F32Array) -> F32Array:
+    return _VALUE_OF_HALF[_halves(values)]
+
+
+def _halves(values: F32Array) -> NDArray[np.int16]:
+    """Index of the half unit that a value lies in."""
+    halves: NDArray[np.int16] = np.floor(values * np.float32(2)).clip(-256, 255).astype(np.int16)
+    halves += 256
+    return halves
 
 
 def _pack_scales(scales: F32Array, out: Blocks) -> None:

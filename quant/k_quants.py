@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import numpy as np
 
 from .base import (
@@ -26,6 +29,18 @@ from .base import (
     signed_peak,
     unpack_nibbles,
 )
+from .search import (
+    AFFINE_TRIALS_15,
+    AFFINE_TRIALS_31,
+    AffineSums,
+    normalized,
+    ratio,
+    search_affine,
+    search_two_levels,
+)
+
+_TRIALS_Q6 = (-32.0, -31.5, -31.0, 31.0, 30.5)
+_TURNS = 2  # of integers and super-scales after codes
 
 
 class Q4_K(Format):
@@ -44,6 +59,10 @@ class Q4_K(Format):
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["qs"] = pack_nibbles(codes.reshape(-1, 4, 2, 32))
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        return _search_affine_k(x, w, 15, AFFINE_TRIALS_15, cls.layout)
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
@@ -71,6 +90,10 @@ class Q5_K(Format):
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["qh"] = np.bitwise_or.reduce(codes.reshape(-1, 8, 32) >> 4 << shifts(8, 1), axis=1)
         out["qs"] = pack_nibbles((codes & LOW).reshape(-1, 4, 2, 32))
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        return _search_affine_k(x, w, 31, AFFINE_TRIALS_31, cls.layout)
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
@@ -103,6 +126,14 @@ class Q6_K(Format):
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["ql"] = pack_nibbles((codes & LOW).reshape(-1, 2, 2, 64))
         out["qh"] = np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) >> 4 << shifts(4, 2), axis=2)
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        x, w = x.reshape(-1, 16, 16), w.reshape(-1, 16, 16)
+        for d, scales in search_two_levels(x, w, cls.snap, _TRIALS_Q6, (-128, 127)):
+            out = np.zeros(len(x), cls.layout)
+            out["d"], out["scales"] = d, scales
+            yield out
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
@@ -143,6 +174,62 @@ def _round_affine_k(x: F32Array, steps: int, out: Blocks) -> Bytes:
     q *= inverse(d[:, None] * scales)[..., None]
     np.rint(q, out=q).clip(0, steps, out=q)
     return q.astype(np.uint8).reshape(-1, 256)
+
+
+def _search_affine_k(
+    x: F32Array, w: F32Array, top: int, trials: Sequence[float], layout: np.dtype[Any]
+) -> Iterator[Blocks]:
+    """Scales and minima searched in each sub-block; then integers and super-scales follow codes, and these follow them.
+
+    With codes q, the error of a sub-block is a quadratic of its scale and minimum, so that their integers need no
+    further look at the weights; with integers too, that of a super-block is one of d and dmin.
+    """
+    x, w = x.reshape(-1, 8, 32), w.reshape(-1, 8, 32)
+    unit, peak = normalized(x)
+    step, offset = search_affine(unit, w, top, trials, signed=False)
+    step, below = (step * peak[..., 0]).astype(np.float32), (-offset * peak[..., 0]).astype(np.float32)
+    d, dmin = half_up(step.max(axis=1) / np.float32(63)), half_up(below.max(axis=1) / np.float32(63))
+    scales, minima = (np.rint(v * inverse(s)[:, None]).clip(0, 63) for v, s in ((step, d), (below, dmin)))
+    sums = AffineSums(x, w)
+    for turn in range(_TURNS + 1):
+        out = np.zeros(len(x), layout)
+        out["d"], out["dmin"] = d, dmin
+        out["scales"] = _pack_scales(scales.astype(np.uint8), minima.astype(np.uint8))
+        yield out
+        if turn == _TURNS:
+            return
+        q = x + (dmin[:, None] * minima)[..., None]
+        q *= inverse(d[:, None] * scales)[..., None]
+        sums.take(np.rint(q, out=q).clip(0, top, out=q))
+        scales, minima = _best_integers(sums, d[:, None], dmin[:, None], scales)
+        d, dmin = _best_super_scales(sums, scales, minima, d, dmin)
+
+
+def _best_integers(sums: AffineSums, d: F32Array, dmin: F32Array, scales: F32Array) -> tuple[F32Array, F32Array]:
+    """Of each scale and its two neighbours, the best with its best minimum."""
+    best, chosen, minima = np.full(scales.shape, -np.inf), scales.copy(), np.zeros_like(scales)
+    for scale in (scales, scales - np.float32(1), scales + np.float32(1)):
+        scale = scale.clip(0, 63)
+        minimum = np.rint(ratio((d * scale * sums.sq - sums.sx) * inverse(dmin), sums.s1)).clip(0, 63)
+        gain = sums.gain(d * scale, -dmin * minimum)
+        better = gain > best
+        chosen[better], minima[better], best[better] = scale[better], minimum[better], gain[better]
+    return chosen, minima
+
+
+def _best_super_scales(
+    sums: AffineSums, scales: F32Array, minima: F32Array, d: F32Array, dmin: F32Array
+) -> tuple[F32Array, F32Array]:
+    """d and dmin, rounded to float16, by least squares; where these are no scales, they stay."""
+    aa, bb = (scales * scales * sums.sqq).sum(axis=1), (minima * minima * sums.s1).sum(axis=1)
+    ab, ax = -(scales * minima * sums.sq).sum(axis=1), (scales * sums.sxq).sum(axis=1)
+    bx = -(minima * sums.sx).sum(axis=1)
+    det = aa * bb - ab * ab
+    flat = det <= 1e-6 * aa * bb  # no minima, or no scales
+    new_d = np.where(flat, ratio(ax - ab * dmin, aa), ratio(ax * bb - bx * ab, det)).astype(np.float16)
+    new_dmin = np.where(flat, dmin, ratio(bx * aa - ax * ab, det)).astype(np.float16)
+    bad = ~(np.isfinite(new_d) & np.isfinite(new_dmin) & (new_d > 0) & (new_dmin >= 0))
+    return np.where(bad, d, new_d.astype(np.float32)), np.where(bad, dmin, new_dmin.astype(np.float32))
 
 
 def _affine_steps(blocks: Blocks) -> tuple[F32Array, F32Array]:

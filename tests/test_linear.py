@@ -19,7 +19,6 @@ from bezel.runtime import _native
 from bezel.runtime._native import Matrix, ThreadPool, embed, feed_forward, geglu, linear
 
 EPS = float(np.finfo(np.float32).eps) / 2  # of one rounding
-FORMATS = {name: f for name, f in FORMATS.items() if not name.startswith("iq4")}  # those that have kernels
 QUANTIZED = [f for f in FORMATS.values() if f.block > 1]
 ROWS = [*range(1, 20), 31, 32, 33, 47, 64, 65]
 

@@ -89,6 +89,9 @@ BEZEL_INLINE I fifth_bits(I v) {
   return and_(_mm256_cmpeq_epi8(and_(_mm256_shuffle_epi8(v, spread), bit), bit), bytes(16));
 }
 
+// The byte of each lane's table at every index 0 … 15.
+BEZEL_INLINE I look_up(I table, I index) { return _mm256_shuffle_epi8(table, index); }
+
 // Integer dot products of four codes with four activations, word by word.
 #if BEZEL_AVXVNNI
 template <int kBits, int kSteps>

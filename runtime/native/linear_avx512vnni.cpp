@@ -91,6 +91,9 @@ BEZEL_INLINE I fifth_bits(I v) {
   return _mm512_maskz_mov_epi8(set, bytes(16));
 }
 
+// The byte of each lane's table at every index 0 … 15.
+BEZEL_INLINE I look_up(I table, I index) { return _mm512_shuffle_epi8(table, index); }
+
 // Integer dot products of four codes with four activations, word by word.
 template <int kBits, int kSteps>
 struct Sum {

@@ -260,5 +260,56 @@ struct Q6_K {
   }
 };
 
+constexpr int kIQ4Zero = kSignedCodes ? 0 : 128;
+
+// Nibbles and what they stand for, in two vectors a row.
+template <class Sink>
+BEZEL_INLINE void iq4_codes(int j, const uint8_t* w, int64_t row_bytes, const Sink& sink) {
+  const I values = xor_(splat16(kIQ4Values), bytes(kIQ4Zero));
+  const auto value = [&](I nibbles) BEZEL_LAMBDA { return look_up(values, nibbles); };
+  const Rows packed = rows16(w, row_bytes);
+  sink(j, each(low_nibbles(packed), value), each(high_nibbles(packed), value));
+}
+
+struct IQ4_NL {
+  static constexpr int kType = kIQ4_NL, kBlock = 32, kBytes = 18, kSub = 32, kBits = 8, kZero = kIQ4Zero;
+  static constexpr bool kMinimum = false;
+  using Scales = BlockScales<kBytes, kMinimum>;
+
+  template <class Sink>
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
+    for (int b = 0; b < blocks; ++b) iq4_codes(b, w + b * kBytes + 2, row_bytes, sink);
+  }
+};
+
+struct IQ4_XS {
+  static constexpr int kType = kIQ4_XS, kBlock = 256, kBytes = 136, kSub = 32, kBits = 8, kZero = kIQ4Zero;
+  static constexpr bool kMinimum = false;
+
+  // Before the codes lie d, the top two bits of the eight scales and the low four.
+  struct Scales {
+    F scale[8];
+
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+      const Rows head = transposed(rows16(w, row_bytes));
+      const F d = half(head.v[0]);
+      const I top = shr<16>(head.v[0]);
+      repeat<8>([&](auto i) BEZEL_LAMBDA {
+        constexpr int j = decltype(i)::value;
+        const I low = and_(shr<4 * j>(head.v[1]), words(15));
+        const I high = shl<4>(and_(shr<2 * j>(top), words(3)));
+        scale[j] = mul(d, to_float(sub32(or_(low, high), words(32))));
+      });
+    }
+    BEZEL_INLINE F d(int j) const { return scale[j]; }
+    BEZEL_INLINE F m(int) const { return zero(); }
+  };
+
+  template <class Sink>
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, const Sink& sink) {
+    for (int j = 0; j < 8; ++j) iq4_codes(j, w + 8 + 16 * j, row_bytes, sink);
+  }
+};
+
 }  // namespace
 }  // namespace bezel

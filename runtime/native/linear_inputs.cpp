@@ -17,6 +17,8 @@ const Layout* layout(int64_t type) {
     t[kQ4_K] = {"q4_k", 256, 144, 32, true};
     t[kQ5_K] = {"q5_k", 256, 176, 32, true};
     t[kQ6_K] = {"q6_k", 256, 210, 16, false};
+    t[kIQ4_NL] = {"iq4_nl", 32, 18, 32, false};
+    t[kIQ4_XS] = {"iq4_xs", 256, 136, 32, false};
     return t;
   }();
   return type >= 0 && type < kTypes && table[static_cast<size_t>(type)].block > 0

@@ -30,9 +30,15 @@ enum Type {
   kQ4_K = 12,
   kQ5_K = 13,
   kQ6_K = 14,
+  kIQ4_NL = 20,
+  kIQ4_XS = 23,
   kBF16 = 30
 };
 constexpr int kTypes = 31;
+
+// What the codes of IQ4_NL and IQ4_XS stand for.
+constexpr int8_t kIQ4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                   1,    13,   25,  38,  53,  69,  89,  113};
 
 constexpr int kXBlock = 32;           // activations that share a scale
 constexpr int kPanelCols = 512;       // weights of a row that are unpacked at a time

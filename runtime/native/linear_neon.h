@@ -90,6 +90,11 @@ BEZEL_INLINE I fifth_bits(I v) {
   return and_(vreinterpretq_s32_u8(set), bytes(16));
 }
 
+// The byte of each lane's table at every index 0 … 15.
+BEZEL_INLINE I look_up(I table, I index) {
+  return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(index)));
+}
+
 // Integer dot products of four codes with four activations, word by word.
 #if BEZEL_DOT
 template <int kBits, int kSteps>

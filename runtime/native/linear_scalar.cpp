@@ -87,6 +87,19 @@ void read(const uint8_t* row, int64_t j, SubBlock& out) {
       const int top = block[128 + 32 * h + at] >> 2 * g & 3;
       out.code[i] = static_cast<int8_t>((g < 2 ? low(byte) : high(byte)) + 16 * top - 32);
     }
+  } else if constexpr (kType == kIQ4_NL || kType == kIQ4_XS) {
+    const uint8_t* block = kType == kIQ4_NL ? row + j * 18 : row + j / 8 * 136;
+    const int sub = kType == kIQ4_NL ? 0 : static_cast<int>(j % 8);
+    const uint8_t* codes = block + (kType == kIQ4_NL ? 2 : 8 + 16 * sub);
+    out.d = half(block);
+    if (kType == kIQ4_XS) {
+      const int pair = block[4 + sub / 2], top = static_cast<int>(word16(block + 2) >> 2 * sub & 3);
+      out.d *= static_cast<float>((sub % 2 == 0 ? low(pair) : high(pair)) + 16 * top - 32);
+    }
+    for (int i = 0; i < 16; ++i) {
+      out.code[i] = kIQ4Values[low(codes[i])];
+      out.code[16 + i] = kIQ4Values[high(codes[i])];
+    }
   }
 }
 
@@ -218,6 +231,8 @@ void use_scalar(LinearKernels& k) noexcept {
   add_format<kQ4_K>(k);
   add_format<kQ5_K>(k);
   add_format<kQ6_K>(k);
+  add_format<kIQ4_NL>(k);
+  add_format<kIQ4_XS>(k);
   k.dequantize[kF32] = dequantize<kF32>;
   k.dequantize[kF16] = dequantize<kF16>;
   k.dequantize[kBF16] = dequantize<kBF16>;

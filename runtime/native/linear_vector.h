@@ -8,7 +8,7 @@
 // Included by a file that has defined, in bezel's anonymous namespace: kLanes; the vectors I (integers) and F
 // (float32); on I load store and_ or_ add32 sub32 shl<n> shr<n> sar<n> (32-bit words) bytes words lo32 hi32
 // lo64 hi64 load_rows splat16; between them to_float half bits; on F zero mul add fma splat load_float
-// store_float halves; prefetch; fifth_bits; kSignedCodes; kNarrowSums; kTileTokens; Sum<bits, steps>;
+// store_float halves; prefetch; fifth_bits look_up; kSignedCodes; kNarrowSums; kTileTokens; Sum<bits, steps>;
 // quantize.
 #pragma once
 
@@ -305,6 +305,8 @@ void fill(LinearKernels& k) noexcept {
   add_format<Q4_K>(k);
   add_format<Q5_K>(k);
   add_format<Q6_K>(k);
+  add_format<IQ4_NL>(k);
+  add_format<IQ4_XS>(k);
   k.dequantize[kF32] = dequantize_f32;
   k.dequantize[kF16] = dequantize_f16;
   k.dequantize[kBF16] = dequantize_bf16;

@@ -28,7 +28,7 @@ const Format kFormats[] = {
     {"f32", kF32, 1, 4, {}},          {"f16", kF16, 1, 2, {0}},          {"bf16", kBF16, 1, 2, {}},
     {"q4_0", kQ4_0, 32, 18, {0}},     {"q4_1", kQ4_1, 32, 20, {0, 2}},   {"q5_0", kQ5_0, 32, 22, {0}},
     {"q8_0", kQ8_0, 32, 34, {0}},     {"q4_k", kQ4_K, 256, 144, {0, 2}}, {"q5_k", kQ5_K, 256, 176, {0, 2}},
-    {"q6_k", kQ6_K, 256, 210, {208}},
+    {"q6_k", kQ6_K, 256, 210, {208}}, {"iq4_nl", kIQ4_NL, 32, 18, {0}},  {"iq4_xs", kIQ4_XS, 256, 136, {0}},
 };
 
 std::mt19937 rng(1);
@@ -151,7 +151,7 @@ void large_calls(ThreadPool& pool) {
   const std::vector<float> x = activations_of(kTokens, kCols);
   std::vector<Weights> weights;
   std::vector<Matrix> matrices;
-  const int64_t rows[] = {40, 7, 64, 16, 50, 33, 1, 48, 20, 19};
+  const int64_t rows[] = {40, 7, 64, 16, 50, 33, 1, 48, 20, 19, 31, 32};
   for (size_t i = 0; i < std::size(kFormats); ++i) {
     const Format& f = kFormats[i];
     weights.emplace_back(f, rows[i], kCols, 1);

@@ -85,6 +85,48 @@ except RuntimeError:
     assert python(source, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1") == "1"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("leave", ["sys.exit(int(not right))", "os._exit(int(not right))"])
+def test_a_forked_process_goes_on_alone(leave: str) -> None:
+    """With the parent's pool, asleep or at work for another thread, and with a new one; and it ends."""
+    source = f"""
+import os, sys, threading, time
+import numpy as np
+from bezel.runtime._native import Matrix, ThreadPool, linear
+rng = np.random.default_rng(0)
+data = rng.integers(0, 60, (256, 16 * 34), dtype=np.uint8)
+w, x = Matrix(data, 8, 512), rng.standard_normal((1, 512)).astype(np.float32)
+pool = ThreadPool(3)
+expected = linear(pool, x, [w])[0].tobytes()
+time.sleep(0.01)
+def work():
+    while busy:
+        linear(pool, x, [w])
+for busy in (False, True, True, True):
+    thread = threading.Thread(target=work)
+    thread.start()
+    child = os.fork()
+    if child == 0:
+        pools = [pool, pool, ThreadPool(2)]
+        right = all(linear(p, x, [w])[0].tobytes() == expected for p in pools)
+        del pool, pools
+        {leave}
+    for _ in range(1000):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(child, 9)
+        sys.exit("the child hangs")
+    assert status == 0, status
+    assert linear(pool, x, [w])[0].tobytes() == expected
+    busy = False
+    thread.join()
+"""
+    python(source, PYTHONWARNINGS="ignore")
+
+
 def test_default_threads() -> None:
     assert 1 <= _native.default_threads() <= (os.cpu_count() or 1)
 

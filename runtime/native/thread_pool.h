@@ -18,8 +18,8 @@ namespace bezel {
 // A helper joins a loop only while it is open, and the caller waits only for those that joined: a helper that
 // the system has put aside never holds up a loop that the others can finish.
 //
-// After fork() the child has none of the helpers: make a new pool there. Destroying the old one would wait for
-// ever.
+// After fork() the child has none of the helpers, nor whoever held a lock: there a pool computes on the calling
+// thread alone, with the same results. Make a new one for speed.
 class ThreadPool {
  public:
   static constexpr int kMaxThreads = 1024;
@@ -31,7 +31,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const noexcept { return static_cast<int>(helpers_.size()) + 1; }
+  int threads() const noexcept { return static_cast<int>(helpers_->threads.size()) + 1; }
 
   // Calls fn(begin, end) on ranges of at most `grain` items that together cover 0 … n once, in any order and on
   // any thread. Small chunks from a shared counter, since laptops mix fast and slow cores. Callers on several
@@ -52,6 +52,13 @@ class ThreadPool {
     int64_t n, grain;
   };
 
+  struct Helpers {
+    std::vector<std::thread> threads;
+    std::mutex sleep;
+    std::condition_variable wake;
+  };
+
+  bool orphaned() const noexcept;
   void run(const Loop& loop) noexcept;
   void help() noexcept;
   void work() noexcept;
@@ -68,9 +75,9 @@ class ThreadPool {
   alignas(64) std::atomic<int64_t> next_{0};  // on its own cache line: every chunk writes it
   alignas(64) Loop loop_{};
   std::atomic<int> sleeping_{0};
-  std::mutex sleep_mutex_, caller_mutex_;
-  std::condition_variable wake_;
-  std::vector<std::thread> helpers_;
+  std::mutex caller_mutex_;
+  std::unique_ptr<Helpers> helpers_ = std::make_unique<Helpers>();
+  const int forks_;  // before this pool
 };
 
 }  // namespace bezel

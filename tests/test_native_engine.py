@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bezel.quant.recipes import PRESETS
-from bezel.runtime import Model, Session, _native
+from bezel.runtime import Model, Sampling, Session, _native
 from bezel.runtime.cache import KV_TYPES, FullCache, RingCache
 from bezel.runtime.native_engine import NativeStore
 from tiny import CONFIGS, token_ids
@@ -106,6 +109,58 @@ def test_every_instruction_set_gives_the_same_bits(isa: str, gguf_of: Callable[.
         return done.stdout
 
     assert digest(isa) == digest("scalar")
+
+
+def test_two_models_in_several_threads_at_once(model_of: ModelOf) -> None:
+    """Sessions of two models, two of each, give what each gives alone: logits, text and caches."""
+    models = [
+        model_of("demo", "q4_0", **NATIVE, kv="int8", threads=3),
+        model_of("gemma1-mqa", **NATIVE, kv="f16", threads=2),
+    ]
+
+    def work(number: int) -> tuple[bytes, str]:
+        model = models[number % 2]
+        ids = np.random.default_rng(number).integers(300, 4000, 70).tolist()
+        session = model.session()
+        logits = [session.prefill(ids)]
+        for _ in range(10):
+            logits.append(session.step(int(logits[-1].argmax())))
+        session.rewind(4)
+        logits.append(session.step(number))
+        caches = [array for _, array in sorted(session.engine.snapshot().items())]
+        text = "".join(model.generate(ids[:9], max_tokens=10, sampling=Sampling(seed=number)))
+        return b"".join(array.tobytes() for array in [*logits, *caches]), text
+
+    alone = [work(number) for number in range(4)]
+    assert len(set(alone)) == 4
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert list(threads.map(work, range(4))) == alone
+
+
+OLD = {"Nehalem": "scalar", "Haswell": "scalar avx2"}  # as an emulator knows them
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or shutil.which("qemu-x86_64") is None, reason="no emulator"
+)
+@pytest.mark.parametrize("processor", OLD)
+def test_an_old_processor_runs_it_too(processor: str, gguf_of: Callable[..., Path]) -> None:
+    """No instruction that it lacks, from start to end, and the same bits."""
+    script = (
+        "import hashlib, sys\n"
+        "from bezel.runtime import _native, load\n"
+        "session = load(sys.argv[1], kv='int8', threads=2).session()\n"
+        "digest = hashlib.sha256(session.prefill(range(300, 340)).tobytes() + session.step(7).tobytes())\n"
+        "print(digest.hexdigest(), *_native.isas())"
+    )
+    command = [sys.executable, "-c", script, str(gguf_of("demo", "q4_k"))]
+    env = {name: value for name, value in os.environ.items() if name != "BEZEL_ISA"}
+    here = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    emulated = ["qemu-x86_64", "-cpu", processor, *command]
+    there = subprocess.run(emulated, env=env, capture_output=True, text=True, timeout=300)
+    assert there.returncode == 0, there.stderr
+    assert there.stdout.split(maxsplit=1) == [here.split()[0], OLD[processor] + "\n"]
 
 
 def test_small_rings_equal_full_caches() -> None:

@@ -134,6 +134,8 @@ void use_neoni8mm(LinearKernels& k) noexcept {
   use_pairs<Q4_K>(k);
   use_pairs<Q5_K>(k);
   use_pairs<Q6_K>(k);
+  use_pairs<IQ4_NL>(k);
+  use_pairs<IQ4_XS>(k);
 }
 
 }  // namespace bezel

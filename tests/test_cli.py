@@ -186,6 +186,7 @@ def test_onnx_folder(tmp_path: Path, demo: Path) -> None:
     assert 0 < json.loads(loss.stdout)["candidates"][0]["metrics"]["kld_mean"]["value"] < 1e-3
     speed = bezel("bench", folder, "--context", 40, "--repeats", 1, "--save", tmp_path, "--json")
     assert json.loads(speed.stdout.splitlines()[-1])["runs"]["bezel"]["decode_tokens_per_s"]["16"] > 0
+    assert "native or reference" in bezel("bench", folder, "--profile", ok=False).stderr
 
 
 def test_announced_memory_of_an_onnx_folder(onnx_of: Callable[..., Path]) -> None:

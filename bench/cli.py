@@ -101,6 +101,8 @@ def bench(
             facts = _facts(opened, engine, kv or default_kv(engine), threads or _native.default_threads(), context)
             work = Work.of(opened)
         if as_profile:
+            if engine == "ort":
+                raise InvalidRequest("--profile: found the engine ort, expected native or reference")
             _profile(facts, as_json, progress)
             return
         result = _measure(facts, work, repeats, vs, peer_model, progress)

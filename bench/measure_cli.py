@@ -45,7 +45,9 @@ from .tasks import run_tasks, show_tasks
     help="Multiple-choice questions to answer, too; may be given several times.",
 )
 @click.option("--engine", help="What runs the candidates.  [default: native for GGUF, ort for ONNX]")
-@click.option("--kv", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Their KV cache storage.")
+@click.option(
+    "--kv", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Their KV cache storage; f32 with ort."
+)
 @click.option(
     "--activations", type=click.Choice(ACTIVATIONS), default="int8", show_default=True, help="Theirs, native."
 )

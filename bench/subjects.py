@@ -13,7 +13,7 @@ from typing import Any, cast
 from ..export.checkpoint import Checkpoint, open_checkpoint
 from ..export.safetensors import ITEM_SIZE
 from ..runtime import ops
-from ..runtime.api import ACTIVATIONS, Model, Session, load
+from ..runtime.api import ACTIVATIONS, Model, Session, default_kv, load
 from ..runtime.cache import KV_TYPES, default_chunk, new_caches
 from ..runtime.config import ModelConfig
 from ..runtime.engine import Backend, Engine, ModelEngine
@@ -48,7 +48,7 @@ class Spec:
 def parse_spec(text: str, default: Spec) -> Spec:
     """`PATH` or `PATH@key=value,…` with the keys engine, kv, activations, ring (on, off) and name.
 
-    What is not said is as in `default`. Raises InvalidRequest.
+    What is not said is as in `default`, but ort's keys and values are always float32. Raises InvalidRequest.
     """
     match = re.fullmatch(rf"(.+?)@({_OPTION}(?:,{_OPTION})*)", text)
     path = match[1] if match else text
@@ -69,6 +69,8 @@ def parse_spec(text: str, default: Spec) -> Spec:
             raise InvalidRequest(f"{path}: engine: found {spec.engine!r}: a checkpoint runs on 'reference' only")
         return replace(spec, engine="reference", activations="f32")
     engine = spec.engine or ("native" if spec.is_gguf else "ort")
+    if engine == "ort" and "kv" not in options:
+        spec = replace(spec, kv=default_kv(engine))
     return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..quant.recipes import PRESETS
+from ..runtime.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from .gguf_writer import ExportSummary
@@ -105,9 +106,7 @@ def export(
 
         try:
             if container == "onnx":
-                from .onnx_cli import export_folder
-
-                summary = export_folder(checkpoint, out, quant, embedding, dialect or "ort", progress, force)
+                summary = _export_folder(checkpoint, out, quant, embedding, dialect or "ort", progress, force)
             else:
                 summary = _export_file(checkpoint, out, quant or "q8_0", embedding, progress, force)
         except KeyboardInterrupt:
@@ -123,6 +122,16 @@ def export(
         command = verbs.get_command(context, "check")
         assert command is not None
         context.invoke(command, folder=out, source=checkpoint)
+
+
+def _export_folder(path: Path, *arguments: Any) -> ExportSummary:
+    try:
+        from .onnx_cli import export_folder
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        raise InvalidRequest("--format onnx needs the package onnx: pip install 'bezel-lm[onnx]'") from None
+    return export_folder(path, *arguments)
 
 
 def _export_file(

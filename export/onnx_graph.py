@@ -276,7 +276,7 @@ class _Graph:
 
     def _doubled(self, mask: str) -> str:
         """The mask's rows twice, one node for all layers that share it."""
-        doubled = f"{mask}/twice"
+        doubled = f"/{mask.lstrip('/')}/twice"
         if doubled not in self._known:
             self._known.add(doubled)
             self.node("Concat", [mask, mask], doubled, axis=0)

@@ -17,6 +17,8 @@ from .errors import InvalidModelFile, InvalidRequest
 from .onnx_folder import OnnxFolder
 from .ops import Floats
 
+_STEP = 32  # slots by which the graph's share of a cache grows
+
 
 class OrtStore:
     """Slots in the layout of the graph's caches: (1, slots, kv_heads · head_dim), float32.
@@ -103,7 +105,8 @@ class OrtEngine(CachedEngine):
                 "wanted": rows,
             }
             for name, layer in self._backend.masks.items():
-                inputs[name] = self.caches[layer].visible(n)
+                cache = self.caches[layer]
+                inputs[name] = np.ascontiguousarray(cache.visible(n)[:, : _slots(cache)])
             for name, array in inputs.items():
                 self._binding.bind_cpu_input(name, array)
             self._binding.bind_output("logits", "cpu")  # anew, because its shape may be another
@@ -121,11 +124,16 @@ class OrtEngine(CachedEngine):
             store = cache.store
             assert isinstance(store, OrtStore)
             for name, array in ((f"{i}.key", store.keys), (f"{i}.value", store.values)):
-                address, shape = array.ctypes.data, (1, cache.slots, array.shape[1])
+                address, shape = array.ctypes.data, (1, _slots(cache), array.shape[1])
                 if self._bound.get(name) != (address, shape):
                     self._binding.bind_input(f"past.{name}", "cpu", 0, np.float32, shape, address)
                     self._binding.bind_output(f"present.{name}", "cpu", 0, np.float32, shape, address)
                     self._bound[name] = (address, shape)
+
+
+def _slots(cache: KVCache) -> int:
+    """The slots that the graph sees: those in use, and a few more, so that not every token changes the shape."""
+    return min(cache.capacity, -(-cache.length // _STEP) * _STEP)
 
 
 def _check_interface(session: ort.InferenceSession, folder: OnnxFolder, config: ModelConfig) -> dict[str, int]:

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bezel.export.checkpoint import open_checkpoint
+from bezel.export.onnx_source import QuantizedCheckpoint
+from bezel.export.onnx_writer import export_onnx
 from bezel.runtime import Model, load
 from tiny import checkpoint_folder, export
 
@@ -16,6 +19,21 @@ def gguf_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(name: str, preset: str = "f32") -> Path:
         out = scratch / f"{name}-{preset}.gguf"
         return out if out.exists() else export(checkpoint_folder(name, scratch), out, preset)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def onnx_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports "demo" or a tiny model to an ONNX folder, once per kind and test run."""
+    scratch = tmp_path_factory.mktemp("onnx")
+
+    def make(name: str, quant: str, dialect: str = "ort") -> Path:
+        out = scratch / f"{name}-{quant}-{dialect}"
+        if not out.exists():
+            with open_checkpoint(checkpoint_folder(name, scratch)) as source:
+                export_onnx(QuantizedCheckpoint(source, quant), out, dialect)
+        return out
 
     return make
 

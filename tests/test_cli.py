@@ -16,7 +16,7 @@ from bezel.runtime.cache import KV_TYPES
 from tiny import DEMO
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.cli import main; main(prog_name='bezel')"]
-VERBS = ("export", "run", "chat", "inspect", "verify", "bench", "demo")
+VERBS = ("export", "run", "chat", "inspect", "verify", "check", "bench", "demo")
 
 
 def bezel(*args: object, stdin: str = "", ok: bool = True) -> subprocess.CompletedProcess[str]:
@@ -150,9 +150,53 @@ def test_errors_name_what_is_wrong(tmp_path: Path, demo: Path) -> None:
         (("run", demo, "x", "--raw", "--system", "y"), "--system"),
         (("inspect", demo, "--context", "99999"), "99999"),
         (("export", tmp_path / "nothing", tmp_path / "x.gguf"), "nothing"),
+        (("export", tmp_path / "x.gguf"), "--from"),
+        (("export", demo, tmp_path / "x.gguf", "--check"), "--format onnx"),
+        (("export", DEMO, tmp_path / "x.gguf", "--quant", "int4"), "q4_0"),
+        (("export", demo, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "quantized"),
+        (("export", DEMO, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "int4"),
+        (("check", tmp_path, "--source", demo), "bezel export --format onnx"),
         (("bake",), "bake"),
     ):
         assert message in bezel(*args, ok=False).stderr
+
+
+def test_onnx_folder(tmp_path: Path, demo: Path) -> None:
+    """All verbs on a folder, made from the GGUF file."""
+    folder = tmp_path / "onnx"
+    shown = bezel("export", "--from", demo, folder, "--format", "onnx", "--check").stdout
+    assert "29 × int8, blocks of 32" in shown
+    assert "128 to 159" in shown
+    assert "OFF" not in shown
+    reports = json.loads(bezel("verify", folder, "--checkpoint", demo, "--json").stdout)
+    assert {report["error"] for report in reports} == {0}
+    facts = json.loads(bezel("inspect", folder, "--context", 700, "--json").stdout)
+    assert facts["onnx"]["operators"]["TensorScatter"] == 8
+    assert facts["windows"] == [64, None, 64, None]
+    assert "ort dialect" in bezel("inspect", folder).stdout
+    run = bezel("run", folder, "Once", "--raw", "--max-tokens", 12, "--temperature", 0, "--json")
+    assert json.loads(run.stdout)["tokens"] == 12
+    lines = ("Tell me a story.", f"/save {tmp_path / 's'}", "/reset", f"/load {tmp_path / 's'}", "/undo")
+    assert "0 exchanges left" in bezel("chat", folder, "--max-tokens", 6, stdin="\n".join(lines)).stderr
+    spans = json.loads(bezel("check", folder, "--source", demo, "--json").stdout)
+    assert [span["ok"] for span in spans] == [True] * 3
+    text = tmp_path / "text"
+    text.write_text("Once upon a time there was a king who had three sons. " * 20)
+    loss = bezel("measure", folder, "--reference", demo, "--text", text, "--chunk", 64, "--state", tmp_path, "--json")
+    assert 0 < json.loads(loss.stdout)["candidates"][0]["metrics"]["kld_mean"]["value"] < 1e-3
+    speed = bezel("bench", folder, "--context", 40, "--repeats", 1, "--save", tmp_path, "--json")
+    assert json.loads(speed.stdout.splitlines()[-1])["runs"]["bezel"]["decode_tokens_per_s"]["16"] > 0
+    assert "native or reference" in bezel("bench", folder, "--profile", ok=False).stderr
+
+
+def test_announced_memory_of_an_onnx_folder(onnx_of: Callable[..., Path]) -> None:
+    from bezel.runtime import load
+
+    folder = onnx_of("demo", "int8")
+    facts = json.loads(bezel("inspect", folder, "--context", 700, "--json").stdout)
+    session = load(folder, context=700).session()
+    session.prefill([2] + [300] * 699)
+    assert session.engine.cache_bytes == facts["cache"]["f32"][0]["total"]
 
 
 def test_demo() -> None:

@@ -19,9 +19,16 @@ from ..runtime.errors import InvalidRequest
     required=True,
     help="What the model is to be good at, UTF-8; twenty thousand words are enough.",
 )
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=12288,
+    show_default=True,
+    help="How much of the text is used, spread evenly over it.",
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file to write.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-def calibrate(checkpoint: Path, text: Path, out: Path, force: bool) -> None:
+def calibrate(checkpoint: Path, text: Path, tokens: int, out: Path, force: bool) -> None:
     """Gather what a text sends through the linears of CHECKPOINT, for `bezel export --calibration`.
 
     One file serves every format. It takes 4 bytes for each pair of inputs of a linear, 10 GB for Gemma 2 2B; for one
@@ -49,7 +56,7 @@ def calibrate(checkpoint: Path, text: Path, out: Path, force: bool) -> None:
                 bar.update(done - bar.pos)
 
         try:
-            origin = gather(source, read_text(source, text), out, progress)
+            origin = gather(source, read_text(source, text, tokens), out, progress)
         except KeyboardInterrupt:
             click.echo("\ncancelled; the same command goes on where this one was", err=True)
             raise SystemExit(130) from None

@@ -13,7 +13,7 @@ from ..quant.feedback import feedback_factor, quantize_with_feedback, retargeted
 from ..quant.formats import EVEN, F32, Format
 from ..runtime.ops import Floats, Ints
 from ..runtime.tensors import TensorSpec
-from .calibration import Calibration, CalibrationText, is_calibration, read_text, source_sha256, work_folder
+from .calibration import TOKENS, Calibration, CalibrationText, is_calibration, read_text, source_sha256, work_folder
 from .checkpoint import Checkpoint
 from .gguf_writer import ExportSummary, export_gguf, plan_tensors, tool_version
 from .layers import in_order, site_of
@@ -23,7 +23,7 @@ from .sweep import Sweep
 Formats = Mapping[str, type[Format]]  # by GGUF name
 
 DAMPING = 0.01  # of the mean second moment; .003 and .03 do about as well
-_ROWS = 512  # rounded at a time; fixed, so that bits do not depend on the number of cores
+_ROWS = 2048  # rounded at a time; fixed, so that bits do not depend on the number of cores
 _HEAD_SHARE = 4  # every so many-th sequence is enough for the moments of the head, which are far from singular
 
 
@@ -35,17 +35,18 @@ def export_calibrated(
     calibration: Path,
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
+    tokens: int = TOKENS,
 ) -> ExportSummary:
     """As `export_gguf`, with matrices rounded for a `calibration`: a text, or a file that `calibrate` wrote.
 
-    A text takes longest and serves best; broken off, the same call goes on from the last whole layer. Raises
-    InvalidRequest for a calibration that does not fit, too.
+    A text, of which `tokens` are used, takes longest and serves best; broken off, the same call goes on from the last
+    whole layer. Raises InvalidRequest for a calibration that does not fit, too.
     """
     formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.config, preset, embedding)}
     if is_calibration(calibration):
         moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
         return export_gguf(checkpoint, out, preset, embedding, progress, force, moments)
-    text = read_text(checkpoint, calibration)
+    text = read_text(checkpoint, calibration, tokens)
     with work_folder(out, Sequential.key(checkpoint, text, formats)) as state:
         sequential = Sequential(checkpoint, text, formats, state)
         return export_gguf(checkpoint, out, preset, embedding, progress, force, sequential)
@@ -55,15 +56,16 @@ class Feedback:
     """Rounds the matrices of one site, given the moments of their inputs; cross moments move the target as well."""
 
     def __init__(self, inputs: Floats, cross: Floats | None = None) -> None:
-        self._inputs, self._cross, self._factor = inputs, cross, feedback_factor(inputs, DAMPING)
+        self._factor = feedback_factor(inputs, DAMPING)
+        self._drift = None if cross is None else cross - inputs
 
     def quantize(self, form: type[Format], rows: Floats) -> NDArray[np.uint8]:
         """The blocks (m, row_bytes) of rows (m, n)."""
 
         def piece(start: int) -> NDArray[np.uint8]:
             part = rows[start : start + _ROWS]
-            if self._cross is not None:
-                part = retargeted(part, self._inputs, self._cross, self._factor)
+            if self._drift is not None:
+                part = retargeted(part, self._drift, self._factor)
             return quantize_with_feedback(form, part, self._factor)
 
         return np.concatenate(list(in_order(piece, range(0, len(rows), _ROWS))))

@@ -56,6 +56,13 @@ _ONNX_QUANTS = ("int8", "int4")  # and f32, f16
     "broken off, it goes on. Or a file from `bezel calibrate`: faster, a little less good.",
 )
 @click.option(
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    default=12288,
+    show_default=True,
+    help="How much of the text is used, spread evenly over it; more takes longer and is a little better.",
+)
+@click.option(
     "--dialect",
     type=click.Choice(("ort", "standard")),
     help="ONNX: operators for quantized weights, onnxruntime's own or any runtime's.  [default: ort]",
@@ -73,6 +80,7 @@ def export(
     quant: str | None,
     embedding: str | None,
     calibration: Path | None,
+    calibration_tokens: int,
     dialect: str | None,
     check: bool,
     force: bool,
@@ -120,7 +128,9 @@ def export(
 
                 summary = export_folder(checkpoint, out, quant, embedding, dialect or "ort", progress, force)
             else:
-                summary = _export_file(checkpoint, out, quant or "q8_0", embedding, calibration, progress, force)
+                summary = _export_file(
+                    checkpoint, out, quant or "q8_0", embedding, calibration, calibration_tokens, progress, force
+                )
         except KeyboardInterrupt:
             click.echo("\ncancelled", err=True)
             raise SystemExit(130) from None
@@ -142,6 +152,7 @@ def _export_file(
     quant: str,
     embedding: str | None,
     calibration: Path | None,
+    tokens: int,
     progress: Callable[[int, int], None],
     force: bool,
 ) -> ExportSummary:
@@ -154,7 +165,7 @@ def _export_file(
             name = re.sub(r"[^\w.-]+", "-", source.name).strip("-.") or "model"
             out = out / f"{name}-{quant}.gguf"
         if calibration is not None:
-            return export_calibrated(source, out, quant, embedding, calibration, progress, force)
+            return export_calibrated(source, out, quant, embedding, calibration, progress, force, tokens)
         return export_gguf(source, out, quant, embedding, progress, force)
 
 

@@ -19,6 +19,7 @@ from .state import State
 
 _POST_NORMS = {OUTPUT: "post_attention_norm", DOWN: "post_ffw_norm"}
 _STREAMS = 1 << 16  # the number in a state of the streams before layer 0
+_BATCH = 1 << 25  # inputs, in numbers, that are multiplied at a time: large matrices are slow to add up
 _ONE = np.ones(1, np.float32)
 
 
@@ -138,7 +139,7 @@ class Sweep:
     def _moments(self, layer: int | None, site: Site, pairs: Iterator[tuple[Floats, ...]]) -> Moments:
         n = site.width(self._config)
         inputs, cross = np.zeros((n, n), np.float32), np.zeros((n, n), np.float32) if self._replacing else None
-        for y, x in pairs:
+        for y, x in _batches(pairs, _BATCH // n):
             inputs += x.T @ x
             if cross is not None:
                 cross += y.T @ x
@@ -154,3 +155,15 @@ class Sweep:
             under += np.einsum("ij,ij->j", out, out)
         plain = self.exact[_POST_NORMS[site]]
         return np.divide(over, under, out=plain.astype(np.float64), where=under > 0).astype(np.float32)
+
+
+def _batches(pairs: Iterator[tuple[Floats, ...]], least: int) -> Iterator[tuple[Floats, ...]]:
+    """The pairs (n, width), several together until there are `least` rows."""
+    held: list[tuple[Floats, ...]] = []
+    for pair in pairs:
+        held.append(pair)
+        if sum(len(x) for _, x in held) >= least:
+            yield tuple(np.concatenate(side) for side in zip(*held, strict=True))
+            held = []
+    if held:
+        yield tuple(np.concatenate(side) for side in zip(*held, strict=True))

@@ -195,7 +195,9 @@ class Format:
     @classmethod
     def snap(cls, values: F32Array) -> F32Array:
         """The nearest value of the codebook, for each of `values`."""
-        snapped: F32Array = np.rint(values).clip(cls.codebook[0], cls.codebook[-1])
+        snapped: F32Array = np.rint(values)
+        np.maximum(snapped, cls.codebook[0], out=snapped)
+        np.minimum(snapped, cls.codebook[-1], out=snapped)
         return snapped
 
     @classmethod

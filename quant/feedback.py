@@ -24,13 +24,13 @@ def feedback_factor(moments: F32Array, damping: float) -> F32Array:
     h: NDArray[Any] = moments[::-1, ::-1].astype(np.float64)
     mean = float(np.trace(h)) / len(h)
     h[np.diag_indices_from(h)] += damping * mean if mean > 0 else 1.0
-    lower: NDArray[Any] = np.linalg.cholesky(h)
+    lower: F32Array = np.linalg.cholesky(h).astype(np.float32)
     del h
     _invert_lower(lower)
-    return lower[::-1, ::-1].astype(np.float32)
+    return np.ascontiguousarray(lower[::-1, ::-1])
 
 
-def _invert_lower(a: NDArray[Any]) -> None:
+def _invert_lower(a: F32Array) -> None:
     """In place; NumPy has no inverse of a triangular matrix, and that of a full one costs six times as much."""
     n = len(a)
     if n <= _PANEL:
@@ -42,13 +42,15 @@ def _invert_lower(a: NDArray[Any]) -> None:
     a[k:, :k] = -(a[k:, k:] @ (a[k:, :k] @ a[:k, :k]))
 
 
-def retargeted(rows: F32Array, moments: F32Array, cross: F32Array, factor: F32Array) -> F32Array:
+def retargeted(rows: F32Array, drift: F32Array, factor: F32Array) -> F32Array:
     """The rows (m, n) whose products with the inputs x come closest to those of `rows` with the exact inputs y.
 
     That is what to round where the layers before are rounded already and x differs from y (Li et al. 2025, GPTAQ):
-    rows + rows · (C − H) · H⁻¹, with H = Σ x xᵀ, `cross` C = Σ y xᵀ, and H⁻¹ = UᵀU damped as in `feedback_factor`.
+    rows + rows · D · H⁻¹, with the `drift` D = Σ (y − x) xᵀ, H = Σ x xᵀ, and H⁻¹ = UᵀU damped as in `feedback_factor`.
     """
-    return rows + (rows @ (cross - moments)) @ factor.T @ factor
+    moved: Any = rows @ drift @ factor.T @ factor
+    out: F32Array = rows + moved
+    return out
 
 
 def quantize_with_feedback(form: type[Format], rows: F32Array, factor: F32Array) -> Bytes:
@@ -66,19 +68,21 @@ def quantize_with_feedback(form: type[Format], rows: F32Array, factor: F32Array)
             blocks = form.fit(x, importance[cols])
             scale, offset = (np.ascontiguousarray(np.broadcast_to(s, x.shape).T) for s in form.steps(blocks))
             reciprocal = inverse(scale)
-            codes = np.empty((form.block, m), np.uint8)
+            values = np.empty((form.block, m), np.float32)
             for inner in range(first, first + form.block, _INNER):
                 end = inner + _INNER
                 for j in range(inner, end):
                     k = j - first
-                    codes[k] = form.round((w[j] - offset[k]) * reciprocal[k])
+                    values[k] = form.snap((w[j] - offset[k]) * reciprocal[k])
                     e = errors[j - start]
-                    np.subtract(w[j], form.codebook[codes[k]] * scale[k] + offset[k], out=e)
+                    np.multiply(values[k], scale[k], out=e)
+                    e += offset[k]
+                    np.subtract(w[j], e, out=e)
                     e /= factor[j, j]
                     w[j + 1 : end] -= np.outer(factor[j, j + 1 : end], e)
                 if end < stop:
                     w[end:stop] -= factor[inner:end, end:stop].T @ errors[inner - start : end - start]
-            form.put_codes(np.ascontiguousarray(codes.T), blocks)
+            form.put_codes(form.round(np.ascontiguousarray(values.T)), blocks)
             out[:, first // form.block] = blocks
         if stop < n:
             w[stop:] -= factor[start:stop, stop:].T @ errors[: stop - start]

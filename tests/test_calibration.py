@@ -25,7 +25,7 @@ from bezel.runtime.reference import ReferenceBackend
 from click.testing import CliRunner
 from tiny import DEMO, checkpoint_folder, export
 
-TEXT = "Once upon a time there was a king who had three sons and 12 golden apples. " * 110
+TEXT = "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def stop_after(share: float) -> Callable[[int, int], None]:
     return progress
 
 
-def test_calibrating_goes_on_where_it_was_broken_off(text, tmp_path, monkeypatch):
+def test_calibrating_goes_on_where_it_was_broken_off(text, tmp_path):
     with open_checkpoint(DEMO) as checkpoint:
         read = read_text(checkpoint, text, tokens=1024)
         calibrate(checkpoint, read, tmp_path / "whole.calib")
@@ -239,11 +239,20 @@ def test_the_commands(text, tmp_path):
         return CliRunner().invoke(main, [str(a) for a in arguments])
 
     folder = checkpoint_folder("gemma2-gqa", tmp_path / "tiny")
-    done = run("calibrate", folder, "--text", text, "-o", tmp_path / "x.calib")
+    done = run("calibrate", folder, "--text", text, "--tokens", "512", "-o", tmp_path / "x.calib")
     assert done.exit_code == 0, done.output
     assert run("calibrate", folder, "--text", text, "-o", tmp_path / "x.calib").exit_code == 1
     for calibration in (text, tmp_path / "x.calib"):
-        done = run("export", folder, tmp_path / "x.gguf", "--calibration", calibration, "--force")
+        done = run(
+            "export",
+            folder,
+            tmp_path / "x.gguf",
+            "--calibration",
+            calibration,
+            "--calibration-tokens",
+            "512",
+            "--force",
+        )
         assert done.exit_code == 0, done.output
         assert "calibration_text_sha256" in run("inspect", tmp_path / "x.gguf").output
     assert run("export", folder, tmp_path / "x", "--format", "onnx", "--calibration", text).exit_code == 2

@@ -23,7 +23,7 @@ def loss(rows: np.ndarray, rounded: np.ndarray, moments: np.ndarray) -> float:
 
 
 def textbook(form: type[Format], rows: np.ndarray, moments: np.ndarray, damping: float) -> np.ndarray:
-    """Optimal brain quantization in a fixed order (Frantar et al. 2022, equations 2 and 3), without Cholesky factors."""
+    """Optimal brain quantization in a fixed order (Frantar et al. 2022, equations 2 and 3), with no Cholesky factor."""
     n = rows.shape[1]
     inverse = np.linalg.inv(moments.astype(np.float64) + damping * np.mean(np.diag(moments)) * np.eye(n))
     w, out = rows.astype(np.float64), np.empty(rows.shape)
@@ -90,8 +90,8 @@ def test_a_moved_target_is_the_least_squares_solution():
     y = r.standard_normal((4000, 64))
     x = y + 0.3 * r.standard_normal((4000, 64)) @ r.standard_normal((64, 64)) / 8
     rows = r.standard_normal((5, 64)).astype(np.float32)
-    moments, cross = ((a.T @ x).astype(np.float32) for a in (x, y))
-    found = retargeted(rows, moments, cross, feedback_factor(moments, 1e-7))
+    moments, drift = ((a.T @ x).astype(np.float32) for a in (x, y - x))
+    found = retargeted(rows, drift, feedback_factor(moments, 1e-7))
     expected = np.linalg.lstsq(x, y @ rows.T, rcond=None)[0].T
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(expected - rows).max() > 0.05

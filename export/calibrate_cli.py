@@ -22,7 +22,7 @@ from ..runtime.errors import InvalidRequest
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
-    default=12288,
+    default=10240,
     show_default=True,
     help="How much of the text is used, spread evenly over it.",
 )

@@ -32,7 +32,7 @@ from .safetensors import read_header, read_metadata
 from .state import State
 from .sweep import Sweep
 
-TOKENS = 12_288  # of text that are used, unless something else is asked for
+TOKENS = 10_240  # of text that are used, unless something else is asked for
 SEQUENCE = 512
 
 Progress = Callable[[int, int], None]  # sites done, and in all

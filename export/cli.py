@@ -58,7 +58,7 @@ _ONNX_QUANTS = ("int8", "int4")  # and f32, f16
 @click.option(
     "--calibration-tokens",
     type=click.IntRange(min=1),
-    default=12288,
+    default=10240,
     show_default=True,
     help="How much of the text is used, spread evenly over it; more takes longer and is a little better.",
 )

@@ -70,6 +70,12 @@ class Layer:
         gate *= up
         return gate
 
+    def passed(self, x: Floats) -> Floats:
+        """The residual stream behind the layer."""
+        x, _ = self.add(x, OUTPUT, self.attention(self.attention_input(x)))
+        x, _ = self.add(x, DOWN, self.gated(self.feed_forward_input(x)))
+        return x
+
     def add(self, x: Floats, site: Site, inputs: Floats) -> tuple[Floats, Floats]:
         """x plus what OUTPUT or DOWN make of their inputs, and how much an error there weighs, by position (n,).
 

@@ -53,11 +53,11 @@ class Sweep:
         self._y: list[Floats] = []  # the exact streams; the same as x with one
 
     def to_head(self) -> Moments:
-        """Past all layers, to the head's moments."""
+        """Past all layers, to the head's moments; with one stream only."""
         self._begin(None)
         for i in range(self._config.n_layers):
-            for _ in self.layer(i):
-                pass
+            self._load(i)
+            self._y[:] = in_order(Layer(self._config, i, self.exact).passed, self._y)
         return self.head()
 
     def layers(self, state: State, embedding: Callable[[Ints], Floats] | None = None) -> Iterator[int]:
@@ -81,10 +81,7 @@ class Sweep:
 
     def layer(self, index: int) -> Iterator[Moments]:
         """The moments of the layer's four sites; then the streams have passed it."""
-        self.exact = {
-            role: self._checkpoint.tensor(spec) for (layer, role), spec in self._specs.items() if layer == index
-        }
-        self.now = dict(self.exact) if self._replacing else self.exact
+        self._load(index)
         yield self._moments(index, ATTENTION, self._pairs(index, Layer.attention_input))
         yield from self._residual(
             index, OUTPUT, self._pairs(index, lambda layer, x: layer.attention(layer.attention_input(x)))
@@ -93,6 +90,13 @@ class Sweep:
         yield from self._residual(
             index, DOWN, self._pairs(index, lambda layer, x: layer.gated(layer.feed_forward_input(x)))
         )
+
+    def _load(self, index: int) -> None:
+        """The weights of a layer, in the place of those before."""
+        self.exact, self.now = {}, {}
+        specs = {role: spec for (layer, role), spec in self._specs.items() if layer == index}
+        self.exact = {role: self._checkpoint.tensor(spec) for role, spec in specs.items()}
+        self.now = dict(self.exact) if self._replacing else self.exact
 
     def _begin(self, embedding: Callable[[Ints], Floats] | None) -> None:
         spec = self._specs[None, "token_embd"]

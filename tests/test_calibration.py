@@ -86,6 +86,7 @@ def caught_moments(model: Path, sequences: tuple[np.ndarray, ...]) -> dict[str, 
 def test_moments_are_those_of_the_engine_s_inputs(name, text, tmp_path):
     folder = checkpoint_folder(name, tmp_path / name)
     model = export(folder, tmp_path / "f32.gguf")
+    text.write_text(TEXT * 2)
     with open_checkpoint(folder) as checkpoint:
         read = read_text(checkpoint, text, tokens=1024)
         assert len(read.sequences) > 1
@@ -106,6 +107,7 @@ def test_moments_are_those_of_the_engine_s_inputs(name, text, tmp_path):
 
 
 def test_a_text_is_cut_evenly_and_begins_with_bos(text):
+    text.write_text(TEXT * 2)
     with open_checkpoint(DEMO) as checkpoint:
         every = read_text(checkpoint, text, tokens=10**6)
         some = read_text(checkpoint, text, tokens=2 * 512)

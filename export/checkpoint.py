@@ -105,6 +105,10 @@ class Checkpoint:
             )
         return values + self._norm_offset if spec.is_norm else values
 
+    def some_rows(self, spec: TensorSpec, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The rows (len(indices), inputs) at `indices`, as `rows` reads them."""
+        return np.concatenate([self.rows(spec, i, i + 1) for i in indices.tolist()])
+
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's vocabulary, which has one piece for each row of the embedding."""
         vocabulary = self._load_vocabulary()

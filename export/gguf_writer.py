@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quant.formats import Format
+from ..quant.formats import EVEN, Format
 from ..quant.recipes import choose
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidCheckpoint, InvalidRequest
@@ -31,6 +31,7 @@ from .checkpoint import Checkpoint
 from .gguf_header import TensorRecord, aligned, encode_header
 from .receipt import PLACEHOLDERS
 
+CALIBRATION = "bezel.provenance.calibration"  # the key of a calibrated file; others begin with it
 CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its temporaries stay in a core's cache
 
 # llama.cpp's `llama_ftype`, by preset.
@@ -59,6 +60,17 @@ class PlannedTensor:
         return self.format.row_bytes(self.spec.shape[-1])
 
 
+class Calibrated(Protocol):
+    """Blocks that a calibration text has shaped. `calibrated.py` has two ways of making them."""
+
+    method: str
+    text_sha256: str
+    tokens: int
+
+    def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
+        """The whole tensor (rows, row_bytes); None leaves it to the writer. Called in the order of the tensors."""
+
+
 @dataclass(frozen=True)
 class ExportSummary:
     """What was written. `formats` counts tensors, `fallbacks` names those that could not have theirs."""
@@ -80,18 +92,20 @@ def export_gguf(
     embedding: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
+    calibrated: Calibrated | None = None,
 ) -> ExportSummary:
     """Write `checkpoint` to the GGUF file `out`, quantized by `preset`; `force` replaces a file that exists.
 
     `embedding` is the format of embedding and head where the preset's is not wanted. `progress` is called
-    with (weights done, weights in all). The file is whole or absent, also when `progress` raises, and the
-    same source gives the same bytes. Raises InvalidRequest and InvalidCheckpoint.
+    with (weights done, weights in all). `calibrated` rounds the matrices for the inputs that they get. The file
+    is whole or absent, also when `progress` raises, and the same source gives the same bytes. Raises
+    InvalidRequest and InvalidCheckpoint.
     """
     start, out = time.monotonic(), Path(out)
     _check_target(checkpoint, out, force)
     plan = plan_tensors(checkpoint.config, preset, embedding)
     records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
-    metadata = _metadata(checkpoint, preset, plan)
+    metadata = _metadata(checkpoint, preset, plan) | _calibration_metadata(calibrated)
     header = encode_header(metadata, records)
     size = len(header) + plan[-1].offset + aligned(plan[-1].n_rows * plan[-1].row_bytes)
     free = shutil.disk_usage(out.parent).free
@@ -103,7 +117,7 @@ def export_gguf(
 
     done, total = 0, sum(p.n_weights for p in plan)
     with atomic(out) as file, background_hashes(checkpoint.files) as hashes:
-        for planned, row, block in _quantized(checkpoint, plan):
+        for planned, row, block in _quantized(checkpoint, plan, calibrated):
             file.seek(len(header) + planned.offset + row * planned.row_bytes)
             file.write(block.data)
             done += len(block) * planned.spec.shape[-1]
@@ -155,14 +169,14 @@ def _check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
 
 
 def _quantized(
-    checkpoint: Checkpoint, plan: Sequence[PlannedTensor]
+    checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated: Calibrated | None
 ) -> Iterator[tuple[PlannedTensor, int, NDArray[np.uint8]]]:
     """(tensor, first row, quantized rows) in order; a few chunks are in hand at a time."""
 
     def quantize(planned: PlannedTensor, start: int, stop: int) -> NDArray[np.uint8]:
         rows = checkpoint.rows(planned.spec, start, stop)
         try:
-            return planned.format.quantize(rows)
+            return planned.format.quantize(rows, EVEN)
         except ValueError as error:
             raise InvalidCheckpoint(f"{checkpoint.path}: tensor '{planned.spec.hf}': {error}") from None
 
@@ -171,6 +185,13 @@ def _quantized(
     pool = ThreadPoolExecutor(workers)
     try:
         for planned in plan:
+            whole = calibrated.blocks(planned.spec) if calibrated else None
+            if whole is not None:
+                while pending:
+                    done, row, block = pending.popleft()
+                    yield done, row, block.result()
+                yield planned, 0, whole
+                continue
             step = max(1, CHUNK_WEIGHTS // planned.spec.shape[-1])
             for start in range(0, planned.n_rows, step):
                 stop = min(start + step, planned.n_rows)
@@ -229,6 +250,16 @@ def _metadata(checkpoint: Checkpoint, preset: str, plan: Sequence[PlannedTensor]
         "bezel.provenance.source_files": [file.name for file in checkpoint.files],
         "bezel.provenance.source_sha256": ["0" * 64 for _ in checkpoint.files],
         **PLACEHOLDERS,
+    }
+
+
+def _calibration_metadata(calibrated: Calibrated | None) -> dict[str, Any]:
+    if calibrated is None:
+        return {}
+    return {
+        CALIBRATION: calibrated.method,
+        f"{CALIBRATION}_text_sha256": calibrated.text_sha256,
+        f"{CALIBRATION}_tokens": calibrated.tokens,
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quant.formats import BF16, F16, F32, Format
+from ..quant.formats import BF16, EVEN, F16, F32, Format
 from ..quant.integers import INTEGER_FORMS
 from ..quant.recipes import choose
 from ..runtime.config import ModelConfig
@@ -77,7 +77,7 @@ class QuantizedCheckpoint:
     def blocks(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.uint8]:
         rows = self._checkpoint.rows(spec, start, stop)
         try:
-            return self.format(spec).quantize(rows)
+            return self.format(spec).quantize(rows, EVEN)
         except ValueError as error:
             raise InvalidCheckpoint(f"{self.path}: tensor '{spec.hf}': {error}") from None
 

@@ -50,19 +50,19 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
     return strict_json.parse_json(text, lambda reason: InvalidCheckpoint(f"{path}: {reason}"))
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of one safetensors file says about it. Raises InvalidCheckpoint for a file of another kind."""
+    found = _read_json_header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise InvalidCheckpoint(f"{path}: __metadata__: expected names and texts")
+    return found
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises InvalidCheckpoint if the header and the file disagree."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER, size - 8):
-            raise InvalidCheckpoint(
-                f"{path}: not a safetensors file, or cut short: a header of {length} bytes, "
-                f"expected at most {max(0, min(MAX_HEADER, size - 8))} in a file of {size} bytes"
-            )
-        header = parse_json(file.read(length), path)
+    header, length = _read_json_header(path)
     header.pop("__metadata__", None)
-    data_start, data_size = 8 + length, size - 8 - length
+    data_start, data_size = 8 + length, path.stat().st_size - 8 - length
 
     tensors: dict[str, StoredTensor] = {}
     extents = []
@@ -89,6 +89,19 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if position != data_size:
         raise InvalidCheckpoint(f"{path}: tensors end at byte {position} of the data, expected {data_size}")
     return tensors
+
+
+def _read_json_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and its length in bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            raise InvalidCheckpoint(
+                f"{path}: not a safetensors file, or cut short: a header of {length} bytes, "
+                f"expected at most {max(0, min(MAX_HEADER, size - 8))} in a file of {size} bytes"
+            )
+        return parse_json(file.read(length), path), length
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:

@@ -27,6 +27,7 @@ HALF_MAX = 65504.0  # largest float16
 LOW = np.uint8(15)  # the low nibble of a byte
 PIECE = 1 << 16  # weights worked on at a time, so that temporaries stay in the cache
 
+EVEN = np.ones(1, np.float32)  # the importance that favours no weight
 NO_OFFSET = np.zeros((1, 1), np.float32)
 
 # Root mean square, over blocks of unit Gaussian weights, of the largest magnitude and of max − min.
@@ -84,7 +85,7 @@ class Format:
 
         Without `weights`, scales follow the extremes of a block and weights are rounded. `weights` is the importance
         of each weight's squared error, broadcastable to `rows`: scales are then searched that make the weighted
-        error small (`fit`). Ones ask for a search that favours no weight. Floats ignore it.
+        error small (`fit`). EVEN asks for a search that favours no weight. Floats ignore it.
 
         Raises ValueError for rows that are not whole blocks, for weights that are not finite or too large, and for
         an importance that is negative, not finite or of another shape; TypeError for anything but float32.
@@ -194,7 +195,9 @@ class Format:
     @classmethod
     def snap(cls, values: F32Array) -> F32Array:
         """The nearest value of the codebook, for each of `values`."""
-        snapped: F32Array = np.rint(values).clip(cls.codebook[0], cls.codebook[-1])
+        snapped: F32Array = np.rint(values)
+        np.maximum(snapped, cls.codebook[0], out=snapped)
+        np.minimum(snapped, cls.codebook[-1], out=snapped)
         return snapped
 
     @classmethod

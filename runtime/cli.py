@@ -13,6 +13,7 @@ from .errors import BezelError
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
     "export": ("bezel.export.cli", "Convert a checkpoint to a GGUF file or an ONNX folder."),
+    "calibrate": ("bezel.export.calibrate_cli", "Gather what a text sends through a model, for export."),
     "run": ("bezel.runtime.cli_generate", "Answer one prompt, or continue a text."),
     "chat": ("bezel.runtime.cli_generate", "Talk with a model."),
     "inspect": ("bezel.runtime.cli_inspect", "Show what a model file holds and how much memory it takes."),

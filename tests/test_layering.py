@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("runtime", "export", "quant", "bench")
 CONTRACT = (
-    *("errors", "config", "tensors", "gguf", "tokenizer", "protobuf", "strict_json", "files"),
+    *("errors", "config", "tensors", "gguf", "tokenizer", "protobuf", "strict_json", "files", "ops"),
     *("onnx_folder", "onnx_model", "onnx_tensors", "model_file"),
 )
 

@@ -1,0 +1,170 @@
+"""Quantizing with a calibration: from its moments alone, or layer by layer as the text runs through what is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quant.feedback import feedback_factor, quantize_with_feedback, retargeted
+from ..quant.formats import EVEN, F32, Format
+from ..runtime.ops import Floats, Ints
+from ..runtime.tensors import TensorSpec
+from .calibration import TOKENS, Calibration, CalibrationText, is_calibration, read_text, source_sha256, work_folder
+from .checkpoint import Checkpoint
+from .gguf_writer import ExportSummary, export_gguf, plan_tensors, tool_version
+from .layers import in_order, site_of
+from .state import State
+from .sweep import Sweep
+
+Formats = Mapping[str, type[Format]]  # by GGUF name
+
+DAMPING = 0.01  # of the mean second moment; .003 and .03 do about as well
+_ROWS = 2048  # rounded at a time; fixed, so that bits do not depend on the number of cores
+_HEAD_SHARE = 4  # every so many-th sequence is enough for the moments of the head, which are far from singular
+
+
+def export_calibrated(
+    checkpoint: Checkpoint,
+    out: Path,
+    preset: str,
+    embedding: str | None,
+    calibration: Path,
+    progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
+    tokens: int = TOKENS,
+) -> ExportSummary:
+    """As `export_gguf`, with matrices rounded for a `calibration`: a text, or a file that `calibrate` wrote.
+
+    A text, of which `tokens` are used, takes longest and serves best; broken off, the same call goes on from the last
+    whole layer. Raises InvalidRequest for a calibration that does not fit, too.
+    """
+    formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.config, preset, embedding)}
+    if is_calibration(calibration):
+        moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
+        return export_gguf(checkpoint, out, preset, embedding, progress, force, moments)
+    text = read_text(checkpoint, calibration, tokens)
+    with work_folder(out, Sequential.key(checkpoint, text, formats)) as state:
+        sequential = Sequential(checkpoint, text, formats, state)
+        return export_gguf(checkpoint, out, preset, embedding, progress, force, sequential)
+
+
+class Feedback:
+    """Rounds the matrices of one site, given the moments of their inputs; cross moments move the target as well."""
+
+    def __init__(self, inputs: Floats, cross: Floats | None = None) -> None:
+        self._factor = feedback_factor(inputs, DAMPING)
+        self._drift = None if cross is None else cross - inputs
+
+    def quantize(self, form: type[Format], rows: Floats) -> NDArray[np.uint8]:
+        """The blocks (m, row_bytes) of rows (m, n)."""
+
+        def piece(start: int) -> NDArray[np.uint8]:
+            part = rows[start : start + _ROWS]
+            if self._drift is not None:
+                part = retargeted(part, self._drift, self._factor)
+            return quantize_with_feedback(form, part, self._factor)
+
+        return np.concatenate(list(in_order(piece, range(0, len(rows), _ROWS))))
+
+
+class FromMoments:
+    """Each matrix is rounded for the inputs that it has in the exact model, from a file of moments."""
+
+    method = "error feedback on the exact model's inputs"
+
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, formats: Formats) -> None:
+        self._checkpoint, self._calibration, self._formats = checkpoint, calibration, formats
+        self.text_sha256, self.tokens = calibration.origin.text_sha256, calibration.origin.tokens
+        self._site: tuple[object, Feedback] | None = None
+
+    def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
+        site, form = site_of(spec), self._formats[spec.gguf]
+        if site is None or form.block == 1:
+            return None
+        if self._site is None or self._site[0] != (spec.layer, site):
+            self._site = (spec.layer, site), Feedback(self._calibration.moments(spec.layer, site))
+        return self._site[1].quantize(form, self._checkpoint.tensor(spec))
+
+
+class Sequential:
+    """Each matrix is rounded for the inputs that it gets from those before it, as they are rounded.
+
+    The head comes first, for the exact model's inputs: tied, it is the embedding, where everything begins. Blocks are
+    asked for in the order of the model's tensors; those of a layer are kept in `state`.
+    """
+
+    method = "error feedback on the quantized model's inputs"
+
+    def __init__(self, checkpoint: Checkpoint, text: CalibrationText, formats: Formats, state: State) -> None:
+        self._checkpoint, self._text, self._formats, self._state = checkpoint, text, formats, state
+        self.text_sha256, self.tokens = text.sha256, text.tokens
+        self._specs = {(spec.layer, spec.role): spec for spec in checkpoint.specs}
+        self._loaded: tuple[int, Mapping[str, NDArray[Any]]] = (-1, {})
+        self._work = self._run()
+
+    @staticmethod
+    def key(checkpoint: Checkpoint, text: CalibrationText, formats: Formats) -> dict[str, object]:
+        """All that the blocks depend on."""
+        return {
+            "sequential": 1,
+            "text": text.sha256,
+            "tokens": text.tokens,
+            "source": source_sha256(checkpoint),
+            "tool": tool_version(),
+            "formats": {name: form.name for name, form in formats.items()},
+        }
+
+    def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
+        number = self._checkpoint.config.n_layers if spec.layer is None else spec.layer
+        while self._loaded[0] != number:
+            found = self._state.load(number)
+            if found is not None:
+                self._loaded = number, found
+            else:
+                next(self._work)
+        return self._loaded[1].get(spec.gguf)
+
+    def _run(self) -> Iterator[None]:
+        head = self._specs[None, "token_embd" if self._checkpoint.config.tied_head else "output"]
+        embedding = self._specs[None, "token_embd"]
+        n = self._checkpoint.config.n_layers
+        if self._state.load(n) is None:
+            found = {head.gguf: self._round(Feedback(self._head_moments()), head, self._checkpoint.tensor(head))}
+            self._state.save(n, found)
+            yield
+
+        blocks = (self._state.load(n) or {}).get(embedding.gguf)
+
+        def rounded(ids: Ints) -> Floats:
+            form = self._formats[embedding.gguf]
+            if blocks is None:
+                return form.dequantize(form.quantize(self._checkpoint.some_rows(embedding, ids), EVEN))
+            return form.dequantize(blocks[ids])
+
+        sweep = Sweep(self._checkpoint, self._text.sequences, replacing=True)
+        for i in sweep.layers(self._state, rounded):
+            found = {}
+            for moments in sweep.layer(i):
+                feedback = Feedback(moments.inputs, moments.cross)
+                for role in moments.site.roles:
+                    spec = self._specs[i, role]
+                    found[spec.gguf] = self._round(feedback, spec, sweep.exact[role])
+                    sweep.now[role] = self._formats[spec.gguf].dequantize(found[spec.gguf])
+                del feedback
+            for (layer, role), spec in self._specs.items():
+                if layer == i and spec.is_norm:
+                    found[spec.gguf] = F32.quantize(sweep.now[role][None])
+            self._state.save(i, found)
+            yield
+
+    def _head_moments(self) -> Floats:
+        sweep = Sweep(self._checkpoint, self._text.sequences[::_HEAD_SHARE], replacing=False)
+        return sweep.to_head().inputs
+
+    def _round(self, feedback: Feedback, spec: TensorSpec, rows: Floats) -> NDArray[np.uint8]:
+        form = self._formats[spec.gguf]
+        return form.quantize(rows) if form.block == 1 else feedback.quantize(form, rows)

@@ -101,8 +101,6 @@ def preset(name: str, n_layers: int, embedding: str | None = None) -> Recipe:
         rules.append(Rule(head, frozenset(HEAD_ROLES)))
     if name.endswith("_k_m"):
         rules.append(Rule(Q6_K, frozenset({"attn_v", "ffn_down"}), _more_bits(n_layers)))
-    if name == "int4":
-        rules.append(Rule(Q5_K, frozenset({"attn_v"})))
     return Recipe(name, default, tuple(rules))
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..export.gguf_header import TensorRecord, aligned, encode_header
 from ..export.gguf_writer import plan_tensors
+from ..export.recipe import find_recipe
 from ..quant.formats import Format
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidRequest
@@ -147,7 +148,7 @@ def write_gguf(
     whole or absent. Raises InvalidRequest and InvalidConfig.
     """
     config = ModelConfig.from_hf(_raw_config(shape))
-    plan = plan_tensors(config, preset, embedding)
+    plan = plan_tensors(config, find_recipe(preset, config, embedding))
     vocabulary = _vocabulary(config.vocab_size)
     metadata = {
         "general.architecture": config.family,

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from ..quant.feedback import feedback_factor, quantize_with_feedback, retargeted
 from ..quant.formats import EVEN, F32, Format
+from ..quant.recipes import Recipe
 from ..runtime.ops import Floats, Ints
 from ..runtime.tensors import TensorSpec
 from .calibration import TOKENS, Calibration, CalibrationText, is_calibration, read_text, source_sha256, work_folder
 from .checkpoint import Checkpoint
 from .gguf_writer import ExportSummary, export_gguf, plan_tensors, tool_version
 from .layers import in_order, site_of
+from .recipe import find_recipe
 from .state import State
 from .sweep import Sweep
 
@@ -30,7 +32,7 @@ _HEAD_SHARE = 4  # every so many-th sequence is enough for the moments of the he
 def export_calibrated(
     checkpoint: Checkpoint,
     out: Path,
-    preset: str,
+    recipe: str | Recipe,
     embedding: str | None,
     calibration: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -42,14 +44,16 @@ def export_calibrated(
     A text, of which `tokens` are used, takes longest and serves best; broken off, the same call goes on from the last
     whole layer. Raises InvalidRequest for a calibration that does not fit, too.
     """
-    formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.config, preset, embedding)}
+    if isinstance(recipe, str):
+        recipe = find_recipe(recipe, checkpoint.config, embedding)
+    formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.config, recipe)}
     if is_calibration(calibration):
         moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
-        return export_gguf(checkpoint, out, preset, embedding, progress, force, moments)
+        return export_gguf(checkpoint, out, recipe, None, progress, force, moments)
     text = read_text(checkpoint, calibration, tokens)
     with work_folder(out, Sequential.key(checkpoint, text, formats)) as state:
         sequential = Sequential(checkpoint, text, formats, state)
-        return export_gguf(checkpoint, out, preset, embedding, progress, force, sequential)
+        return export_gguf(checkpoint, out, recipe, None, progress, force, sequential)
 
 
 class Feedback:

@@ -14,15 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..quant.recipes import PRESETS
+from ..quant.recipes import PLAIN, PRESETS
 from ..runtime.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from ..quant.recipes import Recipe
+    from .checkpoint import Checkpoint
     from .gguf_writer import ExportSummary
     from .verify import TensorReport
 
 
 _ONNX_QUANTS = ("int8", "int4")  # and f32, f16
+
+
+def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> int | None:  # noqa: ARG001
+    """1.5GB, 800 MiB or 1500000 as a number."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+|\d*\.\d+)\s*([KMG]?)(i?)B?", text, re.IGNORECASE)
+    if not match:
+        raise click.BadParameter(f"found {text!r}, expected a size such as 1.5GB or 800MB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMG".index(match[2].upper() or " "))
 
 
 @click.command()
@@ -39,15 +52,29 @@ _ONNX_QUANTS = ("int8", "int4")  # and f32, f16
 )
 @click.option(
     "--quant",
-    type=click.Choice((*PRESETS, *_ONNX_QUANTS)),
-    help="Format of the weights: q8_0 is almost lossless, q4_0 the smallest and the fastest on a laptop; for ONNX f32, "
-    "f16, int8 or int4.  [default: q8_0; for ONNX int8, or a GGUF file's own]",
+    metavar="PRESET|FILE",
+    help=f"Format of the weights: {', '.join(PRESETS)}, or a recipe file. q8_0 is almost lossless, int4 the best of at "
+    "most 4.6 bits a weight. For ONNX f32, f16, int8 or int4.  [default: q8_0; for ONNX int8, or a GGUF file's own]",
 )
 @click.option(
     "--embedding",
-    type=click.Choice((*PRESETS, *_ONNX_QUANTS)),
-    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k, or "
-    "int8 for ONNX.",
+    type=click.Choice((*PLAIN, *_ONNX_QUANTS)),
+    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k (int4: q5_k), "
+    "or int8 for ONNX.",
+)
+@click.option(
+    "--target-bpw",
+    type=click.FloatRange(min=1, max=32),
+    metavar="BITS",
+    help="Instead of --quant: the mix of formats that loses least in so many bits a weight; needs --sensitivity.",
+)
+@click.option(
+    "--target-size", metavar="SIZE", callback=_bytes, help="The same for the size of the file, such as 1.5GB."
+)
+@click.option(
+    "--sensitivity",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What each tensor loses in each format, measured: `bezel measure --sensitivity … --sensitivity-out FILE`.",
 )
 @click.option(
     "--calibration",
@@ -80,6 +107,9 @@ def export(
     container: str,
     quant: str | None,
     embedding: str | None,
+    target_bpw: float | None,
+    target_size: int | None,
+    sensitivity: Path | None,
     calibration: Path | None,
     calibration_tokens: int,
     dialect: str | None,
@@ -99,8 +129,19 @@ def export(
       bezel export gemma-2-2b-it/ . --quant q4_0
       bezel export gemma-2-2b-it/ small.gguf --quant q4_0 --embedding q4_0
       bezel export gemma-2-2b-it/ better.gguf --quant q4_0 --calibration text.txt
+      bezel export gemma-2-2b-it/ mine.gguf --quant recipe.json
+      bezel export gemma-2-2b-it/ best.gguf --target-bpw 4.55 --sensitivity sens.json
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4
       bezel export --from small.gguf gemma-onnx/ --format onnx --check
+
+    A recipe file is JSON; the first rule that matches a tensor decides. A rule asks for a role (a name or a list), for
+    layers and for a regular expression that the tensor's name in GGUF matches, or for some of these:
+
+    \b
+      {"bezel_recipe": 1, "default": "iq4_xs", "rules": [
+        {"role": "token_embd", "format": "q6_k"},
+        {"role": ["attn_v", "ffn_down"], "layers": "0-3, 25", "format": "q5_k"},
+        {"tensor": "blk\\\\.2\\\\..*", "format": "q8_0"}]}
     """
     if (out is None) == (source is None):
         raise click.UsageError("Give CHECKPOINT and OUT, or OUT and --from.")
@@ -109,10 +150,36 @@ def export(
     assert out is not None
     if container == "gguf" and (dialect or check):
         raise click.UsageError("--dialect and --check go with --format onnx.")
-    if container == "gguf" and {quant, embedding} & {*_ONNX_QUANTS}:
-        raise click.UsageError(f"{' and '.join(_ONNX_QUANTS)} go with --format onnx; GGUF has q8_0 and q4_0.")
     if container == "onnx" and calibration:
         raise click.UsageError("--calibration goes with --format gguf; export that file to ONNX with --from.")
+    if container == "gguf" and (quant == "int8" or embedding in _ONNX_QUANTS):
+        raise click.UsageError("int8, and int4 for the embedding, go with --format onnx; GGUF has q8_0 and q4_0.")
+    targets = (target_bpw is not None) + (target_size is not None)
+    if targets and container == "onnx":
+        raise click.UsageError("--target-bpw and --target-size go with --format gguf.")
+    if targets > 1:
+        raise click.UsageError("Give --target-bpw or --target-size, not both.")
+    if targets and sensitivity is None:
+        raise click.UsageError(
+            "--target-bpw and --target-size need --sensitivity; the file is written by `bezel measure --reference "
+            f"{checkpoint} --text FILE --sensitivity q4_k,iq4_xs,q5_k,q6_k --sensitivity-out sens.json`."
+        )
+    if sensitivity is not None and not targets:
+        raise click.UsageError("--sensitivity needs --target-bpw or --target-size.")
+    if targets and (quant or embedding):
+        raise click.UsageError("--target-bpw and --target-size choose every format: leave --quant and --embedding out.")
+
+    def recipe_for(source: Checkpoint) -> Recipe:
+        from .gguf_writer import file_size
+        from .recipe import find_recipe, solve_bits, solve_size
+
+        if sensitivity is not None and target_bpw is not None:
+            return solve_bits(sensitivity, source.config, target_bpw)
+        if sensitivity is not None and target_size is not None:
+            more = 1024 if calibration else 0  # what a calibrated file says of that
+            return solve_size(sensitivity, source.config, target_size - more, lambda r: file_size(source, r))
+        return find_recipe(quant or "q8_0", source.config, embedding)
+
     if check and as_json:
         raise click.UsageError("--check prints a table: leave --json out, or use bezel check --json.")
     show = sys.stderr.isatty()
@@ -127,9 +194,7 @@ def export(
             if container == "onnx":
                 summary = _export_folder(checkpoint, out, quant, embedding, dialect or "ort", progress, force)
             else:
-                summary = _export_file(
-                    checkpoint, out, quant or "q8_0", embedding, calibration, calibration_tokens, progress, force
-                )
+                summary = _export_file(checkpoint, out, recipe_for, calibration, calibration_tokens, progress, force)
         except KeyboardInterrupt:
             click.echo("\ncancelled", err=True)
             raise SystemExit(130) from None
@@ -158,8 +223,7 @@ def _export_folder(path: Path, *arguments: Any) -> ExportSummary:
 def _export_file(
     checkpoint: Path,
     out: Path,
-    quant: str,
-    embedding: str | None,
+    recipe_for: Callable[[Checkpoint], Recipe],
     calibration: Path | None,
     tokens: int,
     progress: Callable[[int, int], None],
@@ -170,12 +234,13 @@ def _export_file(
     from .gguf_writer import export_gguf
 
     with open_checkpoint(checkpoint) as source:
+        recipe = recipe_for(source)
         if out.is_dir():
-            name = re.sub(r"[^\w.-]+", "-", source.name).strip("-.") or "model"
-            out = out / f"{name}-{quant}.gguf"
+            name, suffix = (re.sub(r"[^\w.-]+", "-", text).strip("-.") for text in (source.name, recipe.name))
+            out = out / f"{name or 'model'}-{suffix or 'recipe'}.gguf"
         if calibration is not None:
-            return export_calibrated(source, out, quant, embedding, calibration, progress, force, tokens)
-        return export_gguf(source, out, quant, embedding, progress, force)
+            return export_calibrated(source, out, recipe, None, calibration, progress, force, tokens)
+        return export_gguf(source, out, recipe, progress=progress, force=force)
 
 
 @click.command()

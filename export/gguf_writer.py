@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quant.formats import EVEN, Format
-from ..quant.recipes import choose
+from ..quant.recipes import PRESETS, Recipe
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidCheckpoint, InvalidRequest
 from ..runtime.files import atomic
@@ -30,12 +31,14 @@ from ..runtime.tokenizer import END_OF_TURN, Vocabulary
 from .checkpoint import Checkpoint
 from .gguf_header import TensorRecord, aligned, encode_header
 from .receipt import PLACEHOLDERS
+from .recipe import find_recipe
 
 CALIBRATION = "bezel.provenance.calibration"  # the key of a calibrated file; others begin with it
 CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its temporaries stay in a core's cache
 
-# llama.cpp's `llama_ftype`, by preset.
-_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "q5_k": 16, "q6_k": 18, "bf16": 32}
+# llama.cpp's `llama_ftype`, by preset or by the format of most matrices.
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q4_k": 14, "q4_k_m": 15, "q5_k": 16}
+_FILE_TYPES |= {"q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "bf16": 32}
 
 
 @dataclass(frozen=True)
@@ -88,26 +91,28 @@ class ExportSummary:
 def export_gguf(
     checkpoint: Checkpoint,
     out: str | Path,
-    preset: str,
+    recipe: str | Recipe,
     embedding: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
     calibrated: Calibrated | None = None,
 ) -> ExportSummary:
-    """Write `checkpoint` to the GGUF file `out`, quantized by `preset`; `force` replaces a file that exists.
+    """Write `checkpoint` to the GGUF file `out`, quantized by `recipe`; `force` replaces a file that exists.
 
-    `embedding` is the format of embedding and head where the preset's is not wanted. `progress` is called
-    with (weights done, weights in all). `calibrated` rounds the matrices for the inputs that they get. The file
-    is whole or absent, also when `progress` raises, and the same source gives the same bytes. Raises
-    InvalidRequest and InvalidCheckpoint.
+    `recipe` may be a preset or the path of a recipe file, too. `embedding` is the format of embedding and head where
+    the preset's is not wanted. `progress` is called with (weights done, weights in all). `calibrated` rounds the
+    matrices for the inputs that they get. The file is whole or absent, also when `progress` raises, and the same source
+    gives the same bytes. Raises InvalidRequest and InvalidCheckpoint.
     """
     start, out = time.monotonic(), Path(out)
     _check_target(checkpoint, out, force)
-    plan = plan_tensors(checkpoint.config, preset, embedding)
+    if isinstance(recipe, str):
+        recipe = find_recipe(recipe, checkpoint.config, embedding)
+    plan = plan_tensors(checkpoint.config, recipe)
     records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
-    metadata = _metadata(checkpoint, preset, plan) | _calibration_metadata(calibrated)
+    metadata = _metadata(checkpoint, recipe, plan) | _calibration_metadata(calibrated)
     header = encode_header(metadata, records)
-    size = len(header) + plan[-1].offset + aligned(plan[-1].n_rows * plan[-1].row_bytes)
+    size = len(header) + data_size(plan)
     free = shutil.disk_usage(out.parent).free
     if free < size:
         raise InvalidRequest(
@@ -144,17 +149,26 @@ def export_gguf(
     )
 
 
-def plan_tensors(config: ModelConfig, preset: str, embedding: str | None = None) -> list[PlannedTensor]:
-    """Format and offset of every tensor. Raises InvalidRequest for an unknown preset or embedding format."""
+def plan_tensors(config: ModelConfig, recipe: Recipe) -> list[PlannedTensor]:
+    """Format and offset of every tensor."""
     plan, offset = [], 0
     for spec in tensor_specs(config):
-        try:
-            choice = choose(preset, spec.role, spec.shape, embedding)
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from None
+        choice = recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape)
         plan.append(PlannedTensor(spec, choice.format, choice.wanted, offset))
         offset += aligned(plan[-1].n_rows * plan[-1].row_bytes)
     return plan
+
+
+def data_size(plan: Sequence[PlannedTensor]) -> int:
+    """Bytes of a file's tensors, with what lies between them."""
+    return plan[-1].offset + aligned(plan[-1].n_rows * plan[-1].row_bytes)
+
+
+def file_size(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Bytes of the file that `export_gguf` would write."""
+    plan = plan_tensors(checkpoint.config, recipe)
+    records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
+    return len(encode_header(_metadata(checkpoint, recipe, plan), records)) + data_size(plan)
 
 
 def _check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
@@ -227,13 +241,14 @@ def background_hashes(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]
         pool.shutdown(cancel_futures=True)
 
 
-def _metadata(checkpoint: Checkpoint, preset: str, plan: Sequence[PlannedTensor]) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTensor]) -> dict[str, Any]:
     vocabulary = checkpoint.vocabulary()
     formats = {p.spec.role: p.format.name for p in plan}
+    commonest = Counter(p.format.name for p in plan if not p.spec.is_norm).most_common(1)[0][0]
     metadata: dict[str, Any] = {
         "general.architecture": checkpoint.config.family,
         "general.name": checkpoint.name,
-        "general.file_type": _FILE_TYPES[preset],
+        "general.file_type": _FILE_TYPES.get(recipe.name, _FILE_TYPES[commonest]),
         "general.quantization_version": 2,
         **checkpoint.config.to_gguf(),
         **vocabulary.to_gguf(),
@@ -245,7 +260,8 @@ def _metadata(checkpoint: Checkpoint, preset: str, plan: Sequence[PlannedTensor]
     return metadata | {
         **generation_metadata(checkpoint, vocabulary),
         "bezel.provenance.tool": f"bezel {tool_version()}",
-        "bezel.provenance.recipe": preset,
+        "bezel.provenance.recipe": recipe.name,
+        **({} if recipe.name in PRESETS else {"bezel.provenance.recipe_rules": json.dumps(recipe.to_json())}),
         "bezel.provenance.embedding_format": formats["token_embd"],
         "bezel.provenance.source_files": [file.name for file in checkpoint.files],
         "bezel.provenance.source_sha256": ["0" * 64 for _ in checkpoint.files],

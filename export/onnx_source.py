@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..quant.formats import BF16, EVEN, F16, F32, Format
 from ..quant.integers import INTEGER_FORMS
-from ..quant.recipes import choose
+from ..quant.recipes import preset
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidCheckpoint, InvalidRequest
 from ..runtime.gguf import GGUFFile
@@ -59,9 +59,9 @@ class QuantizedCheckpoint:
         self.path, self.files, self.config = checkpoint.path, checkpoint.files, checkpoint.config
         self.quant = quant if embedding == quant else f"{quant}, embedding {embedding}"
         self._checkpoint = checkpoint
+        recipe = preset(QUANTS[quant], checkpoint.config.n_layers, QUANTS[embedding])
         self._formats = {
-            spec.gguf: choose(QUANTS[quant], spec.role, spec.shape, QUANTS[embedding]).format
-            for spec in checkpoint.specs
+            spec.gguf: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format for spec in checkpoint.specs
         }
         vocabulary = checkpoint.vocabulary()
         self.metadata = {"general.name": checkpoint.name, **generation_metadata(checkpoint, vocabulary)}

@@ -21,6 +21,7 @@ from bezel.bench.speed import Comparison, Measurement, Samples, Work, compare, c
 from bezel.bench.synthetic import SHAPES, write_gguf
 from bezel.bench.worker import NotMeasured, Worker, process_memory
 from bezel.export.gguf_writer import plan_tensors
+from bezel.export.recipe import find_recipe
 from bezel.quant.recipes import PRESETS
 from bezel.runtime import Model, _native, load
 from bezel.runtime.config import ModelConfig
@@ -170,7 +171,7 @@ def test_what_a_token_costs(tmp_path: Path) -> None:
 def test_random_files_are_valid(preset: str, tmp_path: Path) -> None:
     odd = SHAPES["tiny-gemma-2"] | {"vocab_size": 1001}  # the rows of the embedding do not end where tensors may begin
     model = load(write_gguf(tmp_path / "x.gguf", odd, preset))
-    planned = {p.spec.gguf: p.format for p in plan_tensors(model.config, preset)}
+    planned = {p.spec.gguf: p.format for p in plan_tensors(model.config, find_recipe(preset, model.config))}
     assert {name: info.format for name, info in model.file.tensors.items()} == planned
     for name in ("blk.0.ffn_up.weight", "token_embd.weight"):
         weights = model.file.dequantize(name)

@@ -16,8 +16,11 @@ from bezel.bench.synthetic import SHAPES, write_checkpoint
 from bezel.export import cli, gguf_writer
 from bezel.export.checkpoint import open_checkpoint
 from bezel.export.gguf_writer import ExportSummary, export_gguf
+from bezel.export.recipe import find_recipe
 from bezel.quant.formats import FORMATS
 from bezel.quant.recipes import PRESETS
+from bezel.runtime.cli import main
+from bezel.runtime.cli_inspect import inspect
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
 from bezel.runtime.gguf import GGUFFile
 from click.testing import CliRunner
@@ -56,6 +59,7 @@ def test_gguf_reads_the_tensors_of_the_checkpoint(tmp_path: Path, preset: str, f
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     with open_checkpoint(folder) as checkpoint:
         specs = {spec.gguf: spec for spec in checkpoint.specs}
+        recipe = find_recipe(preset, checkpoint.config)
     assert [tensor.name for tensor in reader.tensors] == list(specs)
     counted: dict[str, int] = {}
     for tensor in reader.tensors:
@@ -69,8 +73,7 @@ def test_gguf_reads_the_tensors_of_the_checkpoint(tmp_path: Path, preset: str, f
             assert kind == "f32"
             assert np.array_equal(found, expected + np.float32(1))
             continue
-        in_embedding = spec.role == "token_embd" and preset in ("q5_k", "q4_k", "q4_0")
-        assert kind == ("q6_k" if in_embedding else preset)
+        assert kind == recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).wanted.name
         error = np.linalg.norm(found.reshape(spec.shape) - expected) / np.linalg.norm(expected)
         assert error <= FORMATS[kind].tolerance
     assert summary.formats == counted
@@ -312,7 +315,7 @@ def test_a_full_disk_is_noticed_before_writing(tiny: Path, tmp_path: Path, monke
         ("absent/out.gguf", {}, "no such folder"),
         (".", {}, "is a folder"),
         ("out.gguf", {"preset": "q3_k"}, "unknown preset 'q3_k'"),
-        ("out.gguf", {"embedding": "q3_k"}, "unknown preset 'q3_k'"),
+        ("out.gguf", {"embedding": "q3_k"}, "unknown format 'q3_k'"),
     ],
 )
 def test_requests_that_make_no_sense(
@@ -398,3 +401,79 @@ def test_a_name_from_a_file_cannot_leave_the_folder(
     result = run(cli.export, tiny, tmp_path)
     assert result.exit_code == 0, result.output
     assert left(tmp_path) == ["etc-x-q8_0.gguf"]
+
+
+# --- recipes
+
+
+def test_a_recipe_file_is_followed_and_told(tiny: Path, tmp_path: Path) -> None:
+    recipe = {"bezel_recipe": 1, "default": "iq4_xs", "rules": [{"role": "attn_v", "layers": "1-2", "format": "q5_k"}]}
+    (tmp_path / "odd.json").write_text(json.dumps(recipe))
+    runner, out = CliRunner(), tmp_path / "out.gguf"
+    result = runner.invoke(cli.export, [str(tiny), str(out), "--quant", str(tmp_path / "odd.json")])
+    assert result.exit_code == 0, result.output
+    with GGUFFile(out) as file:
+        formats = {name: info.format.name for name, info in file.tensors.items() if len(info.shape) > 1}
+        assert {name for name, form in formats.items() if form == "q5_k"} == {
+            "blk.1.attn_v.weight",
+            "blk.2.attn_v.weight",
+        }
+        assert set(formats.values()) == {"iq4_xs", "q5_k"}
+        assert file.metadata["general.file_type"] == 30
+        assert file.metadata["bezel.provenance.recipe"] == "odd"
+        rules = json.loads(file.metadata["bezel.provenance.recipe_rules"])
+        assert rules == recipe | {"name": "odd", "rules": [recipe["rules"][0] | {"role": ["attn_v"]}]}  # type: ignore[index]
+    assert "recipe_rules" in runner.invoke(inspect, [str(out)]).output
+
+
+@pytest.fixture
+def sensitivities(tiny: Path, tmp_path: Path) -> Path:
+    with open_checkpoint(tiny) as checkpoint:
+        entries = [
+            {"tensors": [spec.gguf], "format": name, "kld": 1 / FORMATS[name].block_bytes}
+            for spec in checkpoint.specs
+            if not spec.is_norm
+            for name in ("q4_k", "q5_k", "q6_k")
+        ]
+    (tmp_path / "s.json").write_text(json.dumps({"bezel_sensitivity": 1, "entries": entries}))
+    return tmp_path / "s.json"
+
+
+def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> None:
+    def run(*options: str) -> dict[str, Any]:
+        arguments = [str(tiny), str(tmp_path / "out.gguf"), "--sensitivity", str(sensitivities), "--json", "--force"]
+        result = CliRunner().invoke(cli.export, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        return dict(json.loads(result.stdout))
+
+    by_bits = run("--target-bpw", "5.2")
+    assert 5.1 < by_bits["bits_per_weight"] <= 5.2
+    assert len(by_bits["formats"]) > 2
+    size = int(by_bits["file_bytes"]) + 100
+    for given in (str(size), f"{size / 1e6:.6f}MB", f"{size / 1024:.4f} KiB"):
+        assert size - 20_000 < run("--target-size", given)["file_bytes"] <= size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel measure --reference"),
+        (["--target-bpw", "5", "--target-size", "1GB"], "not both"),
+        (["--sensitivity", "s.json"], "--sensitivity needs --target-bpw or --target-size"),
+        (["--target-bpw", "5", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),
+        (["--target-bpw", "5", "--sensitivity", "s.json", "--embedding", "q8_0"], "leave --quant and --embedding out"),
+        (["--target-size", "5 bits", "--sensitivity", "s.json"], "found '5 bits', expected a size such as 1.5GB"),
+        (["--target-size", "1KB", "--sensitivity", "s.json"], "the smallest mix has"),
+        (["--target-bpw", "5", "--sensitivity", "s.json", "--format", "onnx"], "go with --format gguf"),
+        (["--quant", "int8"], "go with --format onnx"),
+        (["--quant", "q3"], "unknown preset 'q3': expected one of f32, "),
+    ],
+)
+def test_targets_that_make_no_sense(
+    tiny: Path, tmp_path: Path, sensitivities: Path, options: list[str], message: str
+) -> None:
+    options = [str(sensitivities) if option == "s.json" else option for option in options]
+    result = CliRunner().invoke(main, ["export", str(tiny), str(tmp_path / "out.gguf"), *options])
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "out.gguf").exists()

@@ -152,7 +152,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, demo: Path) -> None:
         (("export", tmp_path / "nothing", tmp_path / "x.gguf"), "nothing"),
         (("export", tmp_path / "x.gguf"), "--from"),
         (("export", demo, tmp_path / "x.gguf", "--check"), "--format onnx"),
-        (("export", DEMO, tmp_path / "x.gguf", "--quant", "int4"), "q4_0"),
+        (("export", DEMO, tmp_path / "x.gguf", "--quant", "int8"), "q4_0"),
         (("export", demo, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "quantized"),
         (("export", DEMO, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "int4"),
         (("check", tmp_path, "--source", demo), "bezel export --format onnx"),

@@ -63,7 +63,10 @@ class OrtBackend:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or _native.default_threads()
         options.log_severity_level = 3
-        entries = {"session.model_external_initializers_file_folder_path": str(folder.path.resolve())}
+        entries = {
+            "session.model_external_initializers_file_folder_path": str(folder.path.resolve()),
+            "session.dynamic_block_base": "4",  # cores are not equally fast: work in small pieces, not one for each
+        }
         if exact:  # kernels for 8-bit activations work on packed weights only
             entries["session.disable_prepacking"] = "1"
         if all(tensor.dtype != "float16" for tensor in folder.initializers.values()):

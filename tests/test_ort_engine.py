@@ -16,7 +16,7 @@ from bezel.runtime import Model, Session, load
 from bezel.runtime.errors import CacheError, InvalidModelFile, InvalidRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_parity import ALL, FEEDINGS, golden, random_chunks
+from test_parity import ALL, FEEDINGS, golden, random_chunks, whole
 from tiny import COLUMNS, TOLERANCE, token_ids
 
 OnnxOf = Callable[..., Path]
@@ -51,7 +51,7 @@ def test_loss_to_the_reference_engine(
     folder, ids = onnx_of("demo", quant, dialect), token_ids("demo")
     want = load(folder, engine="reference", kv="f32").logits(ids)
     model = load(folder, activations=activations)
-    for feed in FEEDINGS:
+    for feed in FEEDINGS if activations == "int8" else (whole, random_chunks):  # exact is slow for each call
         (records,) = compare([want, feed(model.session(), ids)], [(0, 1)], 0, np.array([*ids[1:], 0]))
         assert records["kld"].mean() < allowed
         if activations == "int8" and quant != "f16":

@@ -195,8 +195,9 @@ def _print(facts: dict[str, Any], tensors: bool) -> None:
 def _print_receipt(receipt: dict[str, Any]) -> None:
     """What a receipt says, in words; a part that is missing is left out."""
     click.echo(f"\nReceipt: measured against {receipt.get('reference') or 'a reference without a name'}")
+    interval = " ({kld_mean_low:.4g} to {kld_mean_high:.4g})" if "kld_mean_low" in receipt else ""  # few chunks: none
     lines = (
-        ("mean KLD", "{kld_mean:.4g} nats per token ({kld_mean_low:.4g} to {kld_mean_high:.4g})"),
+        ("mean KLD", "{kld_mean:.4g} nats per token" + interval),
         ("99.9 % KLD", "{kld_p999:.4g}: one position in 1000 loses more"),
         ("same top token", "{top1:.2%} of positions"),
         ("perplexity", "{perplexity_ratio:.4f} times the reference's"),

@@ -66,6 +66,14 @@ def test_a_receipt_says_what_was_measured(model: Path, gguf_of: GgufOf) -> None:
     assert fields["bezel.receipt.text_sha256"].contents() == texts["text_sha256"]
 
 
+def test_a_receipt_of_few_chunks_has_no_interval(model: Path, gguf_of: GgufOf) -> None:
+    measured = measurement(gguf_of("demo", "f32"))
+    candidate = measured["candidates"][0]
+    candidate["metrics"]["kld_mean"] |= {"low": None, "high": None}
+    stamp(model, measured, candidate)
+    assert "mean KLD               0.01235 nats per token\n" in CliRunner().invoke(main, ["inspect", str(model)]).output
+
+
 def test_nothing_but_the_receipt_changes(model: Path, gguf_of: GgufOf, tmp_path: Path) -> None:
     before = model.read_bytes()
     session = load(model).session()

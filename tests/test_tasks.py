@@ -169,7 +169,7 @@ def test_accuracy_and_flips_are_the_plain_ones(
     model_of: ModelOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On questions whose right answers are drawn by lot, so that they go all ways."""
-    random = np.random.default_rng(5)
+    random = np.random.default_rng(3)
     openings = ["Once upon a time", "The king said:", "She went into the", "", "Then came the wolf and"]
     words = ["wood", "a little old man", "castle of the dwarf", "to", "night\n", "her stepmother", "x1"]
     raw = []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
 from ..runtime.errors import InvalidRequest
+from .progress import progress_bar
 
 
 @click.command()
@@ -44,17 +43,7 @@ def calibrate(checkpoint: Path, text: Path, tokens: int, out: Path, force: bool)
 
     if out.exists() and not force:
         raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
-    show = sys.stderr.isatty()
-    with (
-        open_checkpoint(checkpoint) as source,
-        click.progressbar(length=1, label=out.name, file=sys.stderr) if show else nullcontext() as bar,
-    ):
-
-        def progress(done: int, total: int) -> None:
-            if bar is not None:
-                bar.length = total
-                bar.update(done - bar.pos)
-
+    with open_checkpoint(checkpoint) as source, progress_bar(out.name) as progress:
         try:
             origin = gather(source, read_text(source, text, tokens), out, progress)
         except KeyboardInterrupt:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import click
 
 from ..quant.recipes import PLAIN, PRESETS
 from ..runtime.errors import InvalidRequest
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..quant.recipes import Recipe
@@ -182,14 +181,7 @@ def export(
 
     if check and as_json:
         raise click.UsageError("--check prints a table: leave --json out, or use bezel check --json.")
-    show = sys.stderr.isatty()
-    with click.progressbar(length=1, label=out.name, file=sys.stderr) if show else nullcontext() as bar:
-
-        def progress(done: int, total: int) -> None:
-            if bar is not None:
-                bar.length = total
-                bar.update(done - bar.pos)
-
+    with progress_bar(out.name) as progress:
         try:
             if container == "onnx":
                 summary = _export_folder(checkpoint, out, quant, embedding, dialect or "ort", progress, force)

@@ -41,7 +41,7 @@ _PROFILE_HELD, _PROFILE_STEPS = 512, 32
 @click.option(
     "--engine", type=click.Choice(ENGINES), help="Which of bezel's.  [default: native or ort, as MODEL needs]"
 )
-@click.option("--kv", type=click.Choice(KV_TYPES), help="KV cache storage.  [default: f16; with ort f32 only]")
+@click.option("--kv", type=click.Choice(KV_TYPES), help="KV cache storage.  [default: f16; with ort the export's]")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: the performance cores]")
 @click.option(
     "--context",
@@ -98,7 +98,9 @@ def bench(
             if engine is not None and engine not in opened.engines:
                 raise InvalidRequest(f"--engine: found {engine}, expected {' or '.join(opened.engines)} for {file}")
             engine = engine or opened.engines[0]
-            facts = _facts(opened, engine, kv or default_kv(engine), threads or _native.default_threads(), context)
+            facts = _facts(
+                opened, engine, kv or default_kv(opened, engine), threads or _native.default_threads(), context
+            )
             work = Work.of(opened)
         if as_profile:
             if engine == "ort":

@@ -46,7 +46,11 @@ from .tasks import run_tasks, show_tasks
 )
 @click.option("--engine", help="What runs the candidates.  [default: native for GGUF, ort for ONNX]")
 @click.option(
-    "--kv", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Their KV cache storage; f32 with ort."
+    "--kv",
+    type=click.Choice(KV_TYPES),
+    default="f16",
+    show_default=True,
+    help="Their KV cache storage; with ort the export's.",
 )
 @click.option(
     "--activations", type=click.Choice(ACTIVATIONS), default="int8", show_default=True, help="Theirs, native."

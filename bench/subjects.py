@@ -19,6 +19,7 @@ from ..runtime.config import ModelConfig
 from ..runtime.engine import Backend, Engine, ModelEngine
 from ..runtime.errors import InvalidRequest
 from ..runtime.model import Ops
+from ..runtime.model_file import open_model
 from ..runtime.ops import Floats
 from ..runtime.tokenizer import Tokenizer
 
@@ -70,7 +71,8 @@ def parse_spec(text: str, default: Spec) -> Spec:
         return replace(spec, engine="reference", activations="f32")
     engine = spec.engine or ("native" if spec.is_gguf else "ort")
     if engine == "ort" and "kv" not in options:
-        spec = replace(spec, kv=default_kv(engine))
+        with open_model(spec.path) as file:
+            spec = replace(spec, kv=default_kv(file, engine))
     return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
 
 

@@ -28,6 +28,7 @@ from ..runtime.tokenizer import Tokenizer
 from .checkpoint import Checkpoint
 from .gguf_writer import tool_version
 from .layers import HEAD, IN_LAYER, Site, site_of
+from .onnx_source import Source
 from .safetensors import read_header, read_metadata
 from .state import State
 from .sweep import Sweep
@@ -61,7 +62,7 @@ class Origin:
     tool: str
 
 
-def read_text(checkpoint: Checkpoint, path: Path, tokens: int = TOKENS) -> CalibrationText:
+def read_text(checkpoint: Checkpoint | Source, path: Path, tokens: int = TOKENS) -> CalibrationText:
     """Raises InvalidRequest for a file that is not UTF-8, or has too few tokens for one sequence."""
     raw = path.read_bytes()
     try:

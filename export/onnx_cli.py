@@ -35,10 +35,11 @@ def export_folder(
     dialect: str,
     progress: Callable[[int, int], None],
     force: bool,
+    kv_text: Path | None = None,
 ) -> ExportSummary:
-    """Write the checkpoint or the GGUF file `path` to the ONNX folder `out`.
+    """Write the checkpoint or the GGUF file `path` to the ONNX folder `out`; see `export_onnx`.
 
     Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
     """
     with open_source(path, quant, embedding) as source:
-        return export_onnx(source, out, dialect, progress, force)
+        return export_onnx(source, out, dialect, progress, force, kv_text)

@@ -3,25 +3,30 @@
 Standard operators of opset 24 carry the structure: TensorScatter writes a layer's ring, Attention reads it. Nodes are
 named by layer and part (`/layers.3/attention/q/MatMul`), which Netron shows as groups; weights have the names that
 GGUF gives them. One graph serves chunks of any length and caches of any size. The activations are (n, features).
+
+Caches are float32, (1, slots, KV heads · head_dim), or int8 with a fixed scale for each channel, (1, KV heads, slots,
+head_dim), which GroupQueryAttention reads without making floats of them first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from ..runtime.config import LayerConfig, ModelConfig
 from ..runtime.tensors import TensorSpec, tensor_specs
+from .kv_scales import KVScales
 
 OPSET, IR_VERSION = 24, 11
 MICROSOFT = "com.microsoft"
 DIALECTS = ("ort", "standard")
-FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+FLOAT, INT64, INT32, INT8 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.INT8
 _BITS: dict[int, int] = {
     TensorProto.FLOAT: 32,
     TensorProto.FLOAT16: 16,
@@ -29,6 +34,10 @@ _BITS: dict[int, int] = {
     TensorProto.INT8: 8,
     TensorProto.INT4: 4,
 }
+
+# Up to so many queries GroupQueryAttention on int8 is faster than Attention on what is made floats of first.
+_FEW = 16
+_UNSEEN = float(np.finfo(np.float32).min)
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,15 @@ def externals(spec: TensorSpec, storage: Storage, dialect: str) -> list[External
     ]
 
 
-def build_model(config: ModelConfig, storage: Mapping[str, Storage], dialect: str) -> tuple[ModelProto, list[External]]:
+def build_model(
+    config: ModelConfig, storage: Mapping[str, Storage], dialect: str, kv_scales: Sequence[KVScales] | None = None
+) -> tuple[ModelProto, list[External]]:
     """The model without its weights, and the external tensors that it needs, in the order of use.
 
-    `storage` has an entry for each GGUF tensor name. The caller adds the external tensors as initialisers.
+    `storage` has an entry for each GGUF tensor name. With `kv_scales`, one entry a layer, caches are int8, which only
+    the dialect "ort" has an operator for. The caller adds the external tensors as initialisers.
     """
-    graph = _Graph(config, storage, dialect)
+    graph = _Graph(config, storage, dialect, kv_scales)
     graph.build()
     opsets = [helper.make_opsetid("", OPSET)]
     if graph.uses_microsoft:
@@ -99,8 +111,14 @@ def build_model(config: ModelConfig, storage: Mapping[str, Storage], dialect: st
 class _Graph:
     """Nodes, inputs, outputs and constants as they come."""
 
-    def __init__(self, config: ModelConfig, storage: Mapping[str, Storage], dialect: str) -> None:
-        self.config, self.storage, self.dialect = config, storage, dialect
+    def __init__(
+        self,
+        config: ModelConfig,
+        storage: Mapping[str, Storage],
+        dialect: str,
+        kv_scales: Sequence[KVScales] | None,
+    ) -> None:
+        self.config, self.storage, self.dialect, self.kv_scales = config, storage, dialect, kv_scales
         self.specs = {spec.gguf: spec for spec in tensor_specs(config)}
         self.nodes: list[NodeProto] = []
         self.inputs: list[ValueInfoProto] = []
@@ -138,8 +156,23 @@ class _Graph:
         self.inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
         return name
 
-    def output(self, name: str, shape: Iterable[int | str]) -> None:
-        self.outputs.append(helper.make_tensor_value_info(name, FLOAT, list(shape)))
+    def output(self, name: str, shape: Iterable[int | str], kind: int = FLOAT) -> None:
+        self.outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+
+    def once(self, path: str, make: Callable[[str], str]) -> str:
+        """The value called `path`, which `make` gives nodes for the first time that it is asked for."""
+        if path not in self._known:
+            self._known.add(path)
+            make(path)
+        return path
+
+    def branch(self, path: str, make: Callable[[], Mapping[str, int]]) -> GraphProto:
+        """A graph for `If` of the nodes that `make` adds; it says the outputs and their types."""
+        nodes, self.nodes = self.nodes, []
+        outputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in make().items()]
+        graph = helper.make_graph(self.nodes, path, [], outputs)
+        self.nodes = nodes
+        return graph
 
     def stored(self, name: str) -> dict[str, str]:
         """The initialisers that hold a weight, by part; the embedding and a tied head share theirs."""
@@ -223,7 +256,8 @@ class _Graph:
         v = self._linear(h, f"{blk}.attn_v.weight", f"{path}/attention/v")
         k, v = (self.node("Unsqueeze", [t, self.ints(0)], f"{t}/batch") for t in (k, v))
         k = self.node("RotaryEmbedding", [k, cos, sin], f"{path}/attention/k/rope", num_heads=c.n_kv_heads)
-        keys, values = (self._cache(i, name, new, kind) for name, new in (("key", k), ("value", v)))
+        cache = self._cache if self.kv_scales is None else self._int8_cache
+        keys, values = (cache(i, name, new, kind) for name, new in (("key", k), ("value", v)))
         mask = self.masks[kind]
         if i == c.n_layers - 1:  # from here on, only what logits are wanted of
             self.rows = "wanted"
@@ -237,7 +271,10 @@ class _Graph:
         q = self._linear(h, f"{blk}.attn_q.weight", f"{path}/attention/q")
         q = self.node("Unsqueeze", [q, self.ints(0)], f"{path}/attention/q/batch")
         q = self.node("RotaryEmbedding", [q, cos, sin], f"{path}/attention/q/rope", num_heads=c.n_heads)
-        h = self._attend(q, keys, values, mask, f"{path}/attention")
+        if self.kv_scales is None:
+            h = self._attend(q, keys, values, mask, f"{path}/attention")
+        else:
+            h = self._attend_int8(i, q, keys, values, mask, kind)
         h = self._linear(h, f"{blk}.attn_output.weight", f"{path}/attention/output")
         x = self._add(x, h, f"{blk}.post_attention_norm.weight", f"{path}/attention")
         h = self._norm(x, f"{blk}.ffn_norm.weight", f"{path}/feed_forward_norm")
@@ -262,36 +299,119 @@ class _Graph:
             q = self.node("Transpose", [q], f"{path}/q/turned", perm=[2, 0, 1, 3])
             q = self.node("Reshape", [q, self.ints(1, -1, heads * c.head_dim)], f"{path}/q/rows")
             mask = self._doubled(mask)
-        form: dict[str, Any] = {
-            "q_num_heads": heads,
-            "kv_num_heads": c.n_kv_heads,
-            "scale": c.query_scale,
-            "softcap": c.attn_softcap or 0.0,
-        }
+        form = self._softmax() | {"q_num_heads": heads, "kv_num_heads": c.n_kv_heads}
         h = self.node("Attention", [q, keys, values, mask], f"{path}/mixed", **form)
         if paired:
             h = self.node("Reshape", [h, self.ints(2, -1, heads, c.head_dim)], f"{path}/mixed/rows")
             h = self.node("Transpose", [h], f"{path}/mixed/turned", perm=[1, 2, 0, 3])
         return self.node("Reshape", [h, self.ints(-1, c.n_heads * c.head_dim)], f"{path}/heads")
 
+    def _softmax(self) -> dict[str, Any]:
+        return {"scale": self.config.query_scale, "softcap": self.config.attn_softcap or 0.0}
+
     def _doubled(self, mask: str) -> str:
         """The mask's rows twice, one node for all layers that share it."""
-        doubled = f"/{mask.lstrip('/')}/twice"
-        if doubled not in self._known:
-            self._known.add(doubled)
-            self.node("Concat", [mask, mask], doubled, axis=0)
-        return doubled
+        return self.once(f"/{mask.lstrip('/')}/twice", lambda path: self.node("Concat", [mask, mask], path, axis=0))
 
     def _cache(self, i: int, name: str, new: str, kind: str) -> str:
         """The cache with the new rows in it. Position p has slot p mod slots; a global layer has a slot for each."""
         shape: list[int | str] = [1, f"slots.{kind}", self.config.n_kv_heads * self.config.head_dim]
-        past, present = f"past.{i}.{name}", f"present.{i}.{name}"
-        self.input(past, FLOAT, shape)
-        self.output(present, shape)
+        return self._scattered(i, name, new, kind, shape, 1, FLOAT)
+
+    def _int8_cache(self, i: int, name: str, new: str, kind: str) -> str:
+        c, path = self.config, f"/layers.{i}/attention/{name}_cache"
+        columns = self.node("Reshape", [self._kv_scale(i, name), self.ints(-1)], f"{path}/scale_of_columns")
+        zeros = self.constant("zero_points", np.zeros(c.n_kv_heads * c.head_dim, np.int8))
+        new = self.node("QuantizeLinear", [new, columns, zeros], f"{path}/int8", axis=2)
+        new = self.node("Reshape", [new, self.ints(1, -1, c.n_kv_heads, c.head_dim)], f"{path}/heads")
+        new = self.node("Transpose", [new], f"{path}/turned", perm=[0, 2, 1, 3])
+        return self._scattered(i, name, new, kind, [1, c.n_kv_heads, f"capacity.{kind}", c.head_dim], 2, INT8)
+
+    def _scattered(
+        self, i: int, name: str, new: str, kind: str, shape: list[int | str], axis: int, data_type: int
+    ) -> str:
+        past = self.input(f"past.{i}.{name}", data_type, shape)
+        self.output(f"present.{i}.{name}", shape, data_type)
         mode = "linear" if kind == "global" else "circular"
-        return self.node(
-            "TensorScatter", [past, new, self.first], f"/layers.{i}/attention/{name}_cache", present, axis=1, mode=mode
-        )
+        path = f"/layers.{i}/attention/{name}_cache"
+        return self.node("TensorScatter", [past, new, self.first], path, f"present.{i}.{name}", axis=axis, mode=mode)
+
+    def _kv_scale(self, i: int, name: str) -> str:
+        assert self.kv_scales is not None
+        scales = self.kv_scales[i].keys if name == "key" else self.kv_scales[i].values
+        return self.constant(f"blk.{i}.{name}_scale", scales[None, :, None, :])
+
+    def _attend_int8(self, i: int, q: str, keys: str, values: str, mask: str, kind: str) -> str:
+        """As `_attend`, of int8 caches (1, KV heads, capacity, head_dim), of which the mask covers the slots in use.
+
+        GroupQueryAttention insists on giving the caches back, as `kept.N.key` and `kept.N.value`; where these are the
+        same memory, it copies nothing.
+        """
+        c, path = self.config, f"/layers.{i}/attention"
+        width = c.n_heads * c.head_dim
+        scales = [self._kv_scale(i, name) for name in ("key", "value")]
+        slots, newest, length = self._slots(kind)
+        bias = self.once(f"/{mask.lstrip('/')}/bias", partial(self._bias, mask))
+        few = self.once(f"/few_{self.rows}", partial(self._few, self.wanted if self.rows == "wanted" else "positions"))
+        none = self.constant("no_rows", np.zeros((1, 0, c.n_kv_heads * c.head_dim), np.float32))
+
+        def direct() -> Mapping[str, int]:
+            inputs = [q, none, none, keys, values, newest, length, "", "", "", bias, "", *scales]
+            outputs = {f"{path}/few": FLOAT, f"{path}/few/key": INT8, f"{path}/few/value": INT8}
+            form = self._softmax() | {"num_heads": c.n_heads, "kv_num_heads": c.n_kv_heads, "causal": 0}
+            form |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+            op, name = "GroupQueryAttention", f"{path}/few/GroupQueryAttention"
+            self.nodes.append(helper.make_node(op, inputs, list(outputs), name=name, domain=MICROSOFT, **form))
+            return outputs
+
+        def through_floats() -> Mapping[str, int]:
+            floats = []
+            for name, cache, scale in (("key", keys, scales[0]), ("value", values, scales[1])):
+                x = self.node("Slice", [cache, self.ints(0), slots, self.ints(2)], f"{path}/many/{name}/used")
+                x = self.node("Cast", [x], f"{path}/many/{name}/float", to=FLOAT)
+                floats.append(self.node("Mul", [x, scale], f"{path}/many/{name}"))
+            x = self.node("Reshape", [q, self.ints(1, -1, c.n_heads, c.head_dim)], f"{path}/many/q/heads")
+            x = self.node("Transpose", [x], f"{path}/many/q", perm=[0, 2, 1, 3])
+            x = self.node("Attention", [x, *floats, mask], f"{path}/many/mixed", **self._softmax())
+            x = self.node("Transpose", [x], f"{path}/many/turned", perm=[0, 2, 1, 3])
+            x = self.node("Reshape", [x, self.ints(1, -1, width)], f"{path}/many")
+            kept = [self.node("Identity", [cache], f"{path}/many/kept/{cache}") for cache in (keys, values)]
+            return {x: FLOAT, **dict.fromkeys(kept, INT8)}
+
+        outputs = [f"{path}/mixed"]
+        for name in ("key", "value"):
+            outputs.append(f"kept.{i}.{name}")
+            self.output(outputs[-1], [1, c.n_kv_heads, f"capacity.{kind}", c.head_dim], INT8)
+        branches = {
+            "then_branch": self.branch(f"{path}/few", direct),
+            "else_branch": self.branch(f"{path}/many", through_floats),
+        }
+        self.nodes.append(helper.make_node("If", [few], outputs, name=f"{path}/mixed/If", **branches))
+        self.uses_microsoft = True
+        h = self._described(outputs[0], [1, self.rows, width])
+        return self.node("Reshape", [h, self.ints(-1, width)], f"{path}/heads")
+
+    def _slots(self, kind: str) -> tuple[str, str, str]:
+        """How many slots are in use, int64 (1,), as int32 and the last one, int32 (1,)."""
+        path = f"/slots_{kind}"
+
+        def make(path: str) -> str:
+            slots = self.node("Shape", [f"visible.{kind}"], path, start=1, end=2)
+            count = self.node("Cast", [slots], f"{path}/int32", to=INT32)
+            self.node("Sub", [count, self.constant("int32.1", np.array([1], np.int32))], f"{path}/last")
+            return self.node("Squeeze", [count], f"{path}/count")
+
+        self.once(path, make)
+        return path, f"{path}/last", f"{path}/count"
+
+    def _few(self, rows: str, path: str) -> str:
+        count = self.node("Shape", [rows], f"{path}/rows")
+        return self.node("LessOrEqual", [count, self.ints(_FEW)], path)
+
+    def _bias(self, mask: str, path: str) -> str:
+        """What is added to the scores, (1, 1, n, slots)."""
+        bias = self.node("Where", [mask, self.number(0), self.number(_UNSEEN)], f"{path}/rows")
+        return self.node("Unsqueeze", [bias, self.ints(0, 1)], path)
 
     def _add(self, x: str, h: str, post_norm: str, path: str) -> str:
         if post_norm in self.specs:

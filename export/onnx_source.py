@@ -15,6 +15,7 @@ from ..quant.recipes import preset
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidCheckpoint, InvalidRequest
 from ..runtime.gguf import GGUFFile
+from ..runtime.ops import Floats
 from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import Vocabulary
 from .checkpoint import Checkpoint
@@ -46,6 +47,9 @@ class Source(Protocol):
     def blocks(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows start … stop−1 in that format, uint8 (rows, bytes). May be called from several threads."""
 
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> Floats:
+        """Rows start … stop−1 as they are found, float32 (rows, inputs)."""
+
 
 class QuantizedCheckpoint:
     """A checkpoint whose rows are quantized as they are asked for. `quant` and `embedding` are keys of QUANTS."""
@@ -75,11 +79,13 @@ class QuantizedCheckpoint:
         return self._formats[spec.gguf]
 
     def blocks(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.uint8]:
-        rows = self._checkpoint.rows(spec, start, stop)
         try:
-            return self.format(spec).quantize(rows, EVEN)
+            return self.format(spec).quantize(self.rows(spec, start, stop), EVEN)
         except ValueError as error:
             raise InvalidCheckpoint(f"{self.path}: tensor '{spec.hf}': {error}") from None
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> Floats:
+        return self._checkpoint.rows(spec, start, stop)
 
 
 class QuantizedFile:
@@ -120,6 +126,10 @@ class QuantizedFile:
         return stored
 
     def blocks(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.uint8]:
-        data = self._file.data(spec.gguf)[start:stop]
-        stored = self._file.tensors[spec.gguf].format
-        return data if self.format(spec) is stored else F32.quantize(stored.dequantize(data))
+        if self.format(spec) is self._file.tensors[spec.gguf].format:
+            return self._file.data(spec.gguf)[start:stop]
+        return F32.quantize(self.rows(spec, start, stop))
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> Floats:
+        found: Floats = self._file.tensors[spec.gguf].format.dequantize(self._file.data(spec.gguf)[start:stop])
+        return found

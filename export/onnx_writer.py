@@ -21,10 +21,12 @@ from onnx import TensorProto
 from ..quant.formats import F16
 from ..quant.integers import INTEGER_FORMS, as_integers
 from ..runtime.errors import InvalidModelFile, InvalidRequest
-from ..runtime.onnx_folder import CONFIG, MANIFEST, MODEL, TOKENIZER
+from ..runtime.onnx_folder import CONFIG, KV_STORAGE, MANIFEST, MODEL, TOKENIZER
 from ..runtime.tensors import TensorSpec, tensor_specs
 from ..runtime.tokenizer import model_proto
+from .calibration import read_text
 from .gguf_writer import CHUNK_WEIGHTS, ExportSummary, background_hashes, tool_version
+from .kv_scales import TOKENS, kv_scales
 from .onnx_graph import DIALECTS, External, Storage, build_model
 from .onnx_source import Source
 
@@ -41,21 +43,33 @@ def export_onnx(
     dialect: str = DIALECTS[0],
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
+    kv_text: Path | None = None,
 ) -> ExportSummary:
     """Write `source` to the folder `out`; `force` replaces one that an earlier export wrote.
 
-    `dialect` "standard" uses ONNX's own operators only, "ort" onnxruntime's for quantized weights. `progress` is
-    called with (weights done, weights in all). The folder is whole or absent, also when `progress` raises, and the
-    same source gives the same bytes. Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
+    `dialect` "standard" uses ONNX's own operators only, "ort" onnxruntime's for quantized weights. With `kv_text`, a
+    file, keys and values are int8, scaled for what that text reaches: "ort" only. `progress` is called with (work
+    done, work in all), which is counted in weights. The folder is whole or absent, also when `progress` raises, and
+    the same source gives the same bytes. Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
     """
     start, out = time.monotonic(), Path(out)
     if dialect not in DIALECTS:
         raise InvalidRequest(f"dialect: found {dialect!r}, expected one of {', '.join(DIALECTS)}")
+    if kv_text is not None and dialect != "ort":
+        raise InvalidRequest("int8 keys and values: found the dialect 'standard', which has no operator for them")
     _check_target(source, out, force)
     config = source.config
     specs = list(tensor_specs(config))
     storage = {spec.gguf: _storage(source, spec, dialect) for spec in specs}
-    model, tensors = build_model(config, storage, dialect)
+    total = sum(math.prod(spec.shape) for spec in specs)
+    scales, done, metadata = None, 0, dict(source.metadata)
+    report = progress or (lambda *_: None)
+    if kv_text is not None:
+        text = read_text(source, kv_text, TOKENS)
+        done, total = total // 2, total + total // 2  # it takes about half as long
+        scales = kv_scales(source, text.sequences, lambda i, n: report(done * i // n, total))
+        metadata["bezel.provenance.kv_text_sha256"] = text.sha256
+    model, tensors = build_model(config, storage, dialect, scales)
     offsets, size = _layout(tensors)
     free = shutil.disk_usage(out.resolve().parent).free
     if free < size:
@@ -68,14 +82,14 @@ def export_onnx(
         (part / MODEL).write_bytes(model.SerializeToString(deterministic=True))
         (part / CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
         (part / TOKENIZER).write_bytes(model_proto(vocabulary))
-        _write_data(part / DATA, size, source, tensors, offsets, progress)
+        _write_data(part / DATA, size, source, tensors, offsets, lambda weights: report(done + weights, total))
         names = (MODEL, DATA, CONFIG, TOKENIZER)
         with background_hashes([part / name for name in names]) as hashes:
             files = {
                 name: {"bytes": (part / name).stat().st_size, "sha256": digest}
                 for name, digest in zip(names, hashes(), strict=True)
             }
-        metadata = dict(source.metadata) | {
+        metadata |= {
             "bezel.provenance.tool": f"bezel {tool_version()}",
             "bezel.provenance.recipe": source.quant,
             "bezel.provenance.source_files": [file.name for file in source.files],
@@ -86,6 +100,7 @@ def export_onnx(
             "metadata": metadata,
             "quant": source.quant,
             "dialect": dialect,
+            "kv": KV_STORAGE["int8" if scales else "f32"],
             "formats": {spec.gguf: source.format(spec).name for spec in specs},
             "files": files,
         }
@@ -145,9 +160,9 @@ def _write_data(
     source: Source,
     tensors: list[External],
     offsets: Mapping[str, int],
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int], None],
 ) -> None:
-    done, total = 0, sum(math.prod(tensor.spec.shape) for tensor in tensors if tensor.part != "scales")
+    done = 0
     with path.open("wb") as file:
         file.truncate(size)
         for tensor, first, data in _converted(source, tensors):
@@ -163,8 +178,7 @@ def _write_data(
             if tensor.part != "scales":
                 n_rows = data.shape[1] * tensor.shape[1] // stride if tensor.transposed else len(data)
                 done += n_rows * tensor.spec.shape[-1]
-                if progress:
-                    progress(done, total)
+                progress(done)
 
 
 Converted = tuple[External, int, NDArray[np.uint8]]

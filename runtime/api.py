@@ -40,13 +40,12 @@ def load(
     `engine` "native" computes on the C++ kernels and "ort" on onnxruntime, each the default for its kind of file;
     "reference" runs both on NumPy in float32. `context` is the most tokens that a session may hold (default: all that
     the model was made for); memory grows only as a session fills. `kv` is how keys and values are stored: "f32", "f16"
-    (the default) or "int8"; "ort" has "f32" only. `threads` None takes the performance cores, for "reference" all.
-    `activations` "int8" rounds what is multiplied with quantized weights to 8 bits, as is fast; "f32" does not, for
-    measuring (the reference engine never does). Raises InvalidModelFile, InvalidConfig or InvalidRequest.
+    (the default) or "int8"; for "ort" that was settled at the export. `threads` None takes the performance cores, for
+    "reference" all. `activations` "int8" rounds what is multiplied with quantized weights to 8 bits, as is fast; "f32"
+    does not, for measuring (the reference engine never does). Raises InvalidModelFile, InvalidConfig or InvalidRequest.
     """
     choices = (
         ("engine", engine, (None, *ENGINES)),
-        ("kv", kv, (None, *KV_TYPES)),
         ("activations", activations, ACTIVATIONS),
     )
     for name, value, known in choices:
@@ -58,14 +57,19 @@ def load(
     if engine is not None and engine not in file.engines:
         raise InvalidRequest(f"engine: found {engine!r}, expected {' or '.join(file.engines)}: {path} is {file.kind}")
     engine = engine or file.engines[0]
-    if engine == "ort" and kv not in (None, "f32"):
-        raise InvalidRequest(f"kv: found {kv!r}, expected 'f32': the caches of {path}'s graph are float32")
-    return Model(file, engine, context, kv or default_kv(engine), threads, activations == "f32")
+    own = default_kv(file, engine)
+    if engine == "ort":
+        if kv not in (None, own, own.removesuffix("-channel")):
+            raise InvalidRequest(f"kv: found {kv!r}, expected {own!r}, which {path} was exported with")
+        kv = own
+    elif kv not in (None, *KV_TYPES):
+        raise InvalidRequest(f"kv: found {kv!r}, expected one of {', '.join(KV_TYPES)}")
+    return Model(file, engine, context, kv or own, threads, activations == "f32")
 
 
-def default_kv(engine: str) -> str:
-    """How an engine stores keys and values unless it is told otherwise."""
-    return "f32" if engine == "ort" else "f16"
+def default_kv(file: ModelFile, engine: str) -> str:
+    """How an engine stores keys and values unless it is told otherwise: an ONNX graph has its own way."""
+    return file.kv if engine == "ort" and isinstance(file, OnnxFolder) else "f16"
 
 
 class Model:

@@ -18,13 +18,14 @@ import numpy.typing as npt
 from . import ops
 from .config import ModelConfig
 from .errors import CacheError, InvalidSession
+from .onnx_folder import INT8_CHANNEL
 from .ops import Floats
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 KV_TYPES = ("f32", "f16", "int8")
-_DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+_DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8, INT8_CHANNEL: np.int8}
 _GROWTH = 256  # rows by which storage grows
 
 Arrays = dict[str, npt.NDArray[Any]]

@@ -33,7 +33,9 @@ _OPTIONS = [
     click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens."),
     click.option("--context", type=int, help="Most tokens to hold.  [default: what the model was made for]"),
     click.option(
-        "--kv", type=click.Choice(["f32", "f16", "int8"]), help="KV cache storage.  [default: f16; with ort f32 only]"
+        "--kv",
+        type=click.Choice(["f32", "f16", "int8"]),
+        help="KV cache storage.  [default: f16; with ort the export's]",
     ),
     click.option("--threads", type=int, help="Threads to compute with.  [default: the performance cores]"),
     click.option(

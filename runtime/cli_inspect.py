@@ -76,7 +76,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         row["bytes"] += info.nbytes
     weights = sum(row["weights"] for row in formats.values())
     tensor_bytes = sum(row["bytes"] for row in formats.values())
-    kv_types = ("f32",) if file.engines[0] == "ort" else KV_TYPES
+    kv_types = (file.kv,) if isinstance(file, OnnxFolder) else KV_TYPES
     contexts = [context] if context else _contexts(config.context_length)
     return {
         "file": str(file.path),

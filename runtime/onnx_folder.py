@@ -33,6 +33,10 @@ from .tokenizer import Vocabulary
 
 MODEL, MANIFEST, CONFIG, TOKENIZER = "model.onnx", "bezel.json", "config.json", "tokenizer.model"
 
+INT8_CHANNEL = "int8-channel"  # int8 with a fixed scale for each channel, which the graph holds
+KV_STORAGE = {"f32": "f32", "int8": INT8_CHANNEL}
+"""How a graph may store keys and values, as the export's `--kv` and as `bezel.json` say it."""
+
 _VERSION = 1
 _MAX_GRAPH, _MAX_TOKENIZER, _MAX_JSON = 64 << 20, 64 << 20, 4 << 20
 _MAX_DATA_FILES = 256
@@ -43,8 +47,9 @@ class OnnxFolder:
     """An open folder. `metadata` has the keys of GGUF metadata, from `bezel.json`; `model` is the checked graph.
 
     `files` maps the names of the folder's files to {"bytes": …, "sha256": …}, `formats` those of the model's tensors to
-    GGUF's name for the format of their numbers; `quant` and `dialect` say how the folder was exported. Raises
-    InvalidModelFile for whatever is not a sound folder.
+    GGUF's name for the format of their numbers; `quant` and `dialect` say how the folder was exported, and `kv` how
+    its graph stores keys and values, "f32" or "int8-channel". Raises InvalidModelFile for whatever is not a sound
+    folder.
     """
 
     kind = "an ONNX folder"
@@ -57,7 +62,7 @@ class OnnxFolder:
         self.files: Mapping[str, Mapping[str, Any]] = {}
         manifest = self._read_manifest()
         self.metadata: Mapping[str, Any] = manifest["metadata"]
-        self.quant, self.dialect = str(manifest["quant"]), str(manifest["dialect"])
+        self.quant, self.dialect, self.kv = (str(manifest[key]) for key in ("quant", "dialect", "kv"))
         self.files, self.formats = manifest["files"], manifest["formats"]
         self.model_bytes = self._read(MODEL, _MAX_GRAPH)
         self.model: OnnxModel = read_model(self.model_path, self.model_bytes)
@@ -164,9 +169,12 @@ class OnnxFolder:
         raw = self._json(MANIFEST)
         if raw.get("bezel_onnx") != _VERSION or isinstance(raw["bezel_onnx"], bool):
             self._fail(MANIFEST, f"key 'bezel_onnx': found {_show(raw.get('bezel_onnx'))}, expected {_VERSION}")
-        for key, kind in (("metadata", dict), ("quant", str), ("dialect", str), ("files", dict), ("formats", dict)):
+        texts, tables = ("quant", "dialect", "kv"), ("metadata", "files", "formats")
+        for key, kind in (*((key, str) for key in texts), *((key, dict) for key in tables)):
             if not isinstance(raw.get(key), kind):
                 self._fail(MANIFEST, f"key {key!r}: found {_show(raw.get(key))}, expected a {kind.__name__}")
+        if raw["kv"] not in KV_STORAGE.values():
+            self._fail(MANIFEST, f"key 'kv': found {_show(raw['kv'])}, expected {' or '.join(KV_STORAGE.values())}")
         for name, entry in raw["files"].items():
             sound = is_file_name(name) and isinstance(entry, dict) and set(entry) >= {"bytes", "sha256"}
             if not sound or type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:

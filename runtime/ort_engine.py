@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,42 +17,51 @@ from . import _native
 from .cache import Arrays, KVCache, new_caches
 from .config import ModelConfig
 from .engine import CachedEngine
-from .errors import InvalidModelFile, InvalidRequest
-from .onnx_folder import OnnxFolder
+from .errors import InvalidModelFile
+from .onnx_folder import INT8_CHANNEL, OnnxFolder
 from .ops import Floats
 
 _STEP = 32  # slots by which the graph's share of a cache grows
+_DTYPES: dict[str, type] = {"f32": np.float32, INT8_CHANNEL: np.int8}
 
 
 class OrtStore:
-    """Slots in the layout of the graph's caches: (1, slots, kv_heads · head_dim), float32.
+    """Slots in the layout of the graph's caches, which the graph writes to and attends to.
 
     Address space is there for all slots from the start; the system gives memory to those that are written to.
     """
 
     def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
-        if kv != "f32":
-            raise InvalidRequest(f"kv: found {kv!r}, expected 'f32': an ONNX graph's caches are float32")
-        self._shape = (n_kv_heads, head_dim)
         # Zeros, because what is in a slot that no query sees is multiplied by 0 all the same.
-        self.keys, self.values = (np.zeros((capacity, n_kv_heads * head_dim), np.float32) for _ in range(2))
+        by_head = kv == INT8_CHANNEL
+        shape = (n_kv_heads, capacity, head_dim) if by_head else (capacity, n_kv_heads * head_dim)
+        self.arrays: Arrays = {name: np.zeros(shape, _DTYPES[kv]) for name in ("keys", "values")}
+        self.rows: Arrays = {  # (capacity, kv_heads, head_dim)
+            name: array.transpose(1, 0, 2) if by_head else array.reshape(capacity, n_kv_heads, head_dim)
+            for name, array in self.arrays.items()
+        }
+        self._by_head = by_head
+
+    def graph_shape(self, slots: int) -> tuple[int, ...]:
+        """The shape in which the graph takes either array when `slots` are in use."""
+        shape = self.arrays["keys"].shape
+        return (1, *shape) if self._by_head else (1, slots, shape[1])
 
     def write(self, position: int, keys: Floats, values: Floats) -> None:
-        slots = self._slots(position, position + len(keys))
-        self.keys[slots], self.values[slots] = (x.reshape(len(x), -1) for x in (keys, values))
+        raise NotImplementedError("the graph writes")
 
     def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
         raise NotImplementedError("the graph attends")
 
     def raw(self, start: int, stop: int) -> Arrays:
-        slots = self._slots(start, stop)
-        return {name: x[slots].reshape(-1, *self._shape) for name, x in (("keys", self.keys), ("values", self.values))}
+        return {name: rows[self._slots(start, stop)] for name, rows in self.rows.items()}
 
     def set_raw(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        self.write(start, arrays["keys"], arrays["values"])
+        for name, rows in self.rows.items():
+            rows[self._slots(start, start + len(arrays[name]))] = arrays[name]
 
     def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        return np.arange(start, stop) % len(self.keys)
+        return np.arange(start, stop) % len(self.rows["keys"])
 
 
 class OrtBackend:
@@ -79,7 +92,10 @@ class OrtBackend:
         except Exception as error:  # onnxruntime's exceptions have no base of their own
             raise InvalidModelFile(folder.model_path, f"onnxruntime refuses it: {error}") from error
         folder.check_unchanged()
-        self.masks = _check_interface(self.session, folder, config)
+        _give_back_pages(folder)
+        # What the graph gives caches back as: int8 ones once more, as its operator for attention wants it.
+        self.states = ("present",) if folder.kv == "f32" else ("present", "kept")
+        self.masks = _check_interface(self.session, folder, config, self.states)
 
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> OrtEngine:
         return OrtEngine(self, new_caches(self.config, context, kv, chunk, ring, OrtStore), chunk)
@@ -126,11 +142,13 @@ class OrtEngine(CachedEngine):
         for i, cache in enumerate(self.caches):
             store = cache.store
             assert isinstance(store, OrtStore)
-            for name, array in ((f"{i}.key", store.keys), (f"{i}.value", store.values)):
-                address, shape = array.ctypes.data, (1, _slots(cache), array.shape[1])
+            shape = store.graph_shape(_slots(cache))
+            for name, array in ((f"{i}.key", store.arrays["keys"]), (f"{i}.value", store.arrays["values"])):
+                address = array.ctypes.data
                 if self._bound.get(name) != (address, shape):
-                    self._binding.bind_input(f"past.{name}", "cpu", 0, np.float32, shape, address)
-                    self._binding.bind_output(f"present.{name}", "cpu", 0, np.float32, shape, address)
+                    self._binding.bind_input(f"past.{name}", "cpu", 0, array.dtype.type, shape, address)
+                    for state in self._backend.states:
+                        self._binding.bind_output(f"{state}.{name}", "cpu", 0, array.dtype.type, shape, address)
                     self._bound[name] = (address, shape)
 
 
@@ -139,17 +157,36 @@ def _slots(cache: KVCache) -> int:
     return min(cache.capacity, -(-cache.length // _STEP) * _STEP)
 
 
-def _check_interface(session: ort.InferenceSession, folder: OnnxFolder, config: ModelConfig) -> dict[str, int]:
+def _give_back_pages(folder: OnnxFolder) -> None:
+    """Let go of the weights' pages, which onnxruntime has read once to pack them, and maps to the end.
+
+    They would count as this process's memory until the system runs short. What is read again comes from the file.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    names = {str((folder.path / name).resolve()) for name in folder.files}
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        extent, *_, name = line.split(maxsplit=5)
+        if name in names:
+            start, end = (int(part, 16) for part in extent.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _check_interface(
+    session: ort.InferenceSession, folder: OnnxFolder, config: ModelConfig, states: tuple[str, ...]
+) -> dict[str, int]:
     """The masks that the graph takes, each with a layer whose cache says what it holds. Raises InvalidModelFile."""
     masks: dict[str, int] = {}
     for i, layer in enumerate(config.layers):
         masks.setdefault(f"visible.{'global' if layer.window is None else 'local'}", i)
     caches = [f"{i}.{name}" for i in range(config.n_layers) for name in ("key", "value")]
+    cache = "tensor(float) 3" if folder.kv == "f32" else "tensor(int8) 4"
     want = {
         **dict.fromkeys(("input_ids", "positions", "wanted"), "tensor(int64) 1"),
         **dict.fromkeys(masks, "tensor(bool) 2"),
-        **dict.fromkeys((f"past.{name}" for name in caches), "tensor(float) 3"),
-        **dict.fromkeys((f"present.{name}" for name in caches), "output tensor(float) 3"),
+        **dict.fromkeys((f"past.{name}" for name in caches), cache),
+        **dict.fromkeys((f"{state}.{name}" for state in states for name in caches), f"output {cache}"),
         "logits": "output tensor(float) 2",
     }
     found = {value.name: f"{value.type} {len(value.shape)}" for value in session.get_inputs()}

@@ -8,7 +8,7 @@ from bezel.export.checkpoint import open_checkpoint
 from bezel.export.onnx_source import QuantizedCheckpoint
 from bezel.export.onnx_writer import export_onnx
 from bezel.runtime import Model, load
-from tiny import checkpoint_folder, export
+from tiny import TEXT, checkpoint_folder, export
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +28,12 @@ def onnx_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Exports "demo" or a tiny model to an ONNX folder, once per kind and test run."""
     scratch = tmp_path_factory.mktemp("onnx")
 
-    def make(name: str, quant: str, dialect: str = "ort") -> Path:
-        out = scratch / f"{name}-{quant}-{dialect}"
+    def make(name: str, quant: str, dialect: str = "ort", kv: str = "f32") -> Path:
+        out = scratch / f"{name}-{quant}-{dialect}-{kv}"
         if not out.exists():
             with open_checkpoint(checkpoint_folder(name, scratch)) as source:
-                export_onnx(QuantizedCheckpoint(source, quant), out, dialect)
+                text = TEXT if kv == "int8" else None
+                export_onnx(QuantizedCheckpoint(source, quant), out, dialect, kv_text=text)
         return out
 
     return make

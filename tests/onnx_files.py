@@ -93,6 +93,7 @@ def write_manifest(folder: Path, **change: object) -> None:
         "metadata": metadata,
         "quant": "f32",
         "dialect": "standard",
+        "kv": "f32",
         "files": files,
         "formats": {},
     }

@@ -17,9 +17,7 @@ from bezel.runtime import ops
 from bezel.runtime.errors import BezelError, InvalidRequest
 from bezel.runtime.gguf import GGUFFile
 from click.testing import CliRunner
-from tiny import DEMO, checkpoint_folder, export
-
-TEXT = DEMO.parent / "fairy-heldout.txt"
+from tiny import DEMO, TEXT, checkpoint_folder, export
 
 
 def formats_of(path: Path) -> dict[str, type[Format]]:

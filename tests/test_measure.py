@@ -18,9 +18,8 @@ from bezel.runtime.cli import main
 from bezel.runtime.errors import BezelError, InvalidRequest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
-from tiny import DEMO, checkpoint_folder
+from tiny import DEMO, TEXT, checkpoint_folder
 
-TEXT = DEMO.parent / "fairy-heldout.txt"
 TINY = "gemma2-gqa"
 
 

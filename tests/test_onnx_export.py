@@ -38,11 +38,11 @@ def write(source: Path, out: Path, quant: str | None = None, **options: Any) -> 
     return out
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(("dialect", "kv"), [*((dialect, "f32") for dialect in DIALECTS), ("ort", "int8")])
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, onnx_of: OnnxOf) -> None:
-    path = onnx_of(name, quant, dialect) / "model.onnx"
+def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, kv: str, onnx_of: OnnxOf) -> None:
+    path = onnx_of(name, quant, dialect, kv) / "model.onnx"
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -50,8 +50,9 @@ def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, onnx_of: On
     assert {output for node in model.graph.node for output in node.output} <= known
     domains = {node.domain for node in model.graph.node}
     assert domains == ({"", "com.microsoft"} if dialect == "ort" and quant.startswith("int") else {""})
-    large = [tensor for tensor in model.graph.initializer if np.prod(tensor.dims) > 64]
-    assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in large if "rope" not in tensor.name)
+    inline = ("rope", "_scale", "zero_points")
+    large = [t for t in model.graph.initializer if np.prod(t.dims) > 64 and not any(part in t.name for part in inline)]
+    assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in large)
     paths = [node.name for node in model.graph.node]
     assert len(set(paths)) == len(paths)
     assert all(path.startswith("/") for path in paths)

@@ -15,6 +15,7 @@ from bezel.runtime.tensors import tensor_specs
 from safetensors.numpy import save_file
 
 DEMO = Path(__file__).parent.parent / "bench" / "data" / "fairy-gemma2"
+TEXT = DEMO.parent / "fairy-heldout.txt"
 GOLDEN = Path(__file__).parent / "golden"
 # Every COLUMNS-th logit is kept in a golden file; positions are all kept.
 COLUMNS = 32

@@ -2,7 +2,7 @@
 
 Standard operators of opset 24 carry the structure: TensorScatter writes a layer's ring, Attention reads it. Nodes are
 named by layer and part (`/layers.3/attention/q/MatMul`), which Netron shows as groups; weights have the names that
-GGUF gives them. One graph serves chunks of any length and caches of any size. The activations are (n, features).
+GGUF gives them. One graph serves chunks of any length and caches of any size. The activations are (1, n, features).
 
 Caches are float32, (1, slots, KV heads · head_dim), or int8 with a fixed scale for each channel, (1, KV heads, slots,
 head_dim), which GroupQueryAttention reads without making floats of them first.
@@ -199,14 +199,13 @@ class _Graph:
         for i, layer in enumerate(c.layers):
             x = self._layer(i, layer, x)
         x = self._norm(x, "output_norm.weight", "/norm")
-        head = "token_embd.weight" if c.tied_head else "output.weight"
-        if c.final_softcap is None:
-            self._linear(x, head, "/head", "logits")
-            return
-        cap = self.number(c.final_softcap)
-        x = self.node("Div", [self._linear(x, head, "/head/matrix"), cap], "/head/softcap/in")
-        x = self.node("Tanh", [x], "/head/softcap/tanh")
-        self.node("Mul", [x, cap], "/head/softcap/out", "logits")
+        x = self._linear(x, "token_embd.weight" if c.tied_head else "output.weight", "/head/matrix")
+        if c.final_softcap is not None:
+            cap = self.number(c.final_softcap)
+            x = self.node("Div", [x, cap], "/head/softcap/in")
+            x = self.node("Tanh", [x], "/head/softcap/tanh")
+            x = self.node("Mul", [x, cap], "/head/softcap/out")
+        self.node("Squeeze", [x, self.ints(0)], "/head/rows", "logits")
 
     def _turns(self, positions: str, base: float) -> tuple[str, str]:
         """RoPE's cosines and sines, (1, n, head_dim / 2), of float32 angles as the checkpoints were trained with."""
@@ -246,7 +245,8 @@ class _Graph:
             scales = self.node("Gather", [parts["scales"], ids], f"{path}/scales", axis=1)
             x = self.node("DequantizeLinear", [codes, scales], f"{path}/columns", axis=0, block_size=storage.block)
             x = self.node("Transpose", [x], f"{path}/rows", perm=[1, 0])
-        return self.node("Mul", [x, scale], f"{path}/scaled")
+        x = self.node("Mul", [x, scale], f"{path}/scaled")
+        return self.node("Unsqueeze", [x, self.ints(0)], f"{path}/batch")
 
     def _layer(self, i: int, layer: LayerConfig, x: str) -> str:
         c, path, blk, kind = self.config, f"/layers.{i}", f"blk.{i}", _kind(layer)
@@ -254,22 +254,18 @@ class _Graph:
         cos, sin = self.turns[layer.rope_base]
         k = self._linear(h, f"{blk}.attn_k.weight", f"{path}/attention/k")
         v = self._linear(h, f"{blk}.attn_v.weight", f"{path}/attention/v")
-        k, v = (self.node("Unsqueeze", [t, self.ints(0)], f"{t}/batch") for t in (k, v))
         k = self.node("RotaryEmbedding", [k, cos, sin], f"{path}/attention/k/rope", num_heads=c.n_kv_heads)
         cache = self._cache if self.kv_scales is None else self._int8_cache
         keys, values = (cache(i, name, new, kind) for name, new in (("key", k), ("value", v)))
         mask = self.masks[kind]
         if i == c.n_layers - 1:  # from here on, only what logits are wanted of
             self.rows = "wanted"
-            h = self.node("Gather", [h, self.wanted], f"{path}/wanted/normed")
-            x = self.node("Gather", [x, self.wanted], f"{path}/wanted/stream")
             mask = self.node("Gather", [mask, self.wanted], f"{path}/wanted/visible")
-            cos, sin = (
+            h, x, cos, sin = (
                 self.node("Gather", [t, self.wanted], f"{path}/wanted/{n}", axis=1)
-                for n, t in (("cos", cos), ("sin", sin))
+                for n, t in (("normed", h), ("stream", x), ("cos", cos), ("sin", sin))
             )
         q = self._linear(h, f"{blk}.attn_q.weight", f"{path}/attention/q")
-        q = self.node("Unsqueeze", [q, self.ints(0)], f"{path}/attention/q/batch")
         q = self.node("RotaryEmbedding", [q, cos, sin], f"{path}/attention/q/rope", num_heads=c.n_heads)
         if self.kv_scales is None:
             h = self._attend(q, keys, values, mask, f"{path}/attention")
@@ -286,7 +282,7 @@ class _Graph:
         return self._add(x, h, f"{blk}.post_ffw_norm.weight", f"{path}/feed_forward")
 
     def _attend(self, q: str, keys: str, values: str, mask: str, path: str) -> str:
-        """Attention of q (1, n, heads · head_dim), as (n, heads · head_dim).
+        """Attention of q (1, n, heads · head_dim), in the same shape.
 
         Of query heads that share a KV head, two go as one head with twice the rows: kernels read the keys and values
         anew for every head, and from memory, not from a cache, where they are many.
@@ -301,10 +297,11 @@ class _Graph:
             mask = self._doubled(mask)
         form = self._softmax() | {"q_num_heads": heads, "kv_num_heads": c.n_kv_heads}
         h = self.node("Attention", [q, keys, values, mask], f"{path}/mixed", **form)
-        if paired:
-            h = self.node("Reshape", [h, self.ints(2, -1, heads, c.head_dim)], f"{path}/mixed/rows")
-            h = self.node("Transpose", [h], f"{path}/mixed/turned", perm=[1, 2, 0, 3])
-        return self.node("Reshape", [h, self.ints(-1, c.n_heads * c.head_dim)], f"{path}/heads")
+        if not paired:
+            return h
+        h = self.node("Reshape", [h, self.ints(2, -1, heads, c.head_dim)], f"{path}/mixed/rows")
+        h = self.node("Transpose", [h], f"{path}/mixed/turned", perm=[1, 2, 0, 3])
+        return self.node("Reshape", [h, self.ints(1, -1, c.n_heads * c.head_dim)], f"{path}/heads")
 
     def _softmax(self) -> dict[str, Any]:
         return {"scale": self.config.query_scale, "softcap": self.config.attn_softcap or 0.0}
@@ -320,9 +317,11 @@ class _Graph:
 
     def _int8_cache(self, i: int, name: str, new: str, kind: str) -> str:
         c, path = self.config, f"/layers.{i}/attention/{name}_cache"
+        # Division first: QuantizeLinear takes 34 ns a number where scales differ, and 1 where there is one.
         columns = self.node("Reshape", [self._kv_scale(i, name), self.ints(-1)], f"{path}/scale_of_columns")
-        zeros = self.constant("zero_points", np.zeros(c.n_kv_heads * c.head_dim, np.int8))
-        new = self.node("QuantizeLinear", [new, columns, zeros], f"{path}/int8", axis=2)
+        new = self.node("Div", [new, columns], f"{path}/steps")
+        zero = self.constant("int8.0", np.array(0, np.int8))
+        new = self.node("QuantizeLinear", [new, self.number(1), zero], f"{path}/int8")
         new = self.node("Reshape", [new, self.ints(1, -1, c.n_kv_heads, c.head_dim)], f"{path}/heads")
         new = self.node("Transpose", [new], f"{path}/turned", perm=[0, 2, 1, 3])
         return self._scattered(i, name, new, kind, [1, c.n_kv_heads, f"capacity.{kind}", c.head_dim], 2, INT8)
@@ -388,8 +387,7 @@ class _Graph:
         }
         self.nodes.append(helper.make_node("If", [few], outputs, name=f"{path}/mixed/If", **branches))
         self.uses_microsoft = True
-        h = self._described(outputs[0], [1, self.rows, width])
-        return self.node("Reshape", [h, self.ints(-1, width)], f"{path}/heads")
+        return self._described(outputs[0], [1, self.rows, width])
 
     def _slots(self, kind: str) -> tuple[str, str, str]:
         """How many slots are in use, int64 (1,), as int32 and the last one, int32 (1,)."""
@@ -421,26 +419,26 @@ class _Graph:
     def _norm(self, x: str, weight: str, path: str) -> str:
         return self.node("RMSNormalization", [x, self.stored(weight)["weights"]], path, epsilon=self.config.rms_eps)
 
-    def _linear(self, x: str, weight: str, path: str, output: str | None = None) -> str:
+    def _linear(self, x: str, weight: str, path: str) -> str:
         parts, storage, (n, k) = self.stored(weight), self.storage[weight], self.specs[weight].shape
-        out = output or path
         if storage.block is None:
             w = parts["weights"]
             if storage.bits == 16:
                 w = self.node("Cast", [w], f"{path}/float", to=FLOAT)
-            return self.node("Gemm", [x, w], path, output, transB=1)
+            x = self.node("Squeeze", [x, self.ints(0)], f"{path}/in")
+            x = self.node("Gemm", [x, w], f"{path}/out", transB=1)  # MatMul would need the weight turned
+            return self.node("Unsqueeze", [x, self.ints(0)], path)
         block: dict[str, Any] = {"block_size": storage.block}
         if self.dialect == "standard":
             w = self.node("DequantizeLinear", [parts["codes"], parts["scales"]], f"{path}/float", axis=0, **block)
-            return self.node("MatMul", [x, w], path, output)
+            return self.node("MatMul", [x, w], path)
         sizes: dict[str, Any] = {"K": k, "N": n, "bits": storage.bits, **block, "accuracy_level": 4}
-        out = self.node("MatMulNBits", [x, parts["codes"], parts["scales"]], path, output, MICROSOFT, **sizes)
-        return self._described(out, [self.rows, n])
+        self.node("MatMulNBits", [x, parts["codes"], parts["scales"]], path, domain=MICROSOFT, **sizes)
+        return self._described(path, [1, self.rows, n])
 
     def _described(self, value: str, shape: Sequence[int | str]) -> str:
         """`value`, its type and shape put down because ONNX's own shape inference does not know its operator."""
-        if value != "logits":
-            self.value_info.append(helper.make_tensor_value_info(value, FLOAT, list(shape)))
+        self.value_info.append(helper.make_tensor_value_info(value, FLOAT, list(shape)))
         return value
 
 

@@ -108,8 +108,7 @@ class OrtEngine(CachedEngine):
         super().__init__(caches, chunk)
         self._backend = backend
         self._binding = backend.session.io_binding()
-        self._binding.bind_output("logits", "cpu")  # the first one, and so the first of `get_outputs`
-        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._bound: list[tuple[OrtStore, tuple[int, ...]]] = []
 
     def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
         n, start = len(ids), self.position
@@ -128,28 +127,30 @@ class OrtEngine(CachedEngine):
                 inputs[name] = np.ascontiguousarray(cache.visible(n)[:, : _slots(cache)])
             for name, array in inputs.items():
                 self._binding.bind_cpu_input(name, array)
-            self._binding.bind_output("logits", "cpu")  # anew, because its shape may be another
+            logits = np.empty((len(rows), self._backend.config.vocab_size), np.float32)
+            self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
             self._backend.session.run_with_iobinding(self._binding)
         except BaseException:
             for cache in self.caches:
                 cache.rewind(n)
             raise
-        logits: Floats = self._binding.get_outputs()[0].numpy()
         return logits[len(rows) - wanted :]
 
     def _bind_caches(self) -> None:
         """Input and output of each cache are the same memory, so that writing a row moves nothing else."""
-        for i, cache in enumerate(self.caches):
-            store = cache.store
-            assert isinstance(store, OrtStore)
-            shape = store.graph_shape(_slots(cache))
-            for name, array in ((f"{i}.key", store.arrays["keys"]), (f"{i}.value", store.arrays["values"])):
-                address = array.ctypes.data
-                if self._bound.get(name) != (address, shape):
-                    self._binding.bind_input(f"past.{name}", "cpu", 0, array.dtype.type, shape, address)
-                    for state in self._backend.states:
-                        self._binding.bind_output(f"{state}.{name}", "cpu", 0, array.dtype.type, shape, address)
-                    self._bound[name] = (address, shape)
+        stores: list[tuple[OrtStore, tuple[int, ...]]] = []
+        for cache in self.caches:
+            assert isinstance(cache.store, OrtStore)
+            stores.append((cache.store, cache.store.graph_shape(_slots(cache))))
+        if stores == self._bound:
+            return
+        for i, (store, shape) in enumerate(stores):
+            for name, array in (("key", store.arrays["keys"]), ("value", store.arrays["values"])):
+                place = ("cpu", 0, array.dtype.type, shape, array.ctypes.data)
+                self._binding.bind_input(f"past.{i}.{name}", *place)
+                for state in self._backend.states:
+                    self._binding.bind_output(f"{state}.{i}.{name}", *place)
+        self._bound = stores
 
 
 def _slots(cache: KVCache) -> int:

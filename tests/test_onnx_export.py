@@ -50,7 +50,7 @@ def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, kv: str, on
     assert {output for node in model.graph.node for output in node.output} <= known
     domains = {node.domain for node in model.graph.node}
     assert domains == ({"", "com.microsoft"} if dialect == "ort" and quant.startswith("int") else {""})
-    inline = ("rope", "_scale", "zero_points")
+    inline = ("rope", "_scale")
     large = [t for t in model.graph.initializer if np.prod(t.dims) > 64 and not any(part in t.name for part in inline)]
     assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in large)
     paths = [node.name for node in model.graph.node]

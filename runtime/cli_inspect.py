@@ -15,7 +15,7 @@ from .config import ModelConfig
 from .errors import InvalidRequest
 from .gguf import RECEIPT
 from .model_file import ModelFile, open_model
-from .onnx_folder import OnnxFolder
+from .onnx_folder import CHUNK, OnnxFolder
 
 MIB = 1 << 20
 
@@ -48,9 +48,12 @@ def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> N
         _print(facts, tensors)
 
 
-def cache_sizes(config: ModelConfig, context: int, kv: str) -> dict[str, int]:
-    """Bytes of keys and values once `context` tokens are held, by layer kind; `full` is the total without rings."""
-    chunk = default_chunk(config)
+def cache_sizes(config: ModelConfig, context: int, kv: str, chunk: int | None = None) -> dict[str, int]:
+    """Bytes of keys and values once `context` tokens are held, by layer kind; `full` is the total without rings.
+
+    `chunk` is the most tokens at once, if that is less than usual.
+    """
+    chunk = min(default_chunk(config), chunk or default_chunk(config))
 
     def total(ring: bool, local: bool) -> int:
         caches = zip(config.layers, new_caches(config, context, kv, chunk, ring), strict=True)
@@ -76,7 +79,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         row["bytes"] += info.nbytes
     weights = sum(row["weights"] for row in formats.values())
     tensor_bytes = sum(row["bytes"] for row in formats.values())
-    kv_types = (file.kv,) if isinstance(file, OnnxFolder) else KV_TYPES
+    kv_types, chunk = ((file.kv,), CHUNK) if isinstance(file, OnnxFolder) else (KV_TYPES, None)
     contexts = [context] if context else _contexts(config.context_length)
     return {
         "file": str(file.path),
@@ -104,7 +107,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         },
         "windows": [layer.window for layer in config.layers],
         "rope_bases": [layer.rope_base for layer in config.layers],
-        "cache": {kv: [cache_sizes(config, n, kv) for n in contexts] for kv in kv_types},
+        "cache": {kv: [cache_sizes(config, n, kv, chunk) for n in contexts] for kv in kv_types},
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [

@@ -37,6 +37,8 @@ INT8_CHANNEL = "int8-channel"  # int8 with a fixed scale for each channel, which
 KV_STORAGE = {"f32": "f32", "int8": INT8_CHANNEL}
 """How a graph may store keys and values, as the export's `--kv` and as `bezel.json` say it."""
 
+CHUNK = 256  # most tokens at once: what attention keeps beside a layer's cache grows with them, and speed does not
+
 _VERSION = 1
 _MAX_GRAPH, _MAX_TOKENIZER, _MAX_JSON = 64 << 20, 64 << 20, 4 << 20
 _MAX_DATA_FILES = 256

@@ -18,7 +18,7 @@ from .cache import Arrays, KVCache, new_caches
 from .config import ModelConfig
 from .engine import CachedEngine
 from .errors import InvalidModelFile
-from .onnx_folder import INT8_CHANNEL, OnnxFolder
+from .onnx_folder import CHUNK, INT8_CHANNEL, OnnxFolder
 from .ops import Floats
 
 _STEP = 32  # slots by which the graph's share of a cache grows
@@ -98,6 +98,7 @@ class OrtBackend:
         self.masks = _check_interface(self.session, folder, config, self.states)
 
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> OrtEngine:
+        chunk = min(chunk, CHUNK)
         return OrtEngine(self, new_caches(self.config, context, kv, chunk, ring, OrtStore), chunk)
 
 

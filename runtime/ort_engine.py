@@ -76,6 +76,7 @@ class OrtBackend:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or _native.default_threads()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # planning memory for each shape anew costs a token 2 to 3 %
         entries = {
             "session.model_external_initializers_file_folder_path": str(folder.path.resolve()),
             "session.dynamic_block_base": "4",  # cores are not equally fast: work in small pieces, not one for each

@@ -53,7 +53,8 @@ def cache_sizes(config: ModelConfig, context: int, kv: str, chunk: int | None = 
 
     `chunk` is the most tokens at once, if that is less than usual.
     """
-    chunk = min(default_chunk(config), chunk or default_chunk(config))
+    most = default_chunk(config)
+    chunk = min(most, chunk or most)
 
     def total(ring: bool, local: bool) -> int:
         caches = zip(config.layers, new_caches(config, context, kv, chunk, ring), strict=True)

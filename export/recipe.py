@@ -61,10 +61,10 @@ def _filled(recipe: Recipe, config: ModelConfig) -> Recipe:
     room = _INT4_BITS / 8 * sum(math.prod(spec.shape) for spec in specs) - sum(size(spec, recipe) for spec in specs)
     rules = []
     for role, form in _MORE:
-        layers = set()
-        for spec in (spec for spec in specs if spec.role == role and spec.layer is not None):
+        layers: set[int] = set()
+        for spec in specs:
             more = size(spec, Recipe("", form)) - size(spec, recipe)
-            if 0 < more <= room:
+            if spec.role == role and spec.layer is not None and 0 < more <= room:
                 room -= more
                 layers.add(spec.layer)
         if layers:

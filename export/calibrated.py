@@ -14,7 +14,7 @@ from ..quant.formats import EVEN, F32, Format
 from ..quant.recipes import Recipe
 from ..runtime.ops import Floats, Ints
 from ..runtime.tensors import TensorSpec
-from .calibration import TOKENS, Calibration, CalibrationText, is_calibration, read_text, source_sha256, work_folder
+from .calibration import Calibration, CalibrationText, is_calibration, read_text, source_sha256, work_folder
 from .checkpoint import Checkpoint
 from .gguf_writer import ExportSummary, export_gguf, plan_tensors, tool_version
 from .layers import in_order, site_of
@@ -24,7 +24,8 @@ from .sweep import Sweep
 
 Formats = Mapping[str, type[Format]]  # by GGUF name
 
-DAMPING = 0.01  # of the mean second moment; .003 and .03 do about as well
+DAMPING = 0.03  # of the mean second moment; .003 and .01 do about as well
+_TIED_DAMPING = 0.3  # a tied head is the embedding, too: errors there weigh about as much, in every direction alike
 _ROWS = 2048  # rounded at a time; fixed, so that bits do not depend on the number of cores
 _HEAD_SHARE = 4  # every so many-th sequence is enough for the moments of the head, which are far from singular
 
@@ -37,12 +38,12 @@ def export_calibrated(
     calibration: Path,
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
 ) -> ExportSummary:
     """As `export_gguf`, with matrices rounded for a `calibration`: a text, or a file that `calibrate` wrote.
 
-    A text, of which `tokens` are used, takes longest and serves best; broken off, the same call goes on from the last
-    whole layer. Raises InvalidRequest for a calibration that does not fit, too.
+    A text, of which `tokens` are used or `default_tokens`, takes longest and serves best; broken off, the same call
+    goes on from the last whole layer. Raises InvalidRequest for a calibration that does not fit, too.
     """
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
@@ -59,8 +60,8 @@ def export_calibrated(
 class Feedback:
     """Rounds the matrices of one site, given the moments of their inputs; cross moments move the target as well."""
 
-    def __init__(self, inputs: Floats, cross: Floats | None = None) -> None:
-        self._factor = feedback_factor(inputs, DAMPING)
+    def __init__(self, inputs: Floats, cross: Floats | None = None, damping: float = DAMPING) -> None:
+        self._factor = feedback_factor(inputs, damping)
         self._drift = None if cross is None else cross - inputs
 
     def quantize(self, form: type[Format], rows: Floats) -> NDArray[np.uint8]:
@@ -90,7 +91,8 @@ class FromMoments:
         if site is None or form.block == 1:
             return None
         if self._site is None or self._site[0] != (spec.layer, site):
-            self._site = (spec.layer, site), Feedback(self._calibration.moments(spec.layer, site))
+            damping = _head_damping(self._checkpoint) if spec.layer is None else DAMPING
+            self._site = (spec.layer, site), Feedback(self._calibration.moments(spec.layer, site), damping=damping)
         return self._site[1].quantize(form, self._checkpoint.tensor(spec))
 
 
@@ -114,7 +116,7 @@ class Sequential:
     def key(checkpoint: Checkpoint, text: CalibrationText, formats: Formats) -> dict[str, object]:
         """All that the blocks depend on."""
         return {
-            "sequential": 1,
+            "sequential": 2,
             "text": text.sha256,
             "tokens": text.tokens,
             "source": source_sha256(checkpoint),
@@ -137,8 +139,9 @@ class Sequential:
         embedding = self._specs[None, "token_embd"]
         n = self._checkpoint.config.n_layers
         if self._state.load(n) is None:
-            found = {head.gguf: self._round(Feedback(self._head_moments()), head, self._checkpoint.tensor(head))}
-            self._state.save(n, found)
+            feedback = Feedback(self._head_moments(), damping=_head_damping(self._checkpoint))
+            self._state.save(n, {head.gguf: self._round(feedback, head, self._checkpoint.tensor(head))})
+            del feedback
             yield
 
         blocks = (self._state.load(n) or {}).get(embedding.gguf)
@@ -172,3 +175,7 @@ class Sequential:
     def _round(self, feedback: Feedback, spec: TensorSpec, rows: Floats) -> NDArray[np.uint8]:
         form = self._formats[spec.gguf]
         return form.quantize(rows) if form.block == 1 else feedback.quantize(form, rows)
+
+
+def _head_damping(checkpoint: Checkpoint) -> float:
+    return _TIED_DAMPING if checkpoint.config.tied_head else DAMPING

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..quant.formats import FORMATS, Format
+from ..quant.formats import FORMATS, Q5_K, Format
 from ..quant.mix import Option, best_mix
 from ..quant.recipes import PRESETS, Recipe, Rule, parse, preset
 from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidRequest
 from ..runtime.strict_json import parse_json
 from ..runtime.tensors import TensorSpec, tensor_specs
+
+_INT4_BITS = 4.58  # of 4.6 over the whole file; the vocabulary of Gemma 2 2B takes .02
+# Where int4 spends the bits that IQ4_XS and a head in Q5_K leave: the most loss a bit takes off first.
+_MORE = (("attn_v", Q5_K), ("attn_k", Q5_K), ("ffn_down", Q5_K))
 
 
 def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -> Recipe:
@@ -24,7 +29,8 @@ def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -
     """
     if given in PRESETS or not (Path(given).exists() or given.endswith(".json")):
         try:
-            return preset(given, config.n_layers, embedding)
+            recipe = preset(given, config.n_layers, embedding)
+            return _filled(recipe, config) if given == "int4" else recipe
         except ValueError as error:
             raise InvalidRequest(f"{error}{'' if given in PRESETS else ', or the path of a recipe file'}") from None
     if embedding is not None:
@@ -43,6 +49,27 @@ def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -
                 f"{config.n_layers - 1}"
             )
     return recipe
+
+
+def _filled(recipe: Recipe, config: ModelConfig) -> Recipe:
+    """The recipe with `_MORE` for as many layers as fit in _INT4_BITS."""
+    specs = list(tensor_specs(config))
+
+    def size(spec: TensorSpec, recipe: Recipe) -> int:
+        return matrix_bytes(spec, recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format)
+
+    room = _INT4_BITS / 8 * sum(math.prod(spec.shape) for spec in specs) - sum(size(spec, recipe) for spec in specs)
+    rules = []
+    for role, form in _MORE:
+        layers: set[int] = set()
+        for spec in specs:
+            more = size(spec, Recipe("", form)) - size(spec, recipe)
+            if spec.role == role and spec.layer is not None and 0 < more <= room:
+                room -= more
+                layers.add(spec.layer)
+        if layers:
+            rules.append(Rule(form, frozenset({role}), frozenset(layers)))
+    return replace(recipe, rules=(*rules, *recipe.rules))
 
 
 def solve(sensitivities: Path, config: ModelConfig, budget: int, name: str) -> Recipe:

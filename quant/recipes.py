@@ -84,7 +84,7 @@ def preset(name: str, n_layers: int, embedding: str | None = None) -> Recipe:
 
     A plain preset is one format; embedding and head are Q6_K where that is larger, because the head is the matrix
     that suffers most from quantizing. "q4_k_m" and "q5_k_m" are llama.cpp's mixes for Gemma: half of `attn_v` and
-    `ffn_down` are Q6_K. "int4" is bezel's own.
+    `ffn_down` are Q6_K. "int4" is bezel's own; here it is what every model gets, to which the exporter adds what fits.
 
     Raises ValueError for an unknown preset or embedding format.
     """

@@ -9,8 +9,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from bezel.bench.synthetic import SHAPES
 from bezel.export.calibrated import export_calibrated
-from bezel.export.calibration import Calibration, calibrate, read_text
+from bezel.export.calibration import Calibration, calibrate, default_tokens, read_text
 from bezel.export.checkpoint import open_checkpoint
 from bezel.export.gguf_writer import export_gguf
 from bezel.export.layers import IN_LAYER
@@ -18,6 +19,7 @@ from bezel.export.verify import verify
 from bezel.runtime import ops
 from bezel.runtime.cache import new_caches
 from bezel.runtime.cli import main
+from bezel.runtime.config import ModelConfig
 from bezel.runtime.engine import ModelEngine
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.gguf import GGUFFile
@@ -119,6 +121,14 @@ def test_a_text_is_cut_evenly_and_begins_with_bos(text):
     ]
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [("gemma-2-9b", 10_240), ("gemma-2-2b", 10_240), ("gemma-2b", 10_623), ("tiny-gemma-2", 102_400)],
+)
+def test_smaller_models_take_more_tokens(shape, tokens):
+    assert default_tokens(ModelConfig.from_hf(SHAPES[shape])) == tokens
+
+
 class Stop(Exception):
     pass
 
@@ -204,6 +214,10 @@ def test_calibration_loses_less_than_plain_export(tmp_path):
             down = theirs["blk.0.ffn_down.weight"]
             values = gguf.quants.dequantize(down.data, down.tensor_type)
             assert np.array_equal(values, file.dequantize("blk.0.ffn_down.weight"))
+            # The head is the embedding, too, whose rows are used as they are: they must not go far for the head's sake.
+            exact = checkpoint.tensor(next(iter(checkpoint.specs)))
+            off, least = (np.square(f.dequantize("token_embd.weight") - exact).sum() for f in (file, plain))
+            assert off < 1.3 * least
 
 
 # Faults

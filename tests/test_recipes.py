@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bezel.bench.synthetic import SHAPES
 from bezel.export.recipe import find_recipe, solve, solve_bits, solve_size
 from bezel.quant.formats import FORMATS, Q4_0, Q5_K, Q6_K, Q8_0
 from bezel.quant.mix import Option, best_mix
@@ -73,6 +74,28 @@ def test_the_mixes_of_the_field(name: str, plain: str, n_layers: int) -> None:
         assert choose(recipe, role, layer).format.name == plain
     for layer, role in itertools.product(range(n_layers), ("attn_v", "ffn_down")):
         assert choose(recipe, role, layer).format.name == ("q6_k" if layer in MORE_BITS[n_layers] else plain)
+
+
+@pytest.mark.parametrize("shape", ["gemma-2-2b", "gemma-2-9b", "gemma-2b"])
+def test_int4_uses_its_bits_up_in_order(shape: str) -> None:
+    config = ModelConfig.from_hf(SHAPES[shape])
+    recipe = find_recipe("int4", config)
+    chosen = {spec: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format for spec in tensor_specs(config)}
+    weights = sum(int(np.prod(spec.shape)) for spec in chosen)
+    used = sum(int(np.prod(spec.shape)) * bits(form) for spec, form in chosen.items())
+    vocabulary = config.vocab_size * 8 * 23  # a length, 7 letters, a score and a type each
+    assert used + vocabulary <= 4.6 * weights
+    order = ["attn_v", "attn_k", "ffn_down"]
+    more = [spec for role in order for spec in chosen if spec.role == role]
+    better = [chosen[spec] is Q5_K for spec in more]
+    assert better == sorted(better, reverse=True)  # from the first on
+    assert used + 1.25 * int(np.prod(more[sum(better)].shape)) > 4.58 * weights
+    rest = {form for spec, form in chosen.items() if spec not in more and not spec.is_norm}
+    assert rest == {Q5_K, FORMATS["iq4_xs"]}
+
+
+def test_int4_of_a_model_that_is_mostly_embedding() -> None:
+    assert find_recipe("int4", CONFIG) == preset("int4", CONFIG.n_layers)
 
 
 @pytest.mark.parametrize(

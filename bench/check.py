@@ -66,7 +66,8 @@ def _compare(model: Model, against: Model, ids: Sequence[int], window: int, larg
     checked = sessions[0].check(ids)
     records: list[Records] = []
     differences = []
-    for start, part in sessions[0].chunks(checked):
+    shortest = min(sessions, key=lambda session: session.engine.chunk)
+    for start, part in shortest.chunks(checked):
         want, found = (session.engine.forward(part, len(part)) for session in sessions)
         differences.append(np.abs(found - want).max(axis=-1))
         following = np.append(checked[start + 1 : start + len(part) + 1], 0)[: len(part)]  # which, decides nothing here

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,7 @@ def test_ctrl_c_leaves_nothing_behind(gguf_of: Callable[..., Path], tmp_path: Pa
         text=True,
         cwd=tmp_path,
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     )
     children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
     while bench.poll() is None and not children.read_text():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .state import State
 from .sweep import Sweep
 
 Formats = Mapping[str, type[Format]]  # by GGUF name
+Rows = Callable[[int, int], Floats]  # rows start … stop−1 of a matrix, which need not be in memory as a whole
 
 DAMPING = 0.03  # of the mean second moment; .003 and .01 do about as well
 _TIED_DAMPING = 0.3  # a tied head is the embedding, too: errors there weigh about as much, in every direction alike
@@ -64,16 +66,16 @@ class Feedback:
         self._factor = feedback_factor(inputs, damping)
         self._drift = None if cross is None else cross - inputs
 
-    def quantize(self, form: type[Format], rows: Floats) -> NDArray[np.uint8]:
-        """The blocks (m, row_bytes) of rows (m, n)."""
+    def quantize(self, form: type[Format], rows: Rows, count: int) -> NDArray[np.uint8]:
+        """The blocks (count, row_bytes) of so many rows (n)."""
 
         def piece(start: int) -> NDArray[np.uint8]:
-            part = rows[start : start + _ROWS]
+            part = rows(start, min(start + _ROWS, count))
             if self._drift is not None:
                 part = retargeted(part, self._drift, self._factor)
             return quantize_with_feedback(form, part, self._factor)
 
-        return np.concatenate(list(in_order(piece, range(0, len(rows), _ROWS))))
+        return np.concatenate(list(in_order(piece, range(0, count, _ROWS))))
 
 
 class FromMoments:
@@ -93,7 +95,7 @@ class FromMoments:
         if self._site is None or self._site[0] != (spec.layer, site):
             damping = _head_damping(self._checkpoint) if spec.layer is None else DAMPING
             self._site = (spec.layer, site), Feedback(self._calibration.moments(spec.layer, site), damping=damping)
-        return self._site[1].quantize(form, self._checkpoint.tensor(spec))
+        return self._site[1].quantize(form, partial(self._checkpoint.rows, spec), spec.shape[0])
 
 
 class Sequential:
@@ -140,7 +142,7 @@ class Sequential:
         n = self._checkpoint.config.n_layers
         if self._state.load(n) is None:
             feedback = Feedback(self._head_moments(), damping=_head_damping(self._checkpoint))
-            self._state.save(n, {head.gguf: self._round(feedback, head, self._checkpoint.tensor(head))})
+            self._state.save(n, {head.gguf: self._round(feedback, head, partial(self._checkpoint.rows, head))})
             del feedback
             yield
 
@@ -159,7 +161,7 @@ class Sequential:
                 feedback = Feedback(moments.inputs, moments.cross)
                 for role in moments.site.roles:
                     spec = self._specs[i, role]
-                    found[spec.gguf] = self._round(feedback, spec, sweep.exact[role])
+                    found[spec.gguf] = self._round(feedback, spec, partial(_between, sweep.exact[role]))
                     sweep.now[role] = self._formats[spec.gguf].dequantize(found[spec.gguf])
                 del feedback
             for (layer, role), spec in self._specs.items():
@@ -172,9 +174,13 @@ class Sequential:
         sweep = Sweep(self._checkpoint, self._text.sequences[::_HEAD_SHARE], replacing=False)
         return sweep.to_head().inputs
 
-    def _round(self, feedback: Feedback, spec: TensorSpec, rows: Floats) -> NDArray[np.uint8]:
-        form = self._formats[spec.gguf]
-        return form.quantize(rows) if form.block == 1 else feedback.quantize(form, rows)
+    def _round(self, feedback: Feedback, spec: TensorSpec, rows: Rows) -> NDArray[np.uint8]:
+        form, count = self._formats[spec.gguf], spec.shape[0]
+        return form.quantize(rows(0, count)) if form.block == 1 else feedback.quantize(form, rows, count)
+
+
+def _between(matrix: Floats, start: int, stop: int) -> Floats:
+    return matrix[start:stop]
 
 
 def _head_damping(checkpoint: Checkpoint) -> float:

@@ -32,9 +32,9 @@ def kv_scales(
     RoPE turns channels j and j + head_dim / 2 into each other as positions pass, so the two share the length of the
     longest vector that they form. `progress` is called with (layers done, layers in all).
     """
-    c, specs = source.config, tuple(tensor_specs(source.config))
+    c = source.config
     layers: dict[int | None, list[TensorSpec]] = {}
-    for spec in specs:
+    for spec in tensor_specs(c):
         layers.setdefault(spec.layer, []).append(spec)
     embedding = next(spec for spec in layers[None] if spec.role == "token_embd")
     xs = embedded(c, sequences, lambda ids: np.concatenate([source.rows(embedding, i, i + 1) for i in ids]))

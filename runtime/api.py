@@ -18,7 +18,7 @@ from .files import replacing
 from .generation import Generation, MakeRoom
 from .gguf import GGUFFile
 from .model_file import ModelFile, open_model
-from .onnx_folder import OnnxFolder
+from .onnx_folder import KV_STORAGE, OnnxFolder
 from .ops import Floats
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def load(
     engine = engine or file.engines[0]
     own = default_kv(file, engine)
     if engine == "ort":
-        if kv not in (None, own, own.removesuffix("-channel")):
+        if kv is not None and KV_STORAGE.get(kv, kv) != own:
             raise InvalidRequest(f"kv: found {kv!r}, expected {own!r}, which {path} was exported with")
         kv = own
     elif kv not in (None, *KV_TYPES):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KV_TYPES = ("f32", "f16", "int8")
-_DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8, INT8_CHANNEL: np.int8}
+KV_DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8, INT8_CHANNEL: np.int8}
 _GROWTH = 256  # rows by which storage grows
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -57,7 +57,7 @@ class NumpyStore:
     def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
         self._capacity = capacity
         shape = (0, n_kv_heads, head_dim)
-        self._arrays: Arrays = {name: np.empty(shape, _DTYPES[kv]) for name in ("keys", "values")}
+        self._arrays: Arrays = {name: np.empty(shape, KV_DTYPES[kv]) for name in ("keys", "values")}
         if kv == "int8":
             self._arrays |= {name: np.empty(shape[:2], np.float32) for name in ("key_scales", "value_scales")}
 
@@ -201,7 +201,7 @@ class KVCache:
         held = new.length - new._oldest
         if held > self.capacity or first_visible(new.length, self.window) < new._oldest:
             raise InvalidSession(f"the saved positions {new._oldest} to {new.length} do not fit this cache")
-        rows: tuple[tuple[int, ...], type] = (held, *self._shape), _DTYPES[self.kv]
+        rows: tuple[tuple[int, ...], type] = (held, *self._shape), KV_DTYPES[self.kv]
         want = {"keys": rows, "values": rows}
         if self.kv == "int8":
             scales = (held, self._shape[0]), np.float32
@@ -256,9 +256,9 @@ def allocated_rows(length: int, capacity: int) -> int:
     return min(capacity, -(-length // _GROWTH) * _GROWTH)
 
 
-def default_chunk(config: ModelConfig) -> int:
-    """The most tokens that go through the model at once: 512, or the smallest window if that is less."""
-    return min([512, *(layer.window for layer in config.layers if layer.window)])
+def default_chunk(config: ModelConfig, most: int = 512) -> int:
+    """The most tokens that go through the model at once: `most`, or the smallest window if that is less."""
+    return min([most, *(layer.window for layer in config.layers if layer.window)])
 
 
 def new_caches(
@@ -276,7 +276,7 @@ def new_caches(
 
 def row_bytes(n_kv_heads: int, head_dim: int, kv: str) -> int:
     """Bytes that one position takes in one layer: keys and values, with their scales."""
-    per_head = head_dim * np.dtype(_DTYPES[kv]).itemsize + (4 if kv == "int8" else 0)
+    per_head = head_dim * np.dtype(KV_DTYPES[kv]).itemsize + (4 if kv == "int8" else 0)
     return 2 * n_kv_heads * per_head
 
 

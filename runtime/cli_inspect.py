@@ -48,13 +48,12 @@ def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> N
         _print(facts, tensors)
 
 
-def cache_sizes(config: ModelConfig, context: int, kv: str, chunk: int | None = None) -> dict[str, int]:
+def cache_sizes(config: ModelConfig, context: int, kv: str, largest_chunk: int = 512) -> dict[str, int]:
     """Bytes of keys and values once `context` tokens are held, by layer kind; `full` is the total without rings.
 
-    `chunk` is the most tokens at once, if that is less than usual.
+    `largest_chunk` is the most tokens that the engine takes at once.
     """
-    most = default_chunk(config)
-    chunk = min(most, chunk or most)
+    chunk = default_chunk(config, largest_chunk)
 
     def total(ring: bool, local: bool) -> int:
         caches = zip(config.layers, new_caches(config, context, kv, chunk, ring), strict=True)
@@ -80,7 +79,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         row["bytes"] += info.nbytes
     weights = sum(row["weights"] for row in formats.values())
     tensor_bytes = sum(row["bytes"] for row in formats.values())
-    kv_types, chunk = ((file.kv,), CHUNK) if isinstance(file, OnnxFolder) else (KV_TYPES, None)
+    kv_types, largest_chunk = ((file.kv,), CHUNK) if isinstance(file, OnnxFolder) else (KV_TYPES, 512)
     contexts = [context] if context else _contexts(config.context_length)
     return {
         "file": str(file.path),
@@ -108,7 +107,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         },
         "windows": [layer.window for layer in config.layers],
         "rope_bases": [layer.rope_base for layer in config.layers],
-        "cache": {kv: [cache_sizes(config, n, kv, chunk) for n in contexts] for kv in kv_types},
+        "cache": {kv: [cache_sizes(config, n, kv, largest_chunk) for n in contexts] for kv in kv_types},
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [

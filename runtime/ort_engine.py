@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from . import _native
-from .cache import Arrays, KVCache, new_caches
+from .cache import KV_DTYPES, Arrays, KVCache, new_caches
 from .config import ModelConfig
 from .engine import CachedEngine
 from .errors import InvalidModelFile
@@ -22,7 +22,6 @@ from .onnx_folder import CHUNK, INT8_CHANNEL, OnnxFolder
 from .ops import Floats
 
 _STEP = 32  # slots by which the graph's share of a cache grows
-_DTYPES: dict[str, type] = {"f32": np.float32, INT8_CHANNEL: np.int8}
 
 
 class OrtStore:
@@ -35,7 +34,7 @@ class OrtStore:
         # Zeros, because what is in a slot that no query sees is multiplied by 0 all the same.
         by_head = kv == INT8_CHANNEL
         shape = (n_kv_heads, capacity, head_dim) if by_head else (capacity, n_kv_heads * head_dim)
-        self.arrays: Arrays = {name: np.zeros(shape, _DTYPES[kv]) for name in ("keys", "values")}
+        self.arrays: Arrays = {name: np.zeros(shape, KV_DTYPES[kv]) for name in ("keys", "values")}
         self.rows: Arrays = {  # (capacity, kv_heads, head_dim)
             name: array.transpose(1, 0, 2) if by_head else array.reshape(capacity, n_kv_heads, head_dim)
             for name, array in self.arrays.items()

@@ -1,1 +1,6 @@
-"""How fast, how large, and what quantizing cost."""
+"""How fast a model runs, and what quantizing cost."""
+
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+DEMO = DATA / "fairy-gemma2"  # the bundled checkpoint

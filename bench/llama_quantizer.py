@@ -19,16 +19,16 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ..export.checkpoint import Checkpoint, open_checkpoint
-from ..export.gguf_writer import export_gguf
+from ..export.gguf.writer import export_gguf
+from ..export.sources.checkpoint import Checkpoint, open_checkpoint
 from ..quant.formats import Format
-from ..runtime import ops
 from ..runtime.errors import BezelError, InvalidRequest
-from ..runtime.gguf import GGUFFile
-from ..runtime.ops import Floats, Ints
-from ..runtime.tokenizer import Tokenizer
-from .passages import CHUNK, cut, read_texts
-from .subjects import FloatBackend
+from ..runtime.files.gguf import GGUFFile
+from ..runtime.model import ops
+from ..runtime.model.ops import Floats, Ints
+from ..runtime.text.tokenizer import Tokenizer
+from .loss.passages import CHUNK, cut, read_texts
+from .loss.subjects import FloatBackend
 
 TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
 TYPES |= {"iq4_nl": 25, "iq4_xs": 30}

@@ -16,24 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..export.gguf_header import TensorRecord, aligned, encode_header
-from ..export.gguf_writer import plan_tensors
+from ..export.gguf.header import TensorRecord, aligned, encode_header
+from ..export.gguf.writer import plan_tensors
 from ..export.recipe import find_recipe
 from ..quant.formats import Format
-from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidRequest
-from ..runtime.files import atomic
-from ..runtime.tensors import TensorSpec, tensor_specs
-from ..runtime.tokenizer import (
-    BYTE,
-    CONTROL,
-    END_OF_TURN,
-    NORMAL,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    model_proto,
-)
+from ..runtime.files.atomic import atomic
+from ..runtime.model.config import ModelConfig
+from ..runtime.model.tensors import TensorSpec, tensor_specs
+from ..runtime.text.tokenizer import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, model_proto
+from . import DEMO
 
 _GEMMA_1 = {
     "architectures": ["GemmaForCausalLM"],
@@ -99,7 +91,7 @@ _CHUNK = 1 << 20  # weights generated at a time
 
 def _chat_template() -> str:
     """Gemma 2's, as the bundled model has it."""
-    text = (Path(__file__).parent / "data/fairy-gemma2/tokenizer_config.json").read_text(encoding="utf-8")
+    text = (DEMO / "tokenizer_config.json").read_text(encoding="utf-8")
     template: str = json.loads(text)["chat_template"]
     return template
 

@@ -12,10 +12,10 @@ from typing import Any
 from ..quant.formats import FORMATS, Q5_K, Format
 from ..quant.mix import Option, best_mix
 from ..quant.recipes import PRESETS, Recipe, Rule, parse, preset
-from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidRequest
-from ..runtime.strict_json import parse_json
-from ..runtime.tensors import TensorSpec, tensor_specs
+from ..runtime.files.strict_json import parse_json
+from ..runtime.model.config import ModelConfig
+from ..runtime.model.tensors import TensorSpec, tensor_specs
 
 _INT4_BITS = 4.58  # of 4.6 over the whole file; the vocabulary of Gemma 2 2B takes .02
 # Where int4 spends the bits that IQ4_XS and a head in Q5_K leave: the most loss a bit takes off first.

@@ -12,15 +12,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.config import ModelConfig
 from ..runtime.errors import InvalidModelFile
-from ..runtime.gguf import GGUFFile
-from ..runtime.model_file import ModelFile, Tensor, open_model
-from ..runtime.onnx_folder import OnnxFolder
-from ..runtime.tensors import TensorSpec, tensor_specs
-from ..runtime.tokenizer import NORMAL, Vocabulary
-from .checkpoint import open_checkpoint
-from .gguf_writer import CALIBRATION
+from ..runtime.files.gguf import GGUFFile
+from ..runtime.files.model_file import ModelFile, Tensor, open_model
+from ..runtime.files.onnx_folder import OnnxFolder
+from ..runtime.model.config import ModelConfig
+from ..runtime.model.tensors import TensorSpec, tensor_specs
+from ..runtime.text.tokenizer import NORMAL, Vocabulary
+from .gguf.writer import CALIBRATION
+from .sources.checkpoint import open_checkpoint
 
 _CHUNK_WEIGHTS = 1 << 20
 # With a calibration, weights move beyond the nearest value, and norms too, to make up for one another.

@@ -29,15 +29,7 @@ from .base import (
     signed_peak,
     unpack_nibbles,
 )
-from .search import (
-    AFFINE_TRIALS_15,
-    AFFINE_TRIALS_31,
-    AffineSums,
-    normalized,
-    ratio,
-    search_affine,
-    search_two_levels,
-)
+from .search import AFFINE_TRIALS_15, AFFINE_TRIALS_31, AffineSums, normalized, ratio, search_affine, search_two_levels
 
 _TRIALS_Q6 = (-32.0, -31.5, -31.0, 31.0, 30.5)
 _TURNS = 2  # of integers and super-scales after codes

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Model, Session, load
-    from .chat import Message
-    from .sampling import Sampling
+    from .text.chat import Message
+    from .text.sampling import Sampling
 
 __all__ = ["Message", "Model", "Sampling", "Session", "load"]
 
-_HOME = {"Message": "chat", "Model": "api", "Sampling": "sampling", "Session": "api", "load": "api"}
+_HOME = {"Message": "text.chat", "Model": "api", "Sampling": "text.sampling", "Session": "api", "load": "api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import chat
-from .cache import KV_TYPES, default_chunk
-from .config import ModelConfig
-from .engine import Backend, Engine
+from .cache.caches import KV_TYPES, default_chunk
+from .engines.protocol import Backend, Engine
 from .errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
-from .files import replacing
-from .generation import Generation, MakeRoom
-from .gguf import GGUFFile
-from .model_file import ModelFile, open_model
-from .onnx_folder import KV_STORAGE, OnnxFolder
-from .ops import Floats
-from .sampling import Sampling
-from .tokenizer import Tokenizer
+from .files.atomic import replacing
+from .files.gguf import GGUFFile
+from .files.model_file import ModelFile, open_model
+from .files.onnx_folder import KV_STORAGE, OnnxFolder
+from .model.config import ModelConfig
+from .model.ops import Floats
+from .text import chat
+from .text.generation import Generation, MakeRoom
+from .text.sampling import Sampling
+from .text.tokenizer import Tokenizer
 
 ENGINES = ("native", "ort", "reference")
 ACTIVATIONS = ("int8", "f32")
@@ -312,17 +312,17 @@ def _backend(
 ) -> Backend:
     if isinstance(file, OnnxFolder) and engine == "ort":
         try:
-            from .ort_engine import OrtBackend
+            from .engines.ort import OrtBackend
         except ModuleNotFoundError as error:
             if error.name != "onnxruntime":
                 raise
             raise InvalidRequest("the engine 'ort' needs onnxruntime: pip install 'bezel-lm[onnx]'") from None
         return OrtBackend(file, config, threads, exact)
     if isinstance(file, GGUFFile) and engine == "native":
-        from .native_engine import NativeBackend
+        from .engines.native import NativeBackend
 
         return NativeBackend(file, config, threads, exact)
-    from .reference import ReferenceBackend
+    from .engines.reference import ReferenceBackend
 
     return ReferenceBackend(file, config, threads)
 

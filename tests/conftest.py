@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bezel.export.checkpoint import open_checkpoint
-from bezel.export.onnx_source import QuantizedCheckpoint
-from bezel.export.onnx_writer import export_onnx
+from bezel.export.onnx.writer import export_onnx
+from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.quantized import QuantizedCheckpoint
 from bezel.runtime import Model, load
 from tiny import TEXT, checkpoint_folder, export
 

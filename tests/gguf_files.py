@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 from bezel.runtime.errors import BezelError
-from bezel.runtime.gguf import GGUFFile, StringArray
+from bezel.runtime.files.gguf import GGUFFile, StringArray
 
 U8, U32, F32, BOOL, STRING, ARRAY = 0, 4, 6, 7, 8, 9
 MEMORY, SECONDS = 200 << 20, 2.0

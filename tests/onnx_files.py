@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from bezel.runtime.errors import BezelError
-from bezel.runtime.onnx_folder import OnnxFolder
+from bezel.runtime.files.onnx_folder import OnnxFolder
 from onnx import TensorProto, helper, numpy_helper
 from tiny import DEMO
 

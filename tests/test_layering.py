@@ -12,13 +12,39 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("runtime", "export", "quant", "bench")
+# What export and bench share with the runtime: all that crosses goes through a file, and these describe it.
 CONTRACT = (
-    *("errors", "config", "tensors", "gguf", "tokenizer", "protobuf", "strict_json", "files", "ops"),
-    *("onnx_folder", "onnx_model", "onnx_tensors", "model_file"),
+    "runtime.errors",
+    "runtime.arrays",
+    "runtime.model",
+    "runtime.cache",
+    "runtime.files",
+    "runtime.text.tokenizer",
 )
 
-CONTRACT_MODULES = {f"bezel.runtime.{name}" for name in CONTRACT}
-RUNTIME_THIRD_PARTY = {"numpy", "click", "sentencepiece", "threadpoolctl", "safetensors"}
+# Room → what its modules may import: other rooms by their dotted names, and packages. The longest match decides.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "quant": ("quant", "numpy"),
+    "runtime.errors": (),
+    "runtime.arrays": ("numpy",),
+    "runtime.model": ("runtime.errors", "runtime.arrays", "runtime.model", "runtime.files.strict_json", "numpy"),
+    "runtime.cache": ("runtime.errors", "runtime.arrays", "runtime.cache", "numpy"),
+    "runtime.files": (*CONTRACT, "quant.formats", "numpy"),
+    "runtime.text.tokenizer": (*CONTRACT, "sentencepiece", "numpy"),
+    "runtime.engines": (*CONTRACT, "runtime.engines", "runtime._native", "quant.formats", "threadpoolctl", "numpy"),
+    "runtime.engines.ort": (*CONTRACT, "runtime.engines", "runtime._native", "onnxruntime", "numpy"),
+    "runtime": ("runtime", "quant.formats", "numpy", "sentencepiece", "threadpoolctl", "safetensors"),
+    "runtime.commands": ("runtime", "quant.formats", "click", "numpy"),
+    "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),
+    "export.onnx": ("export", "quant", *CONTRACT, "numpy", "onnx"),
+    "export.commands": ("export", "quant", *CONTRACT, "click"),
+    "bench": ("bench", "export", "runtime", "quant", "*"),
+}
+
+
+def dotted(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def sources() -> list[Path]:
@@ -30,60 +56,52 @@ def is_module(name: str) -> bool:
     return path.is_dir() or any(path.with_suffix(suffix).exists() for suffix in (".py", ".pyi"))
 
 
-def imports(path: Path, source: str) -> Iterator[str]:
-    """Absolute names of the modules that `source`, at `path` below the root, imports anywhere."""
+def imports(path: Path, tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Absolute names of the modules that the module at `path` below the root imports anywhere in `tree`."""
     package = ["bezel", *path.parent.parts]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join(base + ([node.module] if node.module else []))
             for alias in node.names:
                 inner = f"{module}.{alias.name}"
-                yield inner if module.startswith("bezel") and is_module(inner) else module
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-            "import_module",
-            "__import__",
-        ):
-            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+                yield inner if module.startswith("bezel") and is_module(inner) else module, node
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from ((arg.value, node) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
-def type_checking_only(source: str) -> set[str]:
-    blocks = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If)]
+def within(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+def type_checking_only(tree: ast.AST) -> set[ast.AST]:
+    """The nodes that no run executes."""
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
     bodies = [node.body for node in blocks if ast.unparse(node.test).endswith("TYPE_CHECKING")]
-    return {name for body in bodies for node in body for name in imports(Path("x.py"), ast.unparse(node))}
+    return {inner for body in bodies for node in body for inner in ast.walk(node)}
 
 
 def allowed(path: Path, target: str) -> bool:
     """Whether the module at `path` may import `target`, which is no part of the standard library."""
-    room, third_party = path.parts[0], target.split(".")[0]
-    if room == "bench":
-        return third_party != "tests"
-    if room == "quant":
-        return third_party == "numpy" or target.startswith("bezel.quant")
-    if room == "export":
-        return (
-            third_party in ("numpy", "gguf", "onnx", "click")
-            or target.startswith(("bezel.quant", "bezel.export"))
-            or target in CONTRACT_MODULES
-        )
-    if target == "bezel.quant.formats":
-        return True
-    if len(path.parts) == 2 and path.stem in CONTRACT:
-        vocabulary = path.stem == "tokenizer" and third_party == "sentencepiece"
-        return third_party == "numpy" or target in CONTRACT_MODULES or vocabulary
-    if third_party == "onnxruntime":
-        return path.name.startswith("ort")
-    return third_party in RUNTIME_THIRD_PARTY or target == "bezel.runtime" or target.startswith("bezel.runtime.")
+    room = max((room for room in MAY_IMPORT if within(dotted(path), room)), key=len)
+    if not within(target, "bezel"):
+        target = target.split(".")[0]
+        return target in MAY_IMPORT[room] or ("*" in MAY_IMPORT[room] and target != "tests")
+    inner = target.removeprefix("bezel").removeprefix(".")
+    return any(within(inner, other) for other in MAY_IMPORT[room])
 
 
 def violations(path: Path, source: str) -> list[str]:
-    optional = type_checking_only(source) & {"typing_extensions"}
+    tree = ast.parse(source)
+    optional = type_checking_only(tree)
     return [
         target
-        for target in imports(path, source)
-        if target.split(".")[0] not in sys.stdlib_module_names and target not in optional and not allowed(path, target)
+        for target, node in imports(path, tree)
+        if target.split(".")[0] not in sys.stdlib_module_names
+        and not (target == "typing_extensions" and node in optional)
+        and not allowed(path, target)
     ]
 
 
@@ -98,23 +116,33 @@ def test_every_module_keeps_to_its_room(path: Path) -> None:
     [
         ("quant/x.py", "from ..runtime.errors import BezelError"),
         ("quant/x.py", "import scipy"),
-        ("runtime/config.py", "from .cache import Cache"),
-        ("runtime/config.py", "from . import model"),
+        ("runtime/model/config.py", "from ..cache.caches import KVCache"),
+        ("runtime/model/config.py", "from ..files.gguf import GGUFFile"),
+        ("runtime/model/families/x.py", "from ...engines import native"),
+        ("runtime/cache/x.py", "from ..files.onnx_folder import OnnxFolder"),
+        ("runtime/cache/x.py", "from ..model.config import ModelConfig"),
         ("runtime/errors.py", "import click"),
-        ("runtime/gguf.py", "from ..quant.recipes import RECIPES"),
-        ("runtime/model.py", "def f():\n    import torch"),
-        ("runtime/model.py", "import torch.nn as nn"),
-        ("runtime/model.py", "from onnxruntime import InferenceSession"),
-        ("runtime/ort.py", "import onnx"),
-        ("runtime/model.py", "from bezel.quant import recipes"),
-        ("runtime/model.py", "from .. import export"),
-        ("runtime/model.py", "from ..bench.speed import run"),
-        ("runtime/model.py", "import importlib\nimportlib.import_module('transformers')"),
-        ("runtime/model.py", "import importlib\nimportlib.import_module('bezel.export.cli')"),
+        ("runtime/api.py", "import click"),
+        ("runtime/text/chat.py", "import click"),
+        ("runtime/files/gguf.py", "from ...quant.recipes import RECIPES"),
+        ("runtime/files/gguf.py", "from ..text.chat import Message"),
+        ("runtime/model/forward.py", "def f():\n    import torch"),
+        ("runtime/model/forward.py", "import torch.nn as nn"),
+        ("runtime/engines/native.py", "from onnxruntime import InferenceSession"),
+        ("runtime/engines/native.py", "from ..text.generation import Generation"),
+        ("runtime/engines/ort.py", "import onnx"),
+        ("runtime/api.py", "from bezel.quant import recipes"),
+        ("runtime/api.py", "from .. import export"),
+        ("runtime/api.py", "from ..bench.speed import speed"),
+        ("runtime/api.py", "import importlib\nimportlib.import_module('transformers')"),
+        ("runtime/api.py", "import importlib\nimportlib.import_module('bezel.export.recipe')"),
         ("runtime/deep/er.py", "from ...export import gguf"),
-        ("runtime/model.py", "from typing_extensions import Self"),
-        ("export/x.py", "from ..runtime.model import forward"),
+        ("runtime/cache/x.py", "from typing_extensions import Self"),
+        ("export/x.py", "from ..runtime.engines import native"),
+        ("export/x.py", "from ..runtime.api import load"),
         ("export/x.py", "from ..bench import speed"),
+        ("export/x.py", "import onnx"),
+        ("export/gguf/x.py", "import click"),
         ("export/x.py", "import torch"),
         ("bench/x.py", "from tests.test_native import W"),
     ],
@@ -128,23 +156,55 @@ def test_a_planted_import_is_found(path: str, source: str) -> None:
     [
         ("quant/x.py", "import math, numpy.linalg\nfrom .formats import FORMATS"),
         (
-            "runtime/gguf.py",
-            "import mmap\nfrom ..quant.formats import FORMATS\nfrom .config import ModelConfig",
+            "runtime/files/gguf.py",
+            "import mmap\nfrom ...quant.formats import FORMATS\nfrom ..errors import BezelError",
         ),
-        ("runtime/gguf.py", "from ..quant import formats\nfrom . import errors"),
-        ("runtime/model.py", "from . import _native, cache\nfrom ._native import ThreadPool"),
-        ("runtime/ort.py", "def f():\n    import onnxruntime"),
-        ("runtime/model.py", "if TYPE_CHECKING:\n    from typing_extensions import Self"),
-        ("runtime/cli.py", "import importlib\nimportlib.import_module(f'bezel.{room}.cli')"),
-        (
-            "export/x.py",
-            "import gguf, onnx, click\nfrom ..runtime.gguf import read\nfrom ..quant import recipes",
-        ),
+        ("runtime/files/x.py", "from ..model.config import ModelConfig\nfrom .. import errors"),
+        ("runtime/engines/x.py", "from .. import _native, cache\nfrom .._native import ThreadPool"),
+        ("runtime/engines/ort.py", "def f():\n    import onnxruntime"),
+        ("runtime/cache/x.py", "if TYPE_CHECKING:\n    from typing_extensions import Self"),
+        ("runtime/commands/x.py", "import importlib\nimportlib.import_module(f'bezel.{room}.cli')"),
+        ("export/onnx/x.py", "import onnx\nfrom ...runtime.files.gguf import GGUFFile\nfrom ...quant import recipes"),
+        ("export/commands/x.py", "import click\nfrom ..recipe import find_recipe"),
         ("bench/x.py", "import torch\nfrom ..export import gguf\nfrom ..runtime import model"),
     ],
 )
 def test_a_proper_import_is_let_through(path: str, source: str) -> None:
     assert violations(Path(path), source) == []
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle, or none."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        found = next((f for target in sorted(graph.get(module, ())) if (f := visit(target))), [])
+        path.pop()
+        done.add(module)
+        return found
+
+    return next((found for module in graph if (found := visit(module))), [])
+
+
+def test_no_imports_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in sources():
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        optional = type_checking_only(tree)
+        targets = {target for target, node in imports(path, tree) if within(target, "bezel") and node not in optional}
+        graph[f"bezel.{dotted(path)}"] = targets
+    assert not cycle(graph), " → ".join(cycle(graph))
+
+
+def test_a_circle_is_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 def test_importing_the_runtime_loads_nothing_heavy() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bezel.export.checkpoint import open_checkpoint
-from bezel.export.gguf_writer import export_gguf
-from bezel.runtime.config import ModelConfig
-from bezel.runtime.tensors import tensor_specs
+from bezel.export.gguf.writer import export_gguf
+from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.tensors import tensor_specs
 from safetensors.numpy import save_file
 
 DEMO = Path(__file__).parent.parent / "bench" / "data" / "fairy-gemma2"

@@ -9,10 +9,10 @@
 #include <random>
 #include <vector>
 
-#include "attention.h"
-#include "cpu.h"
-#include "elementwise.h"
-#include "vector_kernels.h"
+#include "attention/attention.h"
+#include "base/cpu.h"
+#include "elementwise/elementwise.h"
+#include "simd/vector_kernels.h"
 
 #define CHECK(condition)                                                   \
   do {                                                                     \

@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu.h"
-#include "linear.h"
-#include "linear_kernels.h"
-#include "thread_pool.h"
+#include "base/cpu.h"
+#include "linear/linear.h"
+#include "linear/linear_kernels.h"
+#include "base/thread_pool.h"
 
 using namespace bezel;
 

@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "thread_pool.h"
-#include "topology.h"
+#include "base/thread_pool.h"
+#include "base/topology.h"
 
 #define CHECK(condition)                                              \
   do {                                                                \

@@ -1,0 +1,1 @@
+"""What quantization cost: a model next to its reference."""

@@ -1,0 +1,252 @@
+"""Measures what quantization cost: candidates and their reference read the same texts side by side.
+
+Nothing but a few figures of each position is kept: a piece of logits of all models is compared and dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...runtime.engines.protocol import Engine
+from ...runtime.errors import BezelError, InvalidRequest
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.ops import Floats
+from ..speed.machine import bezel_version
+from .metrics import NotFinite, Records, compare
+from .passages import CHUNK, Passage, Text, cut, read_texts
+from .state import Arrays, State
+from .subjects import Opener, Spec, Subject, key_of, unique_names
+from .summary import Pooled, describe, pairs, reference_perplexity
+
+_ROWS = 64  # positions compared at a time …
+_LOGIT_BYTES = 512 << 20  # … or fewer, so that the logits of all models take no more than this
+
+Progress = Callable[[int, int, str], None]
+"""Called with passages done, passages in all, and a word on what has been found so far."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate and what it is compared with, as indices into the subjects; `effect` says what it isolates."""
+
+    reference: int
+    candidate: int
+    effect: str | None = None
+    of: str = ""  # the candidate that an effect belongs to
+
+
+def measure(
+    candidates: Sequence[Spec],
+    reference: Spec,
+    texts: Sequence[Path],
+    *,
+    protocol: str = "chunks",
+    chunk: int | None = None,
+    limit: int | None = None,
+    effects: bool = False,
+    confidence: float = 0.95,
+    threads: int | None = None,
+    states: Path,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare every candidate with the reference over the texts; the result is what `bezel measure --json` prints.
+
+    `chunk` is the tokens in a sequence (default: 512, or for "long" as many as every model takes) and `limit` the
+    most sequences. `effects` also measures weights, activations and keys and values apart. What has been computed is
+    kept in the folder `states`, and not computed again.
+    Raises InvalidRequest, and what opening the models raises.
+    """
+    work = _Work(candidates, reference, effects, Opener(threads))
+    context = min(subject.config.context_length for subject in work.subjects)
+    chunk = chunk or (context if protocol == "long" else min(CHUNK, context))
+    if not 4 <= chunk <= context:
+        raise InvalidRequest(f"--chunk: found {chunk}, expected 4 to {context}, what all of the models were made for")
+    read = read_texts(texts, work.subjects[0].tokenizer)
+    passages = cut(read, protocol, chunk, limit)
+    found = _compute(work, read, passages, protocol, states, progress or (lambda *_: None))
+    pooled = [Pooled(arrays, passages, protocol, confidence) for arrays in found]
+    # The result takes its candidates in the order of the command line.
+    main = [(c, p) for c, p in zip(work.comparisons, pooled, strict=True) if c.effect is None]
+    tokenizer = work.subjects[0].tokenizer
+    described = [
+        work.subjects[c.candidate].facts | describe(p, passages, read, tokenizer, protocol, chunk) for c, p in main
+    ]
+    return {
+        "bezel_measure": 1,
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "tool": f"bezel {bezel_version()}",
+        "protocol": protocol,
+        "chunk": chunk,
+        "texts": [{"path": str(t.path), "sha256": t.sha256, "tokens": len(t.ids)} for t in read],
+        "chunks": len(passages),
+        "scored": sum(passage.scored for passage in passages),
+        "confidence": confidence,
+        "warnings": pooled[0].warnings() if pooled else [],
+        "reference": work.subjects[0].facts | {"perplexity": reference_perplexity(pooled[0]) if pooled else None},
+        "candidates": described,
+        "pairs": pairs([(work.subjects[c.candidate].name, p) for c, p in main]),
+        "effects": [
+            {"candidate": c.of, "effect": c.effect, "metrics": p.metrics()}
+            for c, p in zip(work.comparisons, pooled, strict=True)
+            if c.effect is not None
+        ],
+        "sensitivity": None,
+    }
+
+
+class _Work:
+    """The subjects, the reference first, each only once; and which is compared with which."""
+
+    def __init__(self, candidates: Sequence[Spec], reference: Spec, effects: bool, opener: Opener) -> None:
+        self.subjects: list[Subject] = []
+        self.comparisons: list[Comparison] = []
+        self._opener = opener
+        names = unique_names([reference, *candidates])
+        self._add(reference, names[0])
+        for spec, name in zip(candidates, names[1:], strict=True):
+            self.comparisons.append(Comparison(0, self._add(spec, name)))
+        if effects:
+            for path in dict.fromkeys(spec.path for spec in candidates):
+                spec, name = next((s, n) for s, n in zip(candidates, names[1:], strict=True) if s.path == path)
+                self._add_effects(spec, name)
+        for subject in self.subjects[1:]:
+            _check_same_model(self.subjects[0], subject)
+
+    def _add(self, spec: Spec, name: str) -> int:
+        subject = self._opener.open(spec, name)
+        self.subjects.append(subject)
+        return len(self.subjects) - 1
+
+    def _find(self, spec: Spec, name: str) -> int:
+        """The subject for an effect: one that is there already, or a new one."""
+        same = (i for i, s in enumerate(self.subjects) if replace(s.spec, name=None) == replace(spec, name=None))
+        return next(same, None) or self._add(spec, name)
+
+    def _add_effects(self, spec: Spec, name: str) -> None:
+        if spec.engine == "ort":  # its graph fixes how it computes
+            self.comparisons.append(Comparison(0, self._find(spec, name), "weights", name))
+            return
+        plain = self._find(replace(spec, kv="f32", activations="f32"), name)
+        self.comparisons.append(Comparison(0, plain, "weights", name))
+        variants = [("kv f16", {"kv": "f16"}), ("kv int8", {"kv": "int8"})]
+        if spec.engine == "native":
+            variants.insert(0, ("activations int8", {"activations": "int8"}))
+        for effect, change in variants:
+            one = self._find(replace(self.subjects[plain].spec, **change), name)  # type: ignore[arg-type]
+            self.comparisons.append(Comparison(plain, one, effect, name))
+
+
+def _check_same_model(reference: Subject, candidate: Subject) -> None:
+    """Logits can be compared only where a token is the same token."""
+    a, b = reference.tokenizer, candidate.tokenizer
+    if a.vocab_size != b.vocab_size or any(a.piece(i) != b.piece(i) for i in range(0, a.vocab_size, 97)):
+        raise InvalidRequest(
+            f"{candidate.spec.path}: its vocabulary is not that of the reference, {reference.spec.path}; they belong "
+            "to different models"
+        )
+
+
+def _compute(
+    work: _Work, texts: Sequence[Text], passages: Sequence[Passage], protocol: str, folder: Path, progress: Progress
+) -> list[list[Arrays]]:
+    """For each comparison the arrays of each passage, computed or loaded."""
+    keys = [key_of(subject.spec) for subject in work.subjects]
+    common = {"texts": [t.sha256 for t in texts], "protocol": protocol, "chunk": len(passages[0].ids)}
+    states = [
+        State(folder, common | {"reference": keys[c.reference], "candidate": keys[c.candidate]})
+        for c in work.comparisons
+    ]
+    out: list[list[Arrays]] = [[] for _ in work.comparisons]
+    for number, passage in enumerate(passages if out else []):
+        progress(number, len(passages), _so_far(work, out))
+        found: dict[int, Arrays] = {i: a for i, state in enumerate(states) if (a := state.load(number)) is not None}
+        missing = [i for i in range(len(states)) if i not in found]
+        computed = _score(work.subjects, [work.comparisons[i] for i in missing], passage) if missing else []
+        for i, arrays in zip(missing, computed, strict=True):
+            states[i].save(number, arrays)
+            found[i] = arrays
+        for i, kept in enumerate(out):
+            kept.append(found[i])
+    if out:
+        progress(len(passages), len(passages), _so_far(work, out))
+    return out
+
+
+def _score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passage: Passage) -> list[Arrays]:
+    """Run the passage through the models that the comparisons need; the records and layer errors of each."""
+    used = sorted({i for c in comparisons for i in (c.reference, c.candidate)})
+    place = {subject: i for i, subject in enumerate(used)}
+    pairs = [(place[c.reference], place[c.candidate]) for c in comparisons]
+    n = len(passage.ids) - 1  # nothing follows the last token that could score it
+    started = [subjects[i].start(n) for i in used]
+    records: list[list[Records]] = [[] for _ in comparisons]
+    layers = [_LayerErrors(subjects[c.reference].config, subjects[c.candidate].config) for c in comparisons]
+    rows = _LOGIT_BYTES // (4 * subjects[0].config.vocab_size * len(used))
+    rows = max(1, min(_ROWS, rows, *(engine.chunk for engine, _ in started)))
+    for start, stop in _pieces(n, passage.first, rows):
+        wanted = stop - start if start >= passage.first else 0
+        logits, streams = [], []
+        for engine, tap in started:
+            logits.append(_forward(engine, passage.ids[start:stop], wanted))
+            streams.append(tap.take() if tap else None)
+        if not wanted:
+            continue
+        try:
+            compared = compare(logits, pairs, start, passage.ids[start + 1 : stop + 1])
+        except NotFinite as error:
+            where = f"position {start + error.row} of the sequence at token {passage.start}"
+            raise BezelError(
+                f"{subjects[used[error.which]].spec.path}: a logit that is not finite at {where}"
+            ) from None
+        for (a, b), new, kept, errors in zip(pairs, compared, records, layers, strict=True):
+            kept.append(new)
+            errors.add(streams[a], streams[b])
+    return [
+        {"records": np.concatenate(kept), "layers": errors.sums} for kept, errors in zip(records, layers, strict=True)
+    ]
+
+
+def _forward(engine: Engine, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+    """`engine.forward` in steps that it takes; all ids are wanted, in one step, or none."""
+    for i in range(0, len(ids), engine.chunk):
+        logits = engine.forward(ids[i : i + engine.chunk], wanted)
+    return logits
+
+
+def _pieces(n: int, first: int, rows: int) -> Iterator[tuple[int, int]]:
+    """0 … n cut into what is only read and, from `first` on, pieces of `rows` to compare."""
+    if first:
+        yield 0, first
+    for start in range(first, n, rows):
+        yield start, min(start + rows, n)
+
+
+class _LayerErrors:
+    """Sums over positions and channels of (candidate − reference)² and reference², after each layer: (2, layers)."""
+
+    def __init__(self, reference: ModelConfig, candidate: ModelConfig) -> None:
+        same = (reference.hidden_size, reference.n_layers) == (candidate.hidden_size, candidate.n_layers)
+        self.sums = np.zeros((2, reference.n_layers if same else 0))
+
+    def add(self, reference: list[Floats] | None, candidate: list[Floats] | None) -> None:
+        if reference is None or candidate is None:
+            self.sums = np.zeros((2, 0))
+        elif self.sums.size:
+            for i, (x, y) in enumerate(zip(reference, candidate, strict=True)):
+                x = x[-len(y) :].astype(np.float64)
+                self.sums[:, i] += np.square(y[-len(x) :] - x).sum(), np.square(x).sum()
+
+
+def _so_far(work: _Work, found: Sequence[Sequence[Arrays]]) -> str:
+    if not found[0]:
+        return ""
+    means = (np.concatenate([a["records"]["kld"] for a in arrays]).mean() for arrays in found[:3])
+    klds = [f"{work.subjects[c.candidate].name} {mean:.4g}" for c, mean in zip(work.comparisons, means, strict=False)]
+    return f"mean KLD {', '.join(klds)}"

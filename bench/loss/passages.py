@@ -1,0 +1,87 @@
+"""What is read and what of it is scored: texts cut into sequences by a protocol."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ...runtime.errors import InvalidRequest
+from ...runtime.model.ops import Ints
+from ...runtime.text.tokenizer import Tokenizer
+
+PROTOCOLS = ("chunks", "long")
+CHUNK = 512  # tokens in a chunk, unless something else is asked for
+BLOCK = 128  # scored positions of a long sequence that are drawn together in the bootstrap
+
+
+@dataclass(frozen=True)
+class Text:
+    path: Path
+    sha256: str
+    ids: Ints  # <bos> and the whole text
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One sequence: `ids` (n,) begin with <bos>, in place of the token `start` of its text.
+
+    Scored are the logits of the positions `first` … n − 2 by the tokens that follow them.
+    """
+
+    text: int
+    start: int
+    ids: Ints
+    first: int
+
+    @property
+    def scored(self) -> int:
+        return len(self.ids) - 1 - self.first
+
+    def units(self, protocol: str) -> npt.NDArray[np.int64]:
+        """Which of the passage's own bootstrap units each scored position belongs to."""
+        scored = np.arange(self.scored)
+        return scored // BLOCK if protocol == "long" else np.zeros_like(scored)
+
+
+def read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Text]:
+    """Raises InvalidRequest for a file that is not UTF-8."""
+    texts = []
+    for path in paths:
+        raw = path.read_bytes()
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{path}: found a byte that is not UTF-8 at {error.start}, expected text") from None
+        ids = np.array(tokenizer.encode(text, bos=True), np.int64)
+        texts.append(Text(path, hashlib.sha256(raw).hexdigest(), ids))
+    return texts
+
+
+def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = None) -> list[Passage]:
+    """The passages of the texts, at most `limit` of them.
+
+    "chunks", as llama.cpp's perplexity tool: whole chunks of `chunk` tokens, the first token of each replaced by
+    <bos>, of which chunk/2 … chunk−2 are scored. "long": sequences of up to `chunk` tokens, scored from the first.
+    Raises InvalidRequest for texts that are too short.
+    """
+    passages = []
+    for index, text in enumerate(texts):
+        for start in range(0, len(text.ids), chunk):
+            ids = text.ids[start : start + chunk].copy()
+            ids[0] = text.ids[0]
+            if protocol == "long" and (len(ids) > BLOCK or (start == 0 and len(ids) > 1)):
+                passages.append(Passage(index, start, ids, 0))
+            elif protocol == "chunks" and len(ids) == chunk:
+                passages.append(Passage(index, start, ids, chunk // 2))
+    if not passages:
+        longest = max(texts, key=lambda text: len(text.ids))
+        raise InvalidRequest(
+            f"{longest.path}: found {len(longest.ids)} tokens, expected at least {chunk}; give more text or a smaller "
+            "--chunk"
+        )
+    return passages[:limit]

@@ -1,0 +1,240 @@
+"""Which tensors suffer from quantization: each is rounded alone, in memory, and everything else is exact.
+
+Only the layers from the first changed one on are computed again; what comes before is the exact model's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...export.sources.checkpoint import Checkpoint, open_checkpoint
+from ...quant.formats import FORMATS, Format
+from ...runtime.cache.caches import new_caches
+from ...runtime.errors import InvalidRequest
+from ...runtime.model import ops
+from ...runtime.model.forward import Weights, forward
+from ...runtime.model.ops import Floats, Ints
+from ...runtime.model.tensors import TensorSpec
+from ...runtime.text.tokenizer import Tokenizer
+from .intervals import FEW_UNITS, Bootstrap
+from .metrics import compare
+from .passages import CHUNK, Passage, cut, read_texts
+from .state import State
+from .subjects import FloatBackend, Spec, Tap, key_of
+
+BY = ("tensor", "role", "layer")
+CHUNKS = FEW_UNITS  # enough to rank by: what is compared reads the same text
+_PIECE = 1 << 18  # weights that a thread rounds at a time
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are rounded together; `role` and `layer` where all have the same."""
+
+    index: int
+    specs: tuple[TensorSpec, ...]
+    role: str | None
+    layer: int | None
+
+    @property
+    def first_layer(self) -> int | None:
+        """The first layer that differs; None for what comes after all layers."""
+        if any(spec.role == "token_embd" for spec in self.specs):
+            return 0
+        return min((spec.layer for spec in self.specs if spec.layer is not None), default=None)
+
+
+def sensitivity(
+    model: Path,
+    texts: Sequence[Path],
+    formats: Sequence[str],
+    *,
+    by: str = "tensor",
+    chunk: int | None = None,
+    limit: int = CHUNKS,
+    confidence: float = 0.95,
+    states: Path,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The mean KLD, nats per token, that rounding each tensor (or role, or layer) to each format costs.
+
+    `model` is a checkpoint folder or a GGUF file that is not quantized; it is held in memory in float32. The result is
+    what a sensitivity file holds, the worst entries first. What a format does not fit, for want of whole blocks, is
+    left out. Raises InvalidRequest, InvalidCheckpoint, InvalidModelFile.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise InvalidRequest(
+            f"--sensitivity: found {', '.join(unknown) or 'no format'}, expected of {', '.join(FORMATS)}"
+        )
+    with open_checkpoint(model) as checkpoint:
+        config = checkpoint.config
+        chunk = chunk or min(CHUNK, config.context_length)
+        read = read_texts(texts, Tokenizer(checkpoint.vocabulary(), str(model)))
+        passages = cut(read, "chunks", chunk, limit)
+        groups = _groups(checkpoint, by)
+        work = [(group, FORMATS[name]) for name in formats for group in groups if _fits(group, FORMATS[name])]
+        key = {"texts": [t.sha256 for t in read], "chunk": chunk, "model": key_of(Spec(model)), "by": by}
+        kept = {name: State(states, key | {"format": name}) for name in formats}
+        klds = _compute(checkpoint, passages, work, len(groups), kept, progress or (lambda *_: None))
+    bootstrap, units = Bootstrap(len(passages), confidence), np.repeat(range(len(passages)), passages[0].scored)
+    entries: list[dict[str, Any]] = []
+    for (group, form), kld in zip(work, klds, strict=True):
+        found = bootstrap.mean(kld, units, least=0)
+        tensors = [spec.gguf for spec in group.specs]
+        entries.append(
+            {"tensors": tensors, "role": group.role, "layer": group.layer, "format": form.name}
+            | {"kld": found.value, "low": found.low, "high": found.high}
+        )
+    entries.sort(key=lambda entry: -entry["kld"])
+    return {
+        "bezel_sensitivity": 1,
+        "model": checkpoint.name,
+        "text_sha256": ",".join(text.sha256 for text in read),
+        "tokens": sum(len(passage.ids) for passage in passages),
+        "by": by,
+        "confidence": confidence,
+        "entries": entries,
+    }
+
+
+def _groups(checkpoint: Checkpoint, by: str) -> list[Group]:
+    matrices = [spec for spec in checkpoint.specs if not spec.is_norm]
+    keys: dict[str, Callable[[TensorSpec], Any]] = {
+        "tensor": lambda spec: spec.gguf,
+        "role": lambda spec: spec.role,
+        "layer": lambda spec: spec.role if spec.layer is None else spec.layer,
+    }
+    found: dict[Any, list[TensorSpec]] = {}
+    for spec in matrices:
+        found.setdefault(keys[by](spec), []).append(spec)
+    groups: list[Group] = []
+    for specs in found.values():
+        roles, layers = {spec.role for spec in specs}, {spec.layer for spec in specs}
+        role = roles.pop() if len(roles) == 1 else None
+        groups.append(Group(len(groups), tuple(specs), role, layers.pop() if len(layers) == 1 else None))
+    return groups
+
+
+def _fits(group: Group, form: type[Format]) -> bool:
+    return all(spec.shape[-1] % form.block == 0 for spec in group.specs)
+
+
+def _compute(
+    checkpoint: Checkpoint,
+    passages: Sequence[Passage],
+    work: Sequence[tuple[Group, type[Format]]],
+    n_groups: int,
+    states: Mapping[str, State],
+    progress: Progress,
+) -> npt.NDArray[np.float64]:
+    """KLD (work, positions) of all scored positions; computed or loaded."""
+    exact: FloatBackend | None = None
+    out = np.empty((len(work), sum(passage.scored for passage in passages)))
+    total, done, column = len(work) * len(passages), 0, 0
+    for number, passage in enumerate(passages):
+        run: _Exact | None = None
+        for i, (group, form) in enumerate(work):
+            progress(done, total, "")
+            state, place = states[form.name], number * n_groups + group.index
+            found = state.load(place)
+            if found is None:
+                exact = exact or FloatBackend(checkpoint)
+                run = run or _Exact(exact, passage)
+                found = {"kld": run.without(group, form)}
+                state.save(place, found)
+            out[i, column : column + passage.scored] = found["kld"]
+            done += 1
+        column += passage.scored
+    progress(done, total, "")
+    return out
+
+
+class _Exact:
+    """The exact model's logits and residual streams for a passage."""
+
+    def __init__(self, backend: FloatBackend, passage: Passage) -> None:
+        self._backend, self._passage = backend, passage
+        self._ids = passage.ids[:-1]  # nothing follows the last token that could score it
+        tap = Tap(ops)
+        self._logits = self._forward(tap, backend.shared, backend.layers, 0)
+        embedded = ops.embed(backend.shared["token_embd"], self._ids, backend.config.embedding_scale)
+        self._before = [embedded, *tap.take()]  # each layer; the last entry, after all of them, holds scored rows only
+
+    def without(self, group: Group, form: type[Format]) -> npt.NDArray[np.float64]:
+        """KLD (scored,) when the group is rounded to the format."""
+        backend = self._backend
+        roles = {spec.role for spec in group.specs}
+        changed = {spec.layer for spec in group.specs}
+        shared = {role: round_trip(w, form) if role in roles else w for role, w in backend.shared.items()}
+        layers = [_Rounded(w, roles, form) if i in changed else w for i, w in enumerate(backend.layers)]
+        last = backend.config.n_layers - 1
+        start = last if group.first_layer is None else group.first_layer
+        embedding_changed = "token_embd" in roles
+        resumed = ops if embedding_changed else _Resumed(self._before[start])
+        logits = self._forward(resumed, shared, layers, start)
+        first = self._passage.first
+        (records,) = compare([self._logits, logits], [(0, 1)], first, self._passage.ids[first + 1 :])
+        kld: npt.NDArray[np.float64] = records["kld"]
+        return kld
+
+    def _forward(self, with_ops: Any, shared: Weights, layers: Sequence[Weights], start: int) -> Floats:
+        """The logits of the scored positions, by the layers from `start` on."""
+        n = len(self._ids)
+        config = replace(self._backend.config, layers=self._backend.config.layers[start:])
+        caches = new_caches(config, n, "f32", n, ring=False)
+        return forward(config, with_ops, shared, layers[start:], caches, self._ids, self._passage.scored)
+
+
+class _Resumed:
+    """Ops that begin with a residual stream instead of the embedding."""
+
+    def __init__(self, stream: Floats) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name)
+
+    def embed(self, weight: Floats, ids: Ints, scale: float) -> Floats:  # noqa: ARG002
+        return self._stream
+
+
+class _Rounded(Mapping[str, Floats]):
+    """A layer's weights, some of them rounded whenever they are asked for: a model's worth would not fit twice."""
+
+    def __init__(self, exact: Mapping[str, Floats], roles: set[str], form: type[Format]) -> None:
+        self._exact, self._roles, self._form = exact, roles, form
+
+    def __getitem__(self, role: str) -> Floats:
+        weight = self._exact[role]
+        return round_trip(weight, self._form) if role in self._roles else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._exact)
+
+    def __len__(self) -> int:
+        return len(self._exact)
+
+
+def round_trip(weight: Floats, form: type[Format]) -> Floats:
+    """What is left of a matrix (outputs, inputs) once it has been stored in a format."""
+    out = np.empty_like(weight)
+    step = max(1, _PIECE // weight.shape[1])
+
+    def work(start: int) -> None:
+        rows = slice(start, start + step)
+        out[rows] = form.dequantize(form.quantize(weight[rows]))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(work, range(0, len(weight), step)))
+    return out

@@ -1,0 +1,47 @@
+"""What a measurement has computed so far, on disk, so that it can be broken off and goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...export.calibration.state import Arrays
+from ...export.calibration.state import State as KeptArrays
+from ..speed.machine import cache_folder
+
+__all__ = ["Arrays", "State", "state_folder"]
+
+_KEPT_DAYS = 30
+
+
+class State(KeptArrays):
+    """Arrays by number, for one `key` and this version of the code, another one of which may compute something else."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        super().__init__(folder, {**key, "code": _code()})
+
+
+def state_folder() -> Path:
+    """The usual place for states; what nobody has used for a month is removed."""
+    folder = cache_folder() / "measure"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        if time.time() - (old / "key.json" if old.is_dir() else old).stat().st_mtime > _KEPT_DAYS * 86400:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+@cache
+def _code() -> str:
+    """A hash of the code that computes: another version may compute something else."""
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    for room in ("quant", "runtime", "export", "bench"):
+        for path in sorted((root / room).rglob("*")):
+            if path.suffix in (".py", ".so", ".pyd") and path.parent.name not in ("commands", "report"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

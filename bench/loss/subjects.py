@@ -1,0 +1,228 @@
+"""What can be measured: a GGUF file, an ONNX folder or a checkpoint, with the engine and the settings it runs with."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from ...export.sources.checkpoint import Checkpoint, open_checkpoint
+from ...export.sources.safetensors import ITEM_SIZE
+from ...runtime.api import ACTIVATIONS, Model, Session, default_kv, load
+from ...runtime.cache.caches import KV_TYPES, default_chunk, new_caches
+from ...runtime.engines.protocol import Backend, Engine, ModelEngine
+from ...runtime.errors import InvalidRequest
+from ...runtime.files.model_file import open_model
+from ...runtime.model import ops
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.forward import Ops
+from ...runtime.model.ops import Floats
+from ...runtime.text.tokenizer import Tokenizer
+
+_OPTION = r"(?:engine|kv|activations|ring|name)=[^,=]+"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model and how to run it. `ring` False keeps every position in the local layers too."""
+
+    path: Path
+    engine: str | None = None
+    kv: str = "f16"
+    activations: str = "int8"
+    ring: bool = True
+    name: str | None = None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.path.is_dir() and any(self.path.glob("*.safetensors*"))
+
+    @property
+    def is_gguf(self) -> bool:
+        return not self.path.is_dir()
+
+
+def parse_spec(text: str, default: Spec) -> Spec:
+    """`PATH` or `PATH@key=value,…` with the keys engine, kv, activations, ring (on, off) and name.
+
+    What is not said is as in `default`, but ort's keys and values are always float32. Raises InvalidRequest.
+    """
+    match = re.fullmatch(rf"(.+?)@({_OPTION}(?:,{_OPTION})*)", text)
+    path = match[1] if match else text
+    options: dict[str, Any] = dict(pair.split("=") for pair in match[2].split(",")) if match else {}
+    for key, known in (("kv", KV_TYPES), ("activations", ACTIVATIONS), ("ring", ("on", "off"))):
+        if key in options and options[key] not in known:
+            raise InvalidRequest(f"{text}: {key}: found {options[key]!r}, expected one of {', '.join(known)}")
+    ring = options.pop("ring", None)
+    spec = replace(default, path=Path(path), **options)
+    spec = spec if ring is None else replace(spec, ring=ring == "on")
+    if not spec.path.exists():
+        raise InvalidRequest(
+            f"{path}: no such file or folder; expected a GGUF file, an ONNX folder or a checkpoint folder, perhaps "
+            "with settings: model.gguf@kv=int8,activations=f32"
+        )
+    if spec.is_checkpoint:
+        if spec.engine not in (None, "reference"):
+            raise InvalidRequest(f"{path}: engine: found {spec.engine!r}: a checkpoint runs on 'reference' only")
+        return replace(spec, engine="reference", activations="f32")
+    engine = spec.engine or ("native" if spec.is_gguf else "ort")
+    if engine == "ort" and "kv" not in options:
+        with open_model(spec.path) as file:
+            spec = replace(spec, kv=default_kv(file, engine))
+    return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
+
+
+class FloatBackend:
+    """A checkpoint's own weights for NumPy, float32, all in memory. Weights are by role, in `shared` and `layers`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config = checkpoint.config
+        self.shared: dict[str, Floats] = {}
+        self.layers: list[dict[str, Floats]] = [{} for _ in self.config.layers]
+        for spec in checkpoint.specs:
+            home = self.shared if spec.layer is None else self.layers[spec.layer]
+            home[spec.role] = checkpoint.tensor(spec)
+
+    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> Engine:
+        caches = new_caches(self.config, context, kv, chunk, ring)
+        return ModelEngine(self.config, ops, self.shared, self.layers, caches, chunk)
+
+
+class Tap:
+    """Ops that remember the residual stream after each layer of a forward pass, (n, hidden) each."""
+
+    def __init__(self, inner: Ops) -> None:
+        self._inner = inner
+        self._sums: list[Floats] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def add_norm(self, *arguments: Any) -> tuple[Floats, Floats]:
+        x, h = self._inner.add_norm(*arguments)
+        self._sums.append(x)
+        return x, h
+
+    def take(self) -> list[Floats]:
+        """The streams since the last call: every second sum, because a layer adds twice."""
+        taken, self._sums = self._sums[1::2], []
+        return taken
+
+
+@dataclass(frozen=True)
+class _Runnable:
+    """What a session uses of its model."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    backend: Backend
+    kv: str
+    context: int
+
+
+class Subject:
+    """An opened model: `start` gives a fresh sequence. `facts` goes into the result."""
+
+    def __init__(
+        self, spec: Spec, name: str, config: ModelConfig, tokenizer: Tokenizer, backend: Callable[[], Backend]
+    ) -> None:
+        self.spec, self.name, self.config, self.tokenizer = spec, name, config, tokenizer
+        self._backend = backend
+        self.facts: dict[str, Any] = {}
+
+    def start(self, context: int) -> tuple[Engine, Tap | None]:
+        """An empty sequence for up to `context` tokens, and a tap on it if its engine has ops to tap."""
+        engine = self._backend().engine(context, self.spec.kv, default_chunk(self.config), self.spec.ring)
+        if not isinstance(engine, ModelEngine):
+            return engine, None
+        engine.ops = tap = Tap(engine.ops)
+        return engine, tap
+
+    def session(self) -> Session:
+        """An empty sequence that can be rewound; it cannot be saved."""
+        runnable = _Runnable(self.config, self.tokenizer, self._backend(), self.spec.kv, self.config.context_length)
+        return Session(cast("Model", runnable), ring=self.spec.ring)
+
+
+class Opener:
+    """Opens subjects; those that differ only in their caches share their weights."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._opened: dict[tuple[Any, ...], tuple[ModelConfig, Tokenizer, Callable[[], Backend], dict[str, Any]]] = {}
+
+    def open(self, spec: Spec, name: str = "") -> Subject:
+        """Raises what `runtime.load` and `open_checkpoint` raise."""
+        key = (spec.path, spec.engine, spec.activations)
+        if key not in self._opened:
+            self._opened[key] = self._open_checkpoint(spec) if spec.is_checkpoint else self._open_model(spec)
+        config, tokenizer, backend, facts = self._opened[key]
+        subject = Subject(spec, name or spec.name or spec.path.stem, config, tokenizer, backend)
+        setting = {"engine": spec.engine, "kv": spec.kv, "activations": spec.activations}
+        subject.facts = {"name": subject.name, "path": str(spec.path), **setting, **facts}
+        return subject
+
+    def _open_model(self, spec: Spec) -> tuple[ModelConfig, Tokenizer, Callable[[], Backend], dict[str, Any]]:
+        chosen: dict[str, Any] = {} if spec.engine is None else {"engine": spec.engine}
+        model = load(spec.path, kv=spec.kv, activations=spec.activations, threads=self._threads, **chosen)
+        infos = getattr(model.file, "tensors", {}).values()
+        facts = {"file_bytes": sum(file.stat().st_size for file in _files(spec.path)), **_sizes(infos)}
+        return model.config, model.tokenizer, lambda: model.backend, facts
+
+    def _open_checkpoint(self, spec: Spec) -> tuple[ModelConfig, Tokenizer, Callable[[], Backend], dict[str, Any]]:
+        checkpoint = open_checkpoint(spec.path)
+        loaded: list[FloatBackend] = []
+
+        def backend() -> Backend:
+            if not loaded:  # only when something is to be computed
+                loaded.append(FloatBackend(checkpoint))
+            return loaded[0]
+
+        dtypes = Counter(checkpoint.dtype(s).lower() for s in checkpoint.specs)
+        bits = sum(math.prod(s.shape) * 8 * ITEM_SIZE[checkpoint.dtype(s)] for s in checkpoint.specs)
+        facts = {
+            "file_bytes": sum(file.stat().st_size for file in checkpoint.files),
+            "bits_per_weight": bits / sum(math.prod(s.shape) for s in checkpoint.specs),
+            "formats": dict(dtypes),
+        }
+        tokenizer = Tokenizer(checkpoint.vocabulary(), str(spec.path))
+        return checkpoint.config, tokenizer, backend, facts
+
+
+def key_of(spec: Spec) -> dict[str, Any]:
+    """Which files, as they are now, and how they are run: models with equal keys give equal logits."""
+    stats = [(str(f.relative_to(spec.path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in _files(spec.path)]
+    setting = {name: getattr(spec, name) for name in ("engine", "kv", "activations", "ring")}
+    return {"path": str(spec.path.resolve()), "files": stats, **setting}
+
+
+def unique_names(specs: Sequence[Spec]) -> list[str]:
+    """A name for each: the file's, with the settings where that alone would not tell them apart."""
+    short = [spec.name or spec.path.stem for spec in specs]
+    repeated = {name for name, times in Counter(short).items() if times > 1}
+    names: list[str] = []
+    for spec, name in zip(specs, short, strict=True):
+        if name in repeated and not spec.name:
+            ring = "" if spec.ring else ", no ring"
+            name = f"{name} ({spec.engine}, {spec.activations} activations, {spec.kv} KV{ring})"
+        while name in names:
+            name += "'"
+        names.append(name)
+    return names
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _sizes(infos: Any) -> dict[str, Any]:
+    infos = list(infos)
+    weights = sum(math.prod(info.shape) for info in infos)
+    if not weights:
+        return {"bits_per_weight": None, "formats": {}}
+    bits = 8 * sum(info.nbytes for info in infos)
+    return {"bits_per_weight": bits / weights, "formats": dict(Counter(info.format.name for info in infos))}

@@ -1,0 +1,213 @@
+"""Multiple choice by likelihood, from a local file of questions: how often is the likeliest choice the right one?
+
+A question is a line of JSON with the fields that lm-evaluation-harness and its data sets use:
+
+- context: `query`, `ctx` or `context` as it is, or `question` as "Question: …" and "Answer:" on the next line;
+- choices: `choices` or `endings`, a list of texts, or {"text": [...], "label": [...]};
+- the right one: `gold`, `label`, `answer` or `answerKey`, its index from 0 (a number or digits), or, looked for first,
+  one of the labels, the text of a choice, or its letter from A.
+
+A choice follows the context after one space. Accuracy (acc) takes the choice with the largest log-likelihood, by bytes
+(acc_norm) that with the largest per byte of its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from ...runtime.api import Session
+from ...runtime.errors import BezelError, InvalidRequest
+from .likelihood import Scorer, encode_pair
+
+_CONTEXTS = ("query", "ctx", "context", "question")
+_CHOICES = ("choices", "endings")
+_ANSWERS = ("gold", "label", "answer", "answerKey")
+
+Bools = npt.NDArray[np.bool_]
+Progress = Callable[[int, int, str], None]
+"""Called with answers given, answers in all, and the model's name."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """`gold` is the index of the right choice; `line` is where the question stands in its file, from 1."""
+
+    context: str
+    choices: tuple[str, ...]
+    gold: int
+    line: int
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a JSONL file. Raises InvalidRequest, which says the line and the field."""
+    try:
+        lines = Path(path).read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path}: not UTF-8 at byte {error.start}") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                questions.append(_question(json.loads(line), number))
+            except (ValueError, RecursionError) as error:
+                raise InvalidRequest(f"{path}: line {number}: {error}") from None
+    if not questions:
+        raise InvalidRequest(f"{path}: found no question, expected one a line, in JSON")
+    return questions
+
+
+def run_tasks(
+    path: str | Path,
+    sessions: Mapping[str, Callable[[], Session]],
+    confidence: float = 0.95,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Let each model answer the questions of a file; `sessions` opens them, by name, one after the other.
+
+    The first is what the others are compared with. Gives what stands under "tasks" in a measurement result:
+    {"file", "sha256", "questions", "candidates": [{"name", "acc", "acc_norm"}], "pairs": [{"a", "b", "worse",
+    "better", "p"}]}: `worse` counts the questions that only a answers rightly, `better` those that only b does, and p
+    is McNemar's. Raises InvalidRequest.
+    """
+    questions = read_questions(path)
+    right: dict[str, Bools] = {}
+    for turn, (name, start) in enumerate(sessions.items()):
+        scorer, found = Scorer(start()), np.empty((len(questions), 2), bool)
+        for i, question in enumerate(questions):
+            if progress:
+                progress(turn * len(questions) + i + 1, len(sessions) * len(questions), name)
+            try:
+                found[i] = _answer(scorer, question)
+            except BezelError as error:
+                raise InvalidRequest(f"{path}: line {question.line}: {error}") from error
+        right[name] = found
+    shares = {name: [_share(found[:, i], confidence) for i in (0, 1)] for name, found in right.items()}
+    return {
+        "file": str(path),
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "questions": len(questions),
+        "candidates": [{"name": name, "acc": acc, "acc_norm": norm} for name, (acc, norm) in shares.items()],
+        "pairs": [{"a": a, "b": b, **_flips(right[a][:, 0], right[b][:, 0])} for a, b in combinations(right, 2)],
+    }
+
+
+def show_tasks(task: Mapping[str, Any]) -> None:
+    """Print a result of `run_tasks`."""
+    first = task["candidates"][0]["name"]
+    pairs = {p["b"]: p for p in task["pairs"] if p["a"] == first}
+    width = max(len(c["name"]) for c in task["candidates"])
+    click.echo(f"{task['file']}: {task['questions']} questions")
+    flips = f"{'worse':>7}{'better':>8}{'p':>9}   than {first}" if pairs else ""
+    click.echo(f"  {'':{width}}  {'accuracy':>18}  {'by bytes':>18}{flips}")
+    for c in task["candidates"]:
+        line = f"  {c['name']:{width}}  {_shown(c['acc'])}  {_shown(c['acc_norm'])}"
+        if pair := pairs.get(c["name"]):
+            line += f"{pair['worse']:7}{pair['better']:8}{pair['p']:9.2g}"
+        click.echo(line)
+
+
+def mcnemar(worse: int, better: int) -> float:
+    """The exact two-sided p of McNemar's test: a fair coin's chance to be as uneven (McNemar 1947)."""
+    n, fewer = worse + better, min(worse, better)
+    tail: int = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927), which stays within 0 and 1."""
+    z, share = NormalDist().inv_cdf(0.5 + confidence / 2), successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _answer(scorer: Scorer, question: Question) -> tuple[bool, bool]:
+    """Whether the likeliest choice is the right one, and whether the likeliest per byte is."""
+    scores = []
+    for choice in question.choices:
+        gap = "" if choice[0].isspace() else " "
+        context, continuation = encode_pair(scorer.encode, question.context, gap + choice)
+        if not continuation:
+            raise InvalidRequest(f"choice {choice!r}: has no token of its own after the context")
+        scores.append(scorer.score(context, continuation)[0])
+    per_byte = np.array(scores) / [len(choice.encode()) for choice in question.choices]
+    return int(np.argmax(scores)) == question.gold, int(np.argmax(per_byte)) == question.gold
+
+
+def _question(raw: Any, line: int) -> Question:
+    if not isinstance(raw, dict):
+        raise ValueError(f"found {type(raw).__name__}, expected an object")
+    key, context = _first(raw, _CONTEXTS)
+    if not isinstance(context, str):
+        raise ValueError(f"'{key}': found {_short(context)}, expected a text")
+    if key == "question":
+        context = f"Question: {context}\nAnswer:"
+    key, choices = _first(raw, _CHOICES)
+    labels: Any = []
+    if isinstance(choices, dict):
+        labels = choices.get("label", [])
+        choices = choices.get("text")
+    if not _texts(choices) or len(choices) < 2 or not all(choices):
+        raise ValueError(f"'{key}': found {_short(choices)}, expected two or more texts")
+    if labels and (not _texts(labels) or len(labels) != len(choices)):
+        raise ValueError(
+            f"'{key}': found the labels {_short(labels)}, expected a text for each of {len(choices)} choices"
+        )
+    key, answer = _first(raw, _ANSWERS)
+    gold = _index_of(answer, choices, labels)
+    if gold is None:
+        raise ValueError(f"'{key}': found {_short(answer)}, expected which of {len(choices)} choices is right")
+    return Question(context, tuple(choices), gold, line)
+
+
+def _index_of(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int | None:
+    if isinstance(answer, str):
+        letters = [chr(ord("A") + i) for i in range(min(len(choices), 26))]
+        for known in (labels, choices, letters):
+            if answer in known:
+                return known.index(answer)
+        answer = int(answer) if answer.isascii() and answer.isdigit() and len(answer) < 4 else None
+    return answer if type(answer) is int and 0 <= answer < len(choices) else None
+
+
+def _first(raw: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    for name in names:
+        if name in raw:
+            return name, raw[name]
+    raise ValueError(f"found {_short(list(raw))}, expected one of the fields {', '.join(names)}")
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _share(right: Bools, confidence: float) -> dict[str, float]:
+    low, high = wilson(int(right.sum()), len(right), confidence)
+    return {"value": float(right.mean()), "low": low, "high": high}
+
+
+def _flips(a: Bools, b: Bools) -> dict[str, Any]:
+    worse, better = int((a & ~b).sum()), int((~a & b).sum())
+    return {"worse": worse, "better": better, "p": mcnemar(worse, better)}
+
+
+def _shown(share: Mapping[str, float]) -> str:
+    interval = f"({100 * share['low']:.1f} – {100 * share['high']:.1f})"
+    return f"{100 * share['value']:5.1f} % {interval:>15}"

@@ -1,0 +1,1 @@
+"""Rounding weights for what a text sends through them."""

@@ -1,0 +1,205 @@
+"""Calibration: what a text sends through a model's linears, in a file that quantizing can use again and again.
+
+The file is a safetensors file: for each site (`layers.py`) the second moments of its inputs, `blk.N.attn`,
+`blk.N.attn_output`, `blk.N.ffn`, `blk.N.ffn_down` and `head`, float32 (n, n), and in its metadata what they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.errors import InvalidCheckpoint, InvalidRequest
+from ...runtime.files.atomic import atomic
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.ops import Floats, Ints
+from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.text.tokenizer import Tokenizer
+from ..gguf.writer import tool_version
+from ..sources.checkpoint import Checkpoint
+from ..sources.quantized import Source
+from ..sources.safetensors import read_header, read_metadata
+from .layers import HEAD, IN_LAYER, Site, site_of
+from .state import State
+from .sweep import Sweep
+
+SEQUENCE = 512
+_TOKENS, _TOKENS_OF_SMALL = 10_240, 102_400
+_WEIGHTS = 2.6e9  # of Gemma 2 2B, which so many tokens take about 40 minutes with
+
+Progress = Callable[[int, int], None]  # sites done, and in all
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """`sequences` begin with <bos> and are spread evenly over the text."""
+
+    path: Path
+    sha256: str
+    sequences: tuple[Ints, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where moments come from: the text, how many of its tokens, the checkpoint's files, bezel's version."""
+
+    text_sha256: str
+    tokens: int
+    source_sha256: str
+    tool: str
+
+
+def default_tokens(config: ModelConfig) -> int:
+    """How many tokens to calibrate on: 10,240 for Gemma 2 2B and larger models; for a smaller one as many more as take
+    the same time, but no more than 102,400, past which little is gained.
+    """
+    weights = sum(math.prod(spec.shape) for spec in tensor_specs(config))
+    return min(max(_TOKENS, int(_TOKENS * _WEIGHTS / weights)), _TOKENS_OF_SMALL)
+
+
+def read_text(checkpoint: Checkpoint | Source, path: Path, tokens: int | None = None) -> CalibrationText:
+    """So many tokens of the text, or `default_tokens`; all of a text that has fewer.
+
+    Raises InvalidRequest for a file that is not UTF-8, or has too few tokens for one sequence.
+    """
+    tokens = tokens or default_tokens(checkpoint.config)
+    raw = path.read_bytes()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path}: found a byte that is not UTF-8 at {error.start}, expected text") from None
+    ids = np.array(Tokenizer(checkpoint.vocabulary(), str(checkpoint.path)).encode(text, bos=True), np.int64)
+    length = min(SEQUENCE, checkpoint.config.context_length)
+    whole = len(ids) // length
+    if not whole:
+        raise InvalidRequest(f"{path}: found {len(ids)} tokens, expected at least {length} to calibrate on")
+    wanted = max(1, min(whole, tokens // length))
+    starts = [i * whole // wanted * length for i in range(wanted)]
+    sequences = [np.concatenate([ids[:1], ids[start + 1 : start + length]]) for start in starts]
+    return CalibrationText(path, hashlib.sha256(raw).hexdigest(), tuple(sequences))
+
+
+def source_sha256(checkpoint: Checkpoint) -> str:
+    """Of the names and sizes of the checkpoint's files and each tensor's first row: quick, and tells models apart."""
+    digest = hashlib.sha256()
+    for file in checkpoint.files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    for spec in checkpoint.specs:
+        rows = checkpoint.rows(spec, 0, 1)
+        digest.update(f"{spec.gguf} {spec.shape}\n".encode() + rows.tobytes())
+    return digest.hexdigest()
+
+
+def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress: Progress | None = None) -> Origin:
+    """Write the moments of the linears of `checkpoint` on `text` to the file `out`.
+
+    Work is kept beside `out` until that is complete: broken off, the same call goes on from the last whole layer.
+    """
+    n, width = checkpoint.config.n_layers, len(IN_LAYER)
+    origin = Origin(text.sha256, text.tokens, source_sha256(checkpoint), f"bezel {tool_version()}")
+    with work_folder(out, {"moments": 1, **asdict(origin)}) as state:
+        sweep = Sweep(checkpoint, text.sequences, replacing=False)
+        for i in sweep.layers(state):
+            found = {}
+            for site, moments in enumerate(sweep.layer(i)):
+                found[moments.site.name] = moments.inputs
+                if progress:
+                    progress(i * width + site + 1, n * width)
+            state.save(i, found)
+        state.save(n, {HEAD.name: sweep.head().inputs})
+        _write(out, origin, checkpoint.config, state)
+    return origin
+
+
+def _write(out: Path, origin: Origin, config: ModelConfig, state: State) -> None:
+    header: dict[str, Any] = {
+        "__metadata__": {"bezel_calibration": "1", **{k: str(v) for k, v in asdict(origin).items()}}
+    }
+    position = 0
+    for name, n in _shapes(config).items():
+        header[name] = {"dtype": "F32", "shape": [n, n], "data_offsets": [position, position + 4 * n * n]}
+        position += 4 * n * n
+    text = json.dumps(header).encode()
+    with atomic(out) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for i in range(config.n_layers + 1):
+            arrays = state.load(i)
+            if arrays is None:
+                raise InvalidRequest(f"{out}: what was computed of layer {i} is gone; calibrate again")
+            for array in arrays.values():
+                file.write(array.astype("<f4").data)
+
+
+def _shapes(config: ModelConfig) -> dict[str, int]:
+    """Every site and the width of its input, in the order of the file."""
+    sites: list[tuple[int | None, Site]] = [(i, site) for i in range(config.n_layers) for site in IN_LAYER]
+    return {_name(i, site): site.width(config) for i, site in [*sites, (None, HEAD)]}
+
+
+def _name(layer: int | None, site: Site) -> str:
+    return site.name if layer is None else f"blk.{layer}.{site.name}"
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether a file is one of moments, not a text: no text begins with eight bytes that are a length."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and start[5:8] == bytes(3)
+
+
+class Calibration:
+    """A file that `calibrate` wrote; a site's moments are read when they are asked for.
+
+    Raises InvalidRequest for a file of another kind, or of another checkpoint.
+    """
+
+    def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
+        try:
+            metadata, stored = read_metadata(path), read_header(path)
+        except InvalidCheckpoint as error:
+            raise InvalidRequest(f"{error}; expected what `bezel calibrate` wrote") from None
+        if metadata.get("bezel_calibration") != "1":
+            raise InvalidRequest(f"{path}: is no calibration; expected what `bezel calibrate` wrote")
+        expected = {name: ("F32", (n, n)) for name, n in _shapes(checkpoint.config).items()}
+        if {name: (s.dtype, s.shape) for name, s in stored.items()} != expected:
+            raise InvalidRequest(f"{path}: holds the moments of a model of another shape; calibrate {checkpoint.path}")
+        self.path, self._stored = path, stored
+        self.origin = Origin(
+            metadata["text_sha256"], int(metadata["tokens"]), metadata["source_sha256"], metadata["tool"]
+        )
+        if self.origin.source_sha256 != source_sha256(checkpoint):
+            raise InvalidRequest(f"{path}: comes from another checkpoint; calibrate {checkpoint.path}")
+
+    def moments(self, layer: int | None, site: Site) -> Floats:
+        """The second moments of the inputs of a site's linears, float32 (n, n)."""
+        stored = self._stored[_name(layer, site)]
+        flat = np.fromfile(stored.file, "<f4", math.prod(stored.shape), offset=stored.offset)
+        return flat.reshape(stored.shape).astype(np.float32, copy=False)
+
+    def importance(self, spec: TensorSpec) -> Floats | None:
+        """How much an error in each column of a linear matters, the diagonal of the moments (n,); None for a norm."""
+        site = site_of(spec)
+        return None if site is None else np.ascontiguousarray(np.diagonal(self.moments(spec.layer, site)))
+
+
+@contextmanager
+def work_folder(out: Path, key: Mapping[str, Any]) -> Iterator[State]:
+    """Where work on the file `out` is kept; removed when it is done, kept when it is broken off."""
+    folder = out.with_name(f".{out.name}.work")
+    state = State(folder, key)
+    yield state
+    shutil.rmtree(folder, ignore_errors=True)

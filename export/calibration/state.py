@@ -1,0 +1,47 @@
+"""Work that can be interrupted: arrays by number in a folder, for one set of inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...runtime.files.atomic import atomic
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class State:
+    """Arrays by number, in a folder of their own for each `key`, which holds all that they depend on.
+
+    Each is in one file, which is whole or absent; a damaged one counts as absent.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        text = json.dumps(key, sort_keys=True)
+        self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "key.json").write_text(text, encoding="utf-8")
+
+    def load(self, number: int) -> dict[str, npt.NDArray[Any]] | None:
+        try:
+            with np.load(self._path(number), allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save(self, number: int, arrays: Arrays) -> None:
+        with atomic(self._path(number)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def drop(self, number: int) -> None:
+        self._path(number).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06}.npz"

@@ -1,0 +1,266 @@
+"""From a checkpoint or a GGUF file to an ONNX folder: graph, weights, config, tokenizer, provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from ...quant.formats import F16
+from ...quant.integers import INTEGER_FORMS, as_integers
+from ...runtime.errors import InvalidModelFile, InvalidRequest
+from ...runtime.files.onnx_folder import CONFIG, KV_STORAGE, MANIFEST, MODEL, TOKENIZER
+from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.text.tokenizer import model_proto
+from ..calibration.moments import read_text
+from ..gguf.writer import CHUNK_WEIGHTS, ExportSummary, background_hashes, tool_version
+from ..sources.quantized import Source
+from .graph import DIALECTS, External, Storage, build_model
+from .kv_scales import TOKENS, kv_scales
+
+DATA = "model.onnx.data"
+# What can be mapped at any offset that a system allows: Windows maps at multiples of 64 KiB.
+_ALIGNMENT, _SMALL, _SMALL_ALIGNMENT = 1 << 16, 1 << 20, 64
+# Rows that are written transposed come in strips this large, so that each piece of a column is worth a write.
+_STRIP_WEIGHTS = 1 << 23
+
+
+def export_onnx(
+    source: Source,
+    out: str | Path,
+    dialect: str = DIALECTS[0],
+    progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
+    kv_text: Path | None = None,
+) -> ExportSummary:
+    """Write `source` to the folder `out`; `force` replaces one that an earlier export wrote.
+
+    `dialect` "standard" uses ONNX's own operators only, "ort" onnxruntime's for quantized weights. With `kv_text`, a
+    file, keys and values are int8, scaled for what that text reaches: "ort" only. `progress` is called with (work
+    done, work in all), which is counted in weights. The folder is whole or absent, also when `progress` raises, and
+    the same source gives the same bytes. Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
+    """
+    start, out = time.monotonic(), Path(out)
+    if dialect not in DIALECTS:
+        raise InvalidRequest(f"dialect: found {dialect!r}, expected one of {', '.join(DIALECTS)}")
+    if kv_text is not None and dialect != "ort":
+        raise InvalidRequest("int8 keys and values: found the dialect 'standard', which has no operator for them")
+    _check_target(source, out, force)
+    config = source.config
+    specs = list(tensor_specs(config))
+    storage = {spec.gguf: _storage(source, spec, dialect) for spec in specs}
+    total = sum(math.prod(spec.shape) for spec in specs)
+    scales, done, metadata = None, 0, dict(source.metadata)
+    report = progress or (lambda *_: None)
+    if kv_text is not None:
+        text = read_text(source, kv_text, TOKENS)
+        done, total = total // 2, total + total // 2  # it takes about half as long
+        scales = kv_scales(source, text.sequences, lambda i, n: report(done * i // n, total))
+        metadata["bezel.provenance.kv_text_sha256"] = text.sha256
+    model, tensors = build_model(config, storage, dialect, scales)
+    offsets, size = _layout(tensors)
+    free = shutil.disk_usage(out.resolve().parent).free
+    if free < size:
+        raise InvalidRequest(f"{out.parent}: {free / 1e9:.2f} GB free, expected {size / 1e9:.2f} GB for {out.name}")
+    for tensor in tensors:
+        model.graph.initializer.append(_initializer(tensor, offsets[tensor.name]))
+    vocabulary = source.vocabulary()
+
+    with _atomic_folder(out, force) as part, background_hashes(source.files) as source_hashes:
+        (part / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+        (part / CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        (part / TOKENIZER).write_bytes(model_proto(vocabulary))
+        _write_data(part / DATA, size, source, tensors, offsets, lambda weights: report(done + weights, total))
+        names = (MODEL, DATA, CONFIG, TOKENIZER)
+        with background_hashes([part / name for name in names]) as hashes:
+            files = {
+                name: {"bytes": (part / name).stat().st_size, "sha256": digest}
+                for name, digest in zip(names, hashes(), strict=True)
+            }
+        metadata |= {
+            "bezel.provenance.tool": f"bezel {tool_version()}",
+            "bezel.provenance.recipe": source.quant,
+            "bezel.provenance.source_files": [file.name for file in source.files],
+            "bezel.provenance.source_sha256": source_hashes(),
+        }
+        manifest = {
+            "bezel_onnx": 1,
+            "metadata": metadata,
+            "quant": source.quant,
+            "dialect": dialect,
+            "kv": KV_STORAGE["int8" if scales else "f32"],
+            "formats": {spec.gguf: source.format(spec).name for spec in specs},
+            "files": files,
+        }
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in (*names, MANIFEST):
+            with (part / name).open("rb") as file:
+                os.fsync(file.fileno())
+        file_bytes = sum((part / name).stat().st_size for name in (*names, MANIFEST))
+    weights = sum(math.prod(spec.shape) for spec in specs)
+    return ExportSummary(
+        path=str(out),
+        file_bytes=file_bytes,
+        weights=weights,
+        bits_per_weight=sum(tensor.nbytes for tensor in tensors) * 8 / weights,
+        formats=dict(Counter(_describe(storage[spec.gguf]) for spec in specs)),
+        fallbacks=[],
+        warnings=[],
+        seconds=time.monotonic() - start,
+    )
+
+
+def _storage(source: Source, spec: TensorSpec, dialect: str) -> Storage:
+    form = INTEGER_FORMS.get(source.format(spec))
+    if form is None:
+        return Storage(16 if source.format(spec) is F16 else 32)
+    # Gather takes no 4-bit integers, and two of an odd number of columns would share a byte.
+    widened = dialect == "standard" and (spec.role == "token_embd" or spec.shape[0] % 2)
+    return Storage(8 if widened else form.bits, form.block)
+
+
+def _describe(storage: Storage) -> str:
+    return f"float{storage.bits}" if storage.block is None else f"int{storage.bits}, blocks of {storage.block}"
+
+
+def _layout(tensors: list[External]) -> tuple[dict[str, int], int]:
+    """Where each tensor begins, and how long the file is."""
+    offsets, end = {}, 0
+    for tensor in tensors:
+        step = _ALIGNMENT if tensor.nbytes >= _SMALL else _SMALL_ALIGNMENT
+        offsets[tensor.name] = -(-end // step) * step
+        end = offsets[tensor.name] + tensor.nbytes
+    return offsets, end
+
+
+def _initializer(tensor: External, offset: int) -> TensorProto:
+    proto = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.shape)
+    proto.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", DATA), ("offset", offset), ("length", tensor.nbytes)):
+        entry = proto.external_data.add()
+        entry.key, entry.value = key, str(value)
+    return proto
+
+
+def _write_data(
+    path: Path,
+    size: int,
+    source: Source,
+    tensors: list[External],
+    offsets: Mapping[str, int],
+    progress: Callable[[int], None],
+) -> None:
+    done = 0
+    with path.open("wb") as file:
+        file.truncate(size)
+        for tensor, first, data in _converted(source, tensors):
+            if tensor.transposed:
+                stride = tensor.nbytes // tensor.shape[0]
+                start = offsets[tensor.name] + first * stride // tensor.shape[1]
+                for i, row in enumerate(data):
+                    file.seek(start + i * stride)
+                    file.write(row.data)
+            else:
+                file.seek(offsets[tensor.name] + first * data.shape[1])
+                file.write(data.data)
+            if tensor.part != "scales":
+                n_rows = data.shape[1] * tensor.shape[1] // stride if tensor.transposed else len(data)
+                done += n_rows * tensor.spec.shape[-1]
+                progress(done)
+
+
+Converted = tuple[External, int, NDArray[np.uint8]]
+
+
+def _converted(source: Source, tensors: list[External]) -> Iterator[Converted]:
+    """(tensor, first row of the weight, bytes laid out as the tensor has them, in rows); a few chunks are in hand."""
+    parts: dict[str, list[External]] = {}
+    for tensor in tensors:
+        parts.setdefault(tensor.spec.gguf, []).append(tensor)
+
+    def convert(group: list[External], start: int, stop: int) -> list[Converted]:
+        spec = group[0].spec
+        data, format_ = source.blocks(spec, start, stop), source.format(spec)
+        if group[0].part == "weights":
+            return [(group[0], start, np.ascontiguousarray(data))]
+        try:
+            codes, scales = as_integers(format_, data)
+        except ValueError as error:
+            raise InvalidModelFile(source.path, f"tensor '{spec.gguf}': {error}") from None
+        return [(t, start, _laid_out(t, codes if t.part == "codes" else scales)) for t in group]
+
+    workers = os.cpu_count() or 1
+    pending: deque[Future[list[Converted]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for group in parts.values():
+            spec = group[0].spec
+            n_rows = 1 if spec.is_norm else spec.shape[0]
+            step = max(2, (_STRIP_WEIGHTS if group[0].transposed else CHUNK_WEIGHTS) // spec.shape[-1] & ~1)
+            for start in range(0, n_rows, step):
+                pending.append(pool.submit(convert, group, start, min(start + step, n_rows)))
+                if len(pending) > 2 * workers:
+                    yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _laid_out(tensor: External, rows: NDArray[Any]) -> NDArray[np.uint8]:
+    """Codes (rows, n) or scales (rows, n / block) as the bytes of `tensor`, uint8 (its rows, bytes)."""
+    if tensor.data_type == TensorProto.UINT8:
+        rows = rows.view(np.uint8) + np.uint8(1 << (tensor.storage.bits - 1))
+    if tensor.transposed:
+        rows = rows.T
+    if tensor.part == "codes" and tensor.storage.bits == 4:
+        low, high = rows[:, ::2].view(np.uint8), rows[:, 1::2].view(np.uint8)
+        rows = low & np.uint8(15) | high << np.uint8(4)
+    return np.ascontiguousarray(rows).view(np.uint8)
+
+
+def _check_target(source: Source, out: Path, force: bool) -> None:
+    if not out.resolve().parent.is_dir():
+        raise InvalidRequest(f"{out.parent}: no such folder; create it first")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InvalidRequest(f"{out}: is not a folder; an ONNX export is one, so choose another name")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if any(out.resolve() in file.resolve().parents for file in source.files):
+        raise InvalidRequest(f"{out}: holds what is exported; choose another name")
+    if not (out / MANIFEST).exists():
+        raise InvalidRequest(f"{out}: holds other files, expected no folder, an empty one or an earlier export")
+    if not force:
+        raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+
+
+@contextmanager
+def _atomic_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A folder that appears under its name once it is complete, and otherwise not at all."""
+    part, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("part", "old"))
+    part.mkdir()
+    try:
+        yield part
+        if force and out.exists():
+            os.replace(out, old)
+        elif out.exists():
+            out.rmdir()
+        os.replace(part, out)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

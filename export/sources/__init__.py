@@ -1,0 +1,1 @@
+"""What is exported: checkpoints, and model files that are quantized already."""

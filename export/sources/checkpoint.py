@@ -1,0 +1,333 @@
+"""Lazy reader of what is exported: a Hugging Face folder, or a GGUF file that is not quantized.
+
+A tensor is read when it is asked for, by rows, with positioned reads instead of a map, so that reading a
+checkpoint of any size costs only the rows in hand. Both kinds of source give the same numbers: those that
+GGUF stores, float32, norms as weight + 1.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Mapping
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...runtime.errors import InvalidCheckpoint
+from ...runtime.files.gguf import GGUFFile
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.text.tokenizer import Vocabulary
+from .safetensors import ITEM_SIZE, StoredTensor, read_header, read_json, to_float32
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A Hugging Face folder (safetensors, one file or sharded) or a GGUF file of F32, F16 or BF16 tensors.
+
+    Checks everything but the numbers: files, names, shapes, extents. Raises InvalidCheckpoint, InvalidConfig,
+    and InvalidModelFile for a damaged GGUF file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        return _open_gguf(path)
+    raise InvalidCheckpoint(f"{path}: no such file or folder; expected a checkpoint folder or a GGUF file")
+
+
+class Checkpoint:
+    """An opened checkpoint. `stored` maps GGUF tensor names to places; `files` is all that was read."""
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        config: ModelConfig,
+        stored: Mapping[str, StoredTensor],
+        files: tuple[Path, ...],
+        load_vocabulary: Callable[[], Vocabulary],
+        *,
+        norm_offset: float,
+        generation_config: Mapping[str, Any],
+        chat_template: str | None,
+    ) -> None:
+        self.path, self.name, self.config, self.stored, self.files = path, name, config, stored, files
+        self.generation_config, self.chat_template = generation_config, chat_template
+        self.specs = tuple(tensor_specs(config))
+        self._load_vocabulary, self._norm_offset = load_vocabulary, np.float32(norm_offset)
+        self._open: dict[Path, FileIO] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._open.values():
+                file.close()
+            self._open.clear()
+
+    def dtype(self, spec: TensorSpec) -> str:
+        """How the checkpoint stores the tensor: "F32", "F16" or "BF16"."""
+        return self.stored[spec.gguf].dtype
+
+    def tensor(self, spec: TensorSpec) -> NDArray[np.float32]:
+        """The whole tensor, `spec.shape`; a norm is weight + 1, as GGUF stores it."""
+        n_rows = spec.shape[0] if len(spec.shape) > 1 else 1
+        return self.rows(spec, 0, n_rows).reshape(spec.shape)
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start … stop−1 as float32 (rows, inputs); a one-dimensional tensor is one row.
+
+        May be called from several threads. Raises InvalidCheckpoint at a number that is not finite.
+        """
+        stored = self.stored[spec.gguf]
+        values = to_float32(self._read(stored, start, stop), stored.dtype).reshape(-1, stored.shape[-1])
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            raise InvalidCheckpoint(
+                f"{stored.file}: tensor '{spec.hf}' ({spec.gguf}): found {values[row, column]} at "
+                f"[{start + row}, {column}], expected finite numbers; the checkpoint is damaged"
+            )
+        return values + self._norm_offset if spec.is_norm else values
+
+    def some_rows(self, spec: TensorSpec, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The rows (len(indices), inputs) at `indices`, as `rows` reads them."""
+        return np.concatenate([self.rows(spec, i, i + 1) for i in indices.tolist()])
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's vocabulary, which has one piece for each row of the embedding."""
+        vocabulary = self._load_vocabulary()
+        if len(vocabulary.pieces) != self.config.vocab_size:
+            raise InvalidCheckpoint(
+                f"{self.path}: the tokenizer has {len(vocabulary.pieces)} pieces and the embedding "
+                f"{self.config.vocab_size} rows, expected equal numbers: they belong to different models"
+            )
+        return vocabulary
+
+    def _read(self, stored: StoredTensor, start: int, stop: int) -> NDArray[np.uint8]:
+        row_bytes = stored.shape[-1] * ITEM_SIZE[stored.dtype]
+        out = np.empty((stop - start) * row_bytes, np.uint8)
+        with self._lock:  # the handle has one position
+            if stored.file not in self._open:
+                self._open[stored.file] = stored.file.open("rb", buffering=0)
+            file = self._open[stored.file]
+            file.seek(stored.offset + start * row_bytes)
+            view, done = out.data, 0
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise InvalidCheckpoint(f"{stored.file}: ends early: it was cut while it was being read")
+                done += got
+        return out
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config_file = _required(folder / "config.json")
+    tokenizer_file = _required(folder / "tokenizer.model")
+    raw_config = read_json(config_file)
+    config = ModelConfig.from_hf(raw_config, str(config_file))
+    weights, weight_files = _read_weights(folder)
+    files = [*weight_files, config_file, tokenizer_file]
+
+    def optional_json(name: str) -> dict[str, Any]:
+        if not (folder / name).exists():
+            return {}
+        files.append(_required(folder / name))
+        return read_json(folder / name)
+
+    generation_config = optional_json("generation_config.json")
+    generation_config.setdefault("eos_token_id", raw_config.get("eos_token_id"))
+    template_file = folder / "chat_template.jinja"
+    template = _chat_template(optional_json("tokenizer_config.json").get("chat_template"))
+    if template_file.exists():  # where recent versions of transformers keep it
+        files.append(_required(template_file))
+        template = template_file.read_text(encoding="utf-8", errors="replace")
+
+    checkpoint = Checkpoint(
+        folder,
+        _folder_name(folder),
+        config,
+        _match(folder, config, weights),
+        tuple(files),
+        lambda: Vocabulary.from_model_file(tokenizer_file),
+        norm_offset=1.0,
+        generation_config=generation_config,
+        chat_template=template,
+    )
+    if config.tied_head and _HEAD in weights:
+        _check_tied_head(checkpoint, weights[_HEAD], weights[_EMBEDDING])
+    return checkpoint
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
+    """All tensors of `model.safetensors`, or of the shards that the index names, and the files read."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(_required(single)), [single]
+    if not index.exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise InvalidCheckpoint(
+                f"{folder}: found {pickles[0]}, expected model.safetensors: bezel reads safetensors only, "
+                "because loading a pickle executes code from the file; convert it with transformers' "
+                "save_pretrained"
+            )
+        raise InvalidCheckpoint(f"{folder}: found neither model.safetensors nor model.safetensors.index.json")
+
+    weight_map = read_json(_required(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InvalidCheckpoint(f"{index}: key 'weight_map': expected tensor names → shard file names")
+    weights: dict[str, StoredTensor] = {}
+    files = [index]
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise InvalidCheckpoint(f"{index}: shard {shard[:200]!r}: expected the name of a file in the folder")
+    for shard in shards:
+        files.append(folder / shard)
+        for name, stored in read_header(_required(folder / shard)).items():
+            if weight_map.get(name) != shard:
+                where = weight_map.get(name, "nowhere")
+                raise InvalidCheckpoint(
+                    f"{folder / shard}: holds tensor {name[:200]!r}, which {index.name} puts in {where}"
+                )
+            weights[name] = stored
+    for name, shard in weight_map.items():
+        if name not in weights:
+            raise InvalidCheckpoint(
+                f"{folder / shard}: tensor {name[:200]!r} is missing, though {index.name} lists it here"
+            )
+    return weights, files
+
+
+def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The model's tensors by GGUF name. Raises InvalidCheckpoint if one is missing, extra or misshapen."""
+    matched = {}
+    for spec in tensor_specs(config):
+        stored = weights.get(spec.hf)
+        if stored is None:
+            raise InvalidCheckpoint(f"{folder}: tensor '{spec.hf}' is missing, expected shape {list(spec.shape)}")
+        if stored.shape != spec.shape:
+            raise InvalidCheckpoint(
+                f"{stored.file}: tensor '{spec.hf}': found shape {list(stored.shape)}, "
+                f"expected {list(spec.shape)} by config.json"
+            )
+        matched[spec.gguf] = stored
+    known = {spec.hf for spec in tensor_specs(config)} | {_HEAD}
+    for name, stored in weights.items():
+        # The RoPE frequencies that old versions of transformers saved follow from the config.
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+            raise InvalidCheckpoint(
+                f"{stored.file}: tensor {name[:200]!r}: found shape {list(stored.shape)}, expected no such "
+                f"tensor in a {config.family} model; adapters must be merged before export"
+            )
+    return matched
+
+
+def _check_tied_head(checkpoint: Checkpoint, head: StoredTensor, embedding: StoredTensor) -> None:
+    """A head saved beside a tied embedding must be the embedding, bit for bit."""
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    step = 1024
+    for start in range(0, embedding.shape[0] if same else 0, step):
+        stop = min(start + step, embedding.shape[0])
+        same = np.array_equal(checkpoint._read(head, start, stop), checkpoint._read(embedding, start, stop))
+        if not same:
+            break
+    if not same:
+        raise InvalidCheckpoint(
+            f"{head.file}: tensor '{_HEAD}' differs from '{_EMBEDDING}', expected the same, because "
+            "config.json ties them (as it does by saying nothing); if the head is the model's own, set "
+            '"tie_word_embeddings": false there'
+        )
+
+
+def _required(path: Path) -> Path:
+    """`path`, if it is a file with its content in place."""
+    if not path.is_file():
+        raise InvalidCheckpoint(
+            f"{path.parent}: {path.name} is missing; expected a folder with config.json, tokenizer.model and "
+            "model.safetensors (or its shards), as downloaded"
+        )
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InvalidCheckpoint(
+                f"{path}: found a git-lfs pointer, expected the file itself; run 'git lfs pull' in {path.parent}"
+            )
+    return path
+
+
+def _chat_template(value: Any) -> str | None:
+    """The template, or the one called "default" where there are several."""
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None
+
+
+def _folder_name(folder: Path) -> str:
+    """The folder's name; in the hub's cache, the repository's."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.split("--")[-1]
+    return folder.name
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    with GGUFFile(path) as gguf:
+        config = gguf.config()
+        gguf.check_tensors(config)
+        stored = {}
+        for spec in tensor_specs(config):
+            info = gguf.tensors[spec.gguf]
+            dtype = info.format.name.upper()
+            if dtype not in ITEM_SIZE:
+                raise InvalidCheckpoint(
+                    f"{path}: tensor '{spec.gguf}' is {dtype}, expected one of {', '.join(ITEM_SIZE)}: this "
+                    "file is quantized already, and rounding it again would lose more than rounding the "
+                    "original once"
+                )
+            stored[spec.gguf] = StoredTensor(path, dtype, info.shape, info.offset)
+        metadata = gguf.metadata
+        generation_config = {
+            name: np.asarray(metadata[key]).tolist()
+            for name, key in {
+                "temperature": "general.sampling.temp",
+                "top_k": "general.sampling.top_k",
+                "top_p": "general.sampling.top_p",
+                "eos_token_id": "bezel.generation.stop_token_ids",
+            }.items()
+            if key in metadata
+        }
+        template = metadata.get("tokenizer.chat_template")
+        name = metadata.get("general.name")
+
+    def load_vocabulary() -> Vocabulary:
+        with GGUFFile(path) as gguf:
+            return gguf.vocabulary()
+
+    return Checkpoint(
+        path,
+        name if isinstance(name, str) and name else path.stem,
+        config,
+        stored,
+        (path,),
+        load_vocabulary,
+        norm_offset=0.0,  # GGUF holds weight + 1 already
+        generation_config=generation_config,
+        chat_template=template if isinstance(template, str) else None,
+    )

@@ -1,0 +1,302 @@
+"""The commands `bezel run` and `bezel chat`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import BezelError, InvalidRequest
+
+if TYPE_CHECKING:
+    from ..api import Model, Session
+    from ..text.generation import Generation
+    from ..text.sampling import Sampling
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OPTIONS = [
+    click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: 1.0]"),
+    click.option("--top-k", type=int, help="Choose among the k likeliest tokens; 0 is off.  [default: 64]"),
+    click.option("--top-p", type=float, help="… among the likeliest that reach p together.  [default: 0.95]"),
+    click.option("--min-p", type=float, help="… among those with p times the best one's chance.  [default: 0]"),
+    click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating.  [default: 1.0]"),
+    click.option("--seed", type=int, help="Same seed, same text."),
+    click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens."),
+    click.option("--context", type=int, help="Most tokens to hold.  [default: what the model was made for]"),
+    click.option(
+        "--kv",
+        type=click.Choice(["f32", "f16", "int8"]),
+        help="KV cache storage.  [default: f16; with ort the export's]",
+    ),
+    click.option("--threads", type=int, help="Threads to compute with.  [default: the performance cores]"),
+    click.option(
+        "--engine",
+        type=click.Choice(["native", "ort", "reference"]),
+        help="The C++ kernels (for GGUF), onnxruntime (for ONNX), or NumPy in float32: slow, and what the others are "
+        "tested against.  [default: native or ort, as MODEL needs]",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["int8", "f32"]),
+        default="int8",
+        show_default=True,
+        help="What is multiplied with quantized weights; f32 is slow, for measuring.",
+    ),
+    click.option("--system", help="Text that opens the first user turn."),
+    click.option(
+        "--on-full",
+        type=click.Choice(["error", "slide"]),
+        default="error",
+        show_default=True,
+        help="When the context is full: stop with an error, or drop what is oldest and say so.",
+    ),
+    click.option("--show-prompt", is_flag=True, help="Print what the model really sees."),
+]
+
+
+def _generation_options(command: Command) -> Command:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--raw", is_flag=True, help="Continue PROMPT as plain text instead of answering it in a chat.")
+@click.option("--stop", multiple=True, help="Stop before this text. May be given several times.")
+@click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON, at the end.")
+@_generation_options
+def run(model: Path, prompt: str | None, raw: bool, stop: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Answer PROMPT with MODEL, a GGUF file or an exported ONNX folder. A PROMPT of - is read from standard input.
+
+    A model without a chat template continues PROMPT as plain text. Ctrl-C stops the answer.
+
+    \b
+    Examples:
+      bezel run gemma.gguf "Write a limerick about a llama."
+      bezel run gemma.gguf --raw "Once upon a time" --max-tokens 200 --seed 1
+      cat report.txt | bezel run gemma.gguf - --system "Summarise this text."
+    """
+    from ..text.chat import Message
+    from ..text.conversation import keep_prompt
+    from ..text.generation import Generation
+
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError("PROMPT is missing; - reads it from standard input.")
+    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    loaded = _load(model, options)
+    system = options["system"]
+    if system and (raw or not loaded.is_chat_model):
+        raise InvalidRequest("--system needs a chat, and this is plain text; put it into the prompt")
+    messages = [Message("system", system), Message("user", text or "")] if system else text or ""
+    ids = loaded.prompt_ids(messages, raw or None)
+    _show_prompt(loaded, ids, options)
+
+    session = loaded.session()
+    make_room = keep_prompt(len(ids), loaded, _note) if options["on_full"] == "slide" else None
+    with _interruptible(session, len(ids)) as cancel:
+        generation = Generation(
+            session,
+            ids,
+            _sampling(loaded, options),
+            max_tokens=options["max_tokens"],
+            stop=stop,
+            make_room=make_room,
+            cancel=cancel,
+        )
+        started, first, pieces = time.perf_counter(), None, []
+        try:
+            for piece in generation:
+                first = first or time.perf_counter()
+                pieces.append(piece)
+                if not as_json:
+                    click.echo(piece, nl=False)
+        finally:
+            if not as_json:
+                click.echo()
+    if as_json:
+        ended = time.perf_counter()
+        figures = {
+            "text": "".join(pieces),
+            "finish": generation.finish,
+            "prompt_tokens": len(ids),
+            "tokens": len(generation.ids),
+            "seconds_to_first_token": (first or ended) - started,
+            "seconds": ended - started,
+        }
+        click.echo(json.dumps(figures, ensure_ascii=False))
+    if generation.finish == "cancelled":
+        raise SystemExit(130)
+
+
+_CHAT_HELP = """\
+/undo takes back the last exchange, /reset starts anew, /save FILE and /load FILE keep and bring back the chat,
+/exit (or Ctrl-D) leaves. A line that ends in a backslash goes on in the next. Ctrl-C stops an answer."""
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@_generation_options
+def chat(model: Path, **options: Any) -> None:
+    """Talk with MODEL, a GGUF file or an exported ONNX folder.
+
+    \b
+    /undo        takes back the last exchange
+    /reset       starts anew
+    /save FILE   keeps the chat, /load FILE brings it back
+    /exit        leaves, as Ctrl-D does; Ctrl-C stops an answer
+
+    \b
+    Examples:
+      bezel chat gemma.gguf
+      bezel chat gemma.gguf --system "Answer like a pirate." --on-full slide
+    """
+    from ..text.conversation import Conversation
+
+    loaded = _load(model, options)
+    if not loaded.is_chat_model:
+        raise InvalidRequest(f"{model}: has no chat template; use `bezel run --raw` to continue a text with it")
+
+    def begin() -> Conversation:
+        return Conversation(loaded, options["system"], options["on_full"] == "slide", _note)
+
+    conversation = begin()
+    sampling = _sampling(loaded, options)
+    if sys.stdin.isatty():
+        _line_editing()
+        click.echo(f"{loaded.name}, context {loaded.context}. /help shows the commands.")
+    for line in _lines():
+        command, _, argument = line.strip().partition(" ")
+        try:
+            if not command.startswith("/"):
+                _answer(conversation, line, sampling, options)
+            elif command == "/reset":
+                conversation = begin()
+            elif command == "/undo":
+                conversation.undo()
+                _note(f"{conversation.turns()} exchanges left")
+            elif command in ("/save", "/load") and argument:
+                session = conversation.session
+                if command == "/save":
+                    session.save(argument.strip())
+                else:
+                    session.restore(argument.strip())
+                _note(f"{command[1:]}: {argument.strip()}, {conversation.turns()} exchanges")
+            elif command in ("/exit", "/quit"):
+                return
+            else:
+                click.echo(_CHAT_HELP)
+        except (BezelError, OSError) as error:
+            _note(f"error: {error}")
+
+
+def _answer(conversation: Any, text: str, sampling: Sampling, options: dict[str, Any]) -> None:
+    session = conversation.session
+    before = session.position
+    prompt = conversation.prompt_ids(text)
+    _show_prompt(session.model, prompt, options)
+    try:
+        with _interruptible(session, before + len(prompt)) as cancel:
+            generation: Generation = conversation.ask(text, sampling, options["max_tokens"], cancel)
+            try:
+                for piece in generation:
+                    click.echo(piece, nl=False)
+            finally:
+                click.echo()
+        if generation.finish == "cancelled":
+            _note("stopped")
+    finally:
+        if session.position < before + len(prompt):  # a turn that was not read to its end
+            session.go_to(session.ids[:before])
+
+
+def _load(path: Path, options: dict[str, Any]) -> Model:
+    from ..api import load
+    from ..text.chat import template_is_known
+
+    names = ("engine", "context", "kv", "threads", "activations")
+    model = load(path, **{name: options[name] for name in names})
+    if model.is_chat_model and not template_is_known(model.chat_template):
+        _note(f"warning: {path} has a chat template that is not one of Gemma's; Gemma's own format is used instead")
+    return model
+
+
+def _sampling(model: Model, options: dict[str, Any]) -> Sampling:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return replace(model.default_sampling, **{n: options[n] for n in names if options[n] is not None})
+
+
+def _show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:
+    if options["show_prompt"]:
+        from ..text.chat import show
+
+        click.echo(show(model.tokenizer, ids), err=True)
+
+
+def _note(text: str) -> None:
+    click.echo(click.style(text, dim=True), err=True)
+
+
+@contextmanager
+def _interruptible(session: Session, n_prompt: int) -> Iterator[Callable[[], bool]]:
+    """A `cancel` that turns true on Ctrl-C; a second Ctrl-C interrupts at once. Shows a long prompt's progress."""
+    pressed = False
+    long_prompt = sys.stderr.isatty() and n_prompt - session.position > session.engine.chunk
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def cancel() -> bool:
+        nonlocal long_prompt
+        if long_prompt:
+            long_prompt = session.position < n_prompt
+            line = f"reading the prompt: {session.position} of {n_prompt} tokens" if long_prompt else ""
+            click.echo(f"\r\x1b[K{line}", nl=False, err=True)
+        return pressed
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _line_editing() -> None:
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (importing it gives input() its editing and history)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, until end of input; Ctrl-C at the prompt drops the line."""
+    text = ""
+    while True:
+        prompt = ("... " if text else "> ") if sys.stdin.isatty() else ""
+        try:
+            line = input(prompt)
+        except EOFError:
+            if text.strip():
+                yield text
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            text = ""
+            continue
+        if line.endswith("\\"):
+            text += line[:-1] + "\n"
+        else:
+            if (text + line).strip():
+                yield text + line
+            text = ""

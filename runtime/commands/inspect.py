@@ -1,0 +1,231 @@
+"""The command `bezel inspect`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..cache.caches import KV_TYPES, allocated_rows, default_chunk, new_caches, row_bytes
+from ..errors import InvalidRequest
+from ..files.gguf import RECEIPT
+from ..files.model_file import ModelFile, open_model
+from ..files.onnx_folder import CHUNK, OnnxFolder
+from ..model.config import ModelConfig
+
+MIB = 1 << 20
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--context", type=int, help="Show the memory for this many tokens.  [default: several]")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> None:
+    """Show what MODEL, a GGUF file or an exported ONNX folder, holds and how much memory it takes.
+
+    \b
+    Examples:
+      bezel inspect gemma.gguf
+      bezel inspect gemma.gguf --context 8192
+      bezel inspect gemma.gguf --json
+    """
+    with open_model(model) as file:
+        config = file.config()
+        file.check_tensors(config)
+        if context is not None and not 1 <= context <= config.context_length:
+            raise InvalidRequest(f"context: found {context}, expected 1 to {config.context_length}")
+        facts = _facts(file, config, context)
+        if isinstance(file, OnnxFolder):
+            facts["onnx"] = _onnx_facts(file)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts, tensors)
+
+
+def cache_sizes(config: ModelConfig, context: int, kv: str, largest_chunk: int = 512) -> dict[str, int]:
+    """Bytes of keys and values once `context` tokens are held, by layer kind; `full` is the total without rings.
+
+    `largest_chunk` is the most tokens that the engine takes at once.
+    """
+    chunk = default_chunk(config, largest_chunk)
+
+    def total(ring: bool, local: bool) -> int:
+        caches = zip(config.layers, new_caches(config, context, kv, chunk, ring), strict=True)
+        rows = (allocated_rows(context, c.capacity) for layer, c in caches if (layer.window is not None) == local)
+        return sum(rows) * row_bytes(config.n_kv_heads, config.head_dim, kv)
+
+    local, global_ = total(True, True), total(True, False)
+    return {
+        "context": context,
+        "local": local,
+        "global": global_,
+        "total": local + global_,
+        "full": total(False, True) + total(False, False),
+    }
+
+
+def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[str, Any]:
+    formats: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
+    for info in file.tensors.values():
+        row = formats[info.format.name]
+        row["tensors"] += 1
+        row["weights"] += math.prod(info.shape)
+        row["bytes"] += info.nbytes
+    weights = sum(row["weights"] for row in formats.values())
+    tensor_bytes = sum(row["bytes"] for row in formats.values())
+    kv_types, largest_chunk = ((file.kv,), CHUNK) if isinstance(file, OnnxFolder) else (KV_TYPES, 512)
+    contexts = [context] if context else _contexts(config.context_length)
+    return {
+        "file": str(file.path),
+        "file_bytes": file.file_bytes,
+        "name": file.metadata.get("general.name"),
+        "family": config.family,
+        "weights": weights,
+        "bits_per_weight": 8 * tensor_bytes / weights,
+        "formats": dict(sorted(formats.items(), key=lambda item: -item[1]["bytes"])),
+        "embedding_format": file.tensors["token_embd.weight"].format.name,
+        "config": {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "layers": config.n_layers,
+            "query_heads": config.n_heads,
+            "kv_heads": config.n_kv_heads,
+            "head_dim": config.head_dim,
+            "context_length": config.context_length,
+            "query_pre_attn_scalar": config.query_pre_attn_scalar,
+            "attention_softcap": config.attn_softcap,
+            "final_softcap": config.final_softcap,
+            "rms_eps": config.rms_eps,
+            "tied_head": config.tied_head,
+        },
+        "windows": [layer.window for layer in config.layers],
+        "rope_bases": [layer.rope_base for layer in config.layers],
+        "cache": {kv: [cache_sizes(config, n, kv, largest_chunk) for n in contexts] for kv in kv_types},
+        "provenance": _provenance(file),
+        "receipt": _receipt(file),
+        "tensors": [
+            {"name": info.name, "shape": info.shape, "format": info.format.name, "bytes": info.nbytes}
+            for info in file.tensors.values()
+        ],
+    }
+
+
+def _onnx_facts(folder: OnnxFolder) -> dict[str, Any]:
+    """What only a graph has. Operators are named with their domain, unless it is ONNX's own."""
+    return {
+        "quant": folder.quant,
+        "dialect": folder.dialect,
+        "opsets": {domain or "ai.onnx": version for domain, version in folder.model.opsets.items()},
+        "operators": {f"{domain}.{op}".lstrip("."): n for (domain, op), n in sorted(folder.model.operators.items())},
+        "files": {name: entry["bytes"] for name, entry in folder.files.items()},
+    }
+
+
+def _provenance(file: ModelFile) -> dict[str, Any]:
+    """What the exporter wrote about itself and its source."""
+    stored = {
+        key.removeprefix("bezel.provenance."): v for key, v in file.metadata.items() if "bezel.provenance." in key
+    }
+    names, hashes = (list(stored.pop(key, ())) for key in ("source_files", "source_sha256"))
+    plain = {key: value for key, value in stored.items() if isinstance(value, (str, int, float))}
+    return plain | {"sources": dict(zip(names, hashes, strict=False))} if names else plain
+
+
+def _receipt(file: ModelFile) -> dict[str, Any] | None:
+    """What was measured of the file; None where nothing was, or where what is there is not a receipt."""
+    stored = {key.removeprefix(RECEIPT): value for key, value in file.metadata.items() if key.startswith(RECEIPT)}
+    figures: dict[str, Any] = {key: v for key, v in stored.items() if isinstance(v, float) and math.isfinite(v)}
+    if "kld_mean" not in figures:
+        return None
+    texts = {key: value.strip() for key, value in stored.items() if isinstance(value, str)}
+    return figures | {key: v for key, v in stored.items() if type(v) is int} | texts
+
+
+def _contexts(limit: int) -> list[int]:
+    return sorted({min(limit, n) for n in (512, 2048, 4096, 8192, limit)})
+
+
+def _print(facts: dict[str, Any], tensors: bool) -> None:
+    click.echo(f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['family']})")
+    click.echo(
+        f"  {facts['weights'] / 1e6:,.1f} million weights, {facts['file_bytes'] / MIB:,.1f} MiB, "
+        f"{facts['bits_per_weight']:.2f} bits per weight"
+    )
+    for name, row in facts["formats"].items():
+        click.echo(f"  {name:>6} {row['tensors']:5} tensors {row['bytes'] / MIB:10,.1f} MiB")
+    click.echo(f"  embedding and head in {facts['embedding_format']}")
+    if "onnx" in facts:
+        _print_onnx(facts["onnx"])
+    click.echo("\nConfig")
+    for key, value in facts["config"].items():
+        click.echo(f"  {key:<22} {value:g}" if isinstance(value, float) else f"  {key:<22} {value}")
+    windows = facts["windows"]
+    local = [i for i, window in enumerate(windows) if window]
+    if local:
+        sizes = sorted({window for window in windows if window})
+        click.echo(f"  local layers           {_ranges(local)}, window {', '.join(map(str, sizes))}")
+    click.echo(f"  global layers          {_ranges([i for i, w in enumerate(windows) if not w])}")
+    click.echo("\nMemory for keys and values, MiB (rings on local layers; in brackets, all layers full)")
+    click.echo(f"  {'context':>8}" + "".join(f"  {kv + ': local + global':>34}" for kv in facts["cache"]))
+    for rows in zip(*facts["cache"].values(), strict=True):
+        cells = [
+            f"{r['local'] / MIB:.1f} + {r['global'] / MIB:.1f} = {r['total'] / MIB:.1f} [{r['full'] / MIB:.1f}]"
+            for r in rows
+        ]
+        click.echo(f"  {rows[0]['context']:8}" + "".join(f"  {cell:>34}" for cell in cells))
+    if facts["provenance"]:
+        click.echo("\nProvenance")
+        for key, value in facts["provenance"].items():
+            if key != "sources":
+                click.echo(f"  {key:<22} {value}")
+        for name, sha256 in facts["provenance"].get("sources", {}).items():
+            click.echo(f"  from {name:<33} sha256 {sha256}")
+    if facts["receipt"]:
+        _print_receipt(facts["receipt"])
+    if tensors:
+        click.echo("\nTensors")
+        for row in facts["tensors"]:
+            click.echo(f"  {row['name']:<36} {row['format']:>5} {' × '.join(map(str, row['shape']))}")
+
+
+def _print_receipt(receipt: dict[str, Any]) -> None:
+    """What a receipt says, in words; a part that is missing is left out."""
+    click.echo(f"\nReceipt: measured against {receipt.get('reference') or 'a reference without a name'}")
+    interval = " ({kld_mean_low:.4g} to {kld_mean_high:.4g})" if "kld_mean_low" in receipt else ""  # few chunks: none
+    lines = (
+        ("mean KLD", "{kld_mean:.4g} nats per token" + interval),
+        ("99.9 % KLD", "{kld_p999:.4g}: one position in 1000 loses more"),
+        ("same top token", "{top1:.2%} of positions"),
+        ("perplexity", "{perplexity_ratio:.4f} times the reference's"),
+        ("measured", "{date} by {tool}, {tokens:,} positions, {protocol}"),
+        ("engine", "{engine}"),
+        ("text", "sha256 {text_sha256}"),
+        ("reference", "sha256 {reference_sha256}"),
+    )
+    for title, line in lines:
+        try:
+            click.echo(f"  {title:<22} {line.format_map(receipt)}")
+        except (KeyError, ValueError):
+            continue
+
+
+def _print_onnx(onnx: dict[str, Any]) -> None:
+    click.echo("\nONNX")
+    click.echo(f"  {'exported as':<22} {onnx['quant']}, {onnx['dialect']} dialect")
+    click.echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
+    click.echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
+    for name, size in onnx["files"].items():
+        click.echo(f"  {name:<22} {size / MIB:,.1f} MiB")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 2, 4 as "0, 2, 4"; the middle of a long list is left out."""
+    text = [str(n) for n in numbers]
+    return ", ".join(text) if len(text) <= 8 else ", ".join([*text[:3], "…", text[-1]]) + f" ({len(text)})"

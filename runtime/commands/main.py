@@ -1,0 +1,66 @@
+"""The command `bezel`. Verbs are found by name when they are called, so that each loads only what it uses."""
+
+from __future__ import annotations
+
+import errno
+from importlib import import_module
+from typing import Any
+
+import click
+
+from ..errors import BezelError
+
+# Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
+_VERBS = {
+    "export": ("bezel.export.commands.export", "Convert a checkpoint to a GGUF file or an ONNX folder."),
+    "calibrate": ("bezel.export.commands.calibrate", "Gather what a text sends through a model, for export."),
+    "run": ("bezel.runtime.commands.generate", "Answer one prompt, or continue a text."),
+    "chat": ("bezel.runtime.commands.generate", "Talk with a model."),
+    "inspect": ("bezel.runtime.commands.inspect", "Show what a model file holds and how much memory it takes."),
+    "verify": ("bezel.export.commands.export", "Compare a model file with the checkpoint that it came from."),
+    "check": ("bezel.bench.commands.check", "Run an ONNX folder, and compare it with what it was exported from."),
+    "bench": ("bezel.bench.commands.bench", "Measure speed and memory, next to llama.cpp if asked."),
+    "measure": ("bezel.bench.commands.measure", "Measure what quantization cost, against a reference."),
+    "demo": ("bezel.bench.commands.demo", "Do it all on the bundled model, in under a minute."),
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _VERBS:
+            return None
+        command: click.Command = getattr(import_module(_VERBS[cmd_name][0]), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in _VERBS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BezelError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has left: click ends quietly
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from error
+        except MemoryError as error:
+            raise click.ClickException(f"not enough memory: {error}") from error
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bezel-lm", prog_name="bezel")
+def main() -> None:
+    """Run Gemma on this computer, offline, from one file.
+
+    \b
+    Examples:
+      bezel demo
+      bezel export gemma-2-2b-it/ gemma.gguf --quant q4_0
+      bezel run gemma.gguf "Why is the sky blue?"
+    """

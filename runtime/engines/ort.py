@@ -1,0 +1,203 @@
+"""The ort engine: an exported ONNX folder through onnxruntime, with caches that its graph writes in place."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .. import _native
+from ..cache.caches import KV_DTYPES, Arrays, KVCache, new_caches
+from ..errors import InvalidModelFile
+from ..files.onnx_folder import CHUNK, INT8_CHANNEL, OnnxFolder
+from ..model.config import ModelConfig
+from ..model.ops import Floats
+from .protocol import CachedEngine
+
+_STEP = 32  # slots by which the graph's share of a cache grows
+
+
+class OrtStore:
+    """Slots in the layout of the graph's caches, which the graph writes to and attends to.
+
+    Address space is there for all slots from the start; the system gives memory to those that are written to.
+    """
+
+    def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
+        # Zeros, because what is in a slot that no query sees is multiplied by 0 all the same.
+        by_head = kv == INT8_CHANNEL
+        shape = (n_kv_heads, capacity, head_dim) if by_head else (capacity, n_kv_heads * head_dim)
+        self.arrays: Arrays = {name: np.zeros(shape, KV_DTYPES[kv]) for name in ("keys", "values")}
+        self.rows: Arrays = {  # (capacity, kv_heads, head_dim)
+            name: array.transpose(1, 0, 2) if by_head else array.reshape(capacity, n_kv_heads, head_dim)
+            for name, array in self.arrays.items()
+        }
+        self._by_head = by_head
+
+    def graph_shape(self, slots: int) -> tuple[int, ...]:
+        """The shape in which the graph takes either array when `slots` are in use."""
+        shape = self.arrays["keys"].shape
+        return (1, *shape) if self._by_head else (1, slots, shape[1])
+
+    def write(self, position: int, keys: Floats, values: Floats) -> None:
+        raise NotImplementedError("the graph writes")
+
+    def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
+        raise NotImplementedError("the graph attends")
+
+    def raw(self, start: int, stop: int) -> Arrays:
+        return {name: rows[self._slots(start, stop)] for name, rows in self.rows.items()}
+
+    def set_raw(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        for name, rows in self.rows.items():
+            rows[self._slots(start, start + len(arrays[name]))] = arrays[name]
+
+    def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return np.arange(start, stop) % len(self.rows["keys"])
+
+
+class OrtBackend:
+    """A folder's graph in an onnxruntime session. `threads` None takes the performance cores.
+
+    With `exact`, quantized weights are dequantized before they are multiplied with float32 activations, slowly.
+    Raises InvalidModelFile for a graph that onnxruntime refuses or that is not one of bezel's.
+    """
+
+    def __init__(self, folder: OnnxFolder, config: ModelConfig, threads: int | None, exact: bool = False) -> None:
+        self.config, self._folder = config, folder
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or _native.default_threads()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # planning memory for each shape anew costs a token 2 to 3 %
+        entries = {
+            "session.model_external_initializers_file_folder_path": str(folder.path.resolve()),
+            "session.dynamic_block_base": "4",  # cores are not equally fast: work in small pieces, not one for each
+        }
+        if exact:  # kernels for 8-bit activations work on packed weights only
+            entries["session.disable_prepacking"] = "1"
+        if all(tensor.dtype != "float16" for tensor in folder.initializers.values()):
+            # No constant of a quantized model is worth a second copy. Those of 16 bits are needed as float32.
+            entries["optimization.constant_folding_max_output_size_in_bytes"] = str(1 << 20)
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        try:
+            self.session = ort.InferenceSession(folder.model_bytes, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no base of their own
+            raise InvalidModelFile(folder.model_path, f"onnxruntime refuses it: {error}") from error
+        folder.check_unchanged()
+        _give_back_pages(folder)
+        # What the graph gives caches back as: int8 ones once more, as its operator for attention wants it.
+        self.states = ("present",) if folder.kv == "f32" else ("present", "kept")
+        self.masks = _check_interface(self.session, folder, config, self.states)
+
+    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> OrtEngine:
+        chunk = min(chunk, CHUNK)
+        return OrtEngine(self, new_caches(self.config, context, kv, chunk, ring, OrtStore), chunk)
+
+
+class OrtEngine(CachedEngine):
+    """One sequence through the graph."""
+
+    def __init__(self, backend: OrtBackend, caches: list[KVCache], chunk: int) -> None:
+        super().__init__(caches, chunk)
+        self._backend = backend
+        self._binding = backend.session.io_binding()
+        self._bound: list[tuple[OrtStore, tuple[int, ...]]] = []
+
+    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+        n, start = len(ids), self.position
+        rows = np.arange(n - max(wanted, 1), n)  # the graph has no form for no row at all
+        for cache in self.caches:
+            cache.advance(n)
+        try:
+            self._bind_caches()
+            inputs: Arrays = {
+                "input_ids": np.ascontiguousarray(ids),
+                "positions": np.arange(start, start + n),
+                "wanted": rows,
+            }
+            for name, layer in self._backend.masks.items():
+                cache = self.caches[layer]
+                inputs[name] = np.ascontiguousarray(cache.visible(n)[:, : _slots(cache)])
+            for name, array in inputs.items():
+                self._binding.bind_cpu_input(name, array)
+            logits = np.empty((len(rows), self._backend.config.vocab_size), np.float32)
+            self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            self._backend.session.run_with_iobinding(self._binding)
+        except BaseException:
+            for cache in self.caches:
+                cache.rewind(n)
+            raise
+        return logits[len(rows) - wanted :]
+
+    def _bind_caches(self) -> None:
+        """Input and output of each cache are the same memory, so that writing a row moves nothing else."""
+        stores: list[tuple[OrtStore, tuple[int, ...]]] = []
+        for cache in self.caches:
+            assert isinstance(cache.store, OrtStore)
+            stores.append((cache.store, cache.store.graph_shape(_slots(cache))))
+        if stores == self._bound:
+            return
+        for i, (store, shape) in enumerate(stores):
+            for name, array in (("key", store.arrays["keys"]), ("value", store.arrays["values"])):
+                place = ("cpu", 0, array.dtype.type, shape, array.ctypes.data)
+                self._binding.bind_input(f"past.{i}.{name}", *place)
+                for state in self._backend.states:
+                    self._binding.bind_output(f"{state}.{i}.{name}", *place)
+        self._bound = stores
+
+
+def _slots(cache: KVCache) -> int:
+    """The slots that the graph sees: those in use, and a few more, so that not every token changes the shape."""
+    return min(cache.capacity, -(-cache.length // _STEP) * _STEP)
+
+
+def _give_back_pages(folder: OnnxFolder) -> None:
+    """Let go of the weights' pages, which onnxruntime has read once to pack them, and maps to the end.
+
+    They would count as this process's memory until the system runs short. What is read again comes from the file.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    names = {str((folder.path / name).resolve()) for name in folder.files}
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        extent, *_, name = line.split(maxsplit=5)
+        if name in names:
+            start, end = (int(part, 16) for part in extent.split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _check_interface(
+    session: ort.InferenceSession, folder: OnnxFolder, config: ModelConfig, states: tuple[str, ...]
+) -> dict[str, int]:
+    """The masks that the graph takes, each with a layer whose cache says what it holds. Raises InvalidModelFile."""
+    masks: dict[str, int] = {}
+    for i, layer in enumerate(config.layers):
+        masks.setdefault(f"visible.{'global' if layer.window is None else 'local'}", i)
+    caches = [f"{i}.{name}" for i in range(config.n_layers) for name in ("key", "value")]
+    cache = "tensor(float) 3" if folder.kv == "f32" else "tensor(int8) 4"
+    want = {
+        **dict.fromkeys(("input_ids", "positions", "wanted"), "tensor(int64) 1"),
+        **dict.fromkeys(masks, "tensor(bool) 2"),
+        **dict.fromkeys((f"past.{name}" for name in caches), cache),
+        **dict.fromkeys((f"{state}.{name}" for state in states for name in caches), f"output {cache}"),
+        "logits": "output tensor(float) 2",
+    }
+    found = {value.name: f"{value.type} {len(value.shape)}" for value in session.get_inputs()}
+    found |= {value.name: f"output {value.type} {len(value.shape)}" for value in session.get_outputs()}
+    for name in sorted({*found, *want}):
+        if found.get(name) != want.get(name):
+            raise InvalidModelFile(
+                folder.model_path,
+                f"graph input or output {name!r}: found {found.get(name)}, expected {want.get(name)} by config.json; "
+                "export the model anew",
+            )
+    return masks

@@ -1,0 +1,77 @@
+"""What the runtime needs of a file with a model in it, of whichever kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...quant.formats import Format
+from ..errors import InvalidModelFile
+from ..model.config import ModelConfig
+from ..text.tokenizer import Vocabulary
+from .gguf import GGUFFile
+from .onnx_folder import OnnxFolder
+
+
+class Tensor(Protocol):
+    """A tensor under its name in GGUF; `shape` is outputs × inputs, `nbytes` what it takes in the file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def format(self) -> type[Format]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class ModelFile(Protocol):
+    """`GGUFFile` or `OnnxFolder`. `metadata` has GGUF's keys; `engines` those that run it, default first."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def engines(self) -> tuple[str, ...]: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+    def config(self) -> ModelConfig:
+        """The model's description. Raises InvalidConfig."""
+
+    def check_tensors(self, config: ModelConfig) -> None:
+        """Raises InvalidModelFile unless the file holds exactly the tensors of `config`, in their shapes."""
+
+    def dequantize(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """The tensor as float32 in its own shape, or some rows of it, float32 (rows, inputs)."""
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's pieces. Raises InvalidModelFile."""
+
+    def fingerprint(self) -> str:
+        """Which model this is."""
+
+    def close(self) -> None: ...
+    def __enter__(self) -> ModelFile: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_model(path: str | Path) -> GGUFFile | OnnxFolder:
+    """A GGUF file, or a folder that `bezel export --format onnx` wrote. Raises InvalidModelFile."""
+    path = Path(path)
+    if path.suffix == ".onnx" and path.is_file():
+        raise InvalidModelFile(path, f"this is one file of a model; give its folder, {path.parent}")
+    return OnnxFolder(path) if path.is_dir() else GGUFFile(path)

@@ -1,0 +1,1 @@
+"""What a model is: its description, its tensors, its forward pass."""

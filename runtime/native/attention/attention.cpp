@@ -1,0 +1,258 @@
+#include "attention/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace bezel {
+namespace {
+
+constexpr int64_t kFewRows = 12;
+
+int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+// Arrays in one piece of memory, each from a cache line on. `lay_out` takes them, twice: to measure, and for good.
+class Arena {
+ public:
+  template <class F>
+  explicit Arena(F&& lay_out) {
+    lay_out(*this);
+    memory_.reset(new char[used_ + 64]);
+    base_ = (reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64;
+    used_ = 0;
+    lay_out(*this);
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return array;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  uintptr_t base_ = 0;
+  size_t used_ = 0;
+};
+
+struct Problem {
+  const KVStore& store;
+  const KvKernels& kernels;
+  const float* queries;
+  int64_t n, heads, length, window;
+  float scale, cap;
+  float* out;
+
+  int64_t group() const { return heads / store.kv_heads(); }
+  int64_t first_visible(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
+};
+
+// Some rows of one KV head: `count` (query, head) pairs from `begin` on, those of a query side by side.
+struct Tile {
+  int64_t kv_head, begin, count;
+
+  int64_t position(const Problem& p, int64_t row) const {
+    return p.length - p.n + (begin + row) / p.group();
+  }
+  int64_t element(const Problem& p, int64_t row) const {
+    const int64_t i = begin + row;
+    return ((i / p.group()) * p.heads + kv_head * p.group() + i % p.group()) * p.store.head_dim();
+  }
+  int64_t first_split(const Problem& p) const { return p.first_visible(position(p, 0)) / kSplit; }
+  int64_t end_split(const Problem& p) const { return position(p, count - 1) / kSplit + 1; }
+};
+
+// What a split gives for the rows of a tile.
+struct Partial {
+  float *mixed, *max, *sum, *scale;
+
+  void lay_out(Arena& arena, int64_t rows, int64_t dim) {
+    mixed = arena.take<float>(rows * dim);
+    max = arena.take<float>(rows);
+    sum = arena.take<float>(rows);
+    scale = arena.take<float>(rows);
+  }
+};
+
+// What a thread needs while it works on a tile.
+struct Scratch {
+  std::atomic<bool> taken{false};
+  char *queries, *weights;
+  float *factors, *scores, *total;
+  int32_t *bias, *first, *last;
+  float *max, *sum;
+  Partial partial;
+
+  void lay_out(Arena& arena, int64_t rows, int64_t dim) {
+    queries = arena.take<char>(rows * dim * int64_t{sizeof(float)});
+    weights = arena.take<char>(rows * kSplit * 2);
+    factors = arena.take<float>(rows);
+    scores = arena.take<float>(rows * kSplit);
+    total = arena.take<float>(rows * dim);
+    bias = arena.take<int32_t>(rows);
+    first = arena.take<int32_t>(rows);
+    last = arena.take<int32_t>(rows);
+    max = arena.take<float>(rows);
+    sum = arena.take<float>(rows);
+    partial.lay_out(arena, rows, dim);
+  }
+};
+
+class Scratches {
+ public:
+  Scratches(int64_t count, int64_t rows, int64_t dim)
+      : all_(static_cast<size_t>(count)), arena_([&](Arena& arena) {
+          for (Scratch& scratch : all_) scratch.lay_out(arena, rows, dim);
+        }) {}
+  // There is one for every thread that can be at work.
+  Scratch& take() noexcept {
+    for (;;)
+      for (Scratch& scratch : all_)
+        if (!scratch.taken.exchange(true, std::memory_order_acquire)) return scratch;
+  }
+  static void give_back(Scratch& scratch) noexcept { scratch.taken.store(false, std::memory_order_release); }
+
+ private:
+  std::vector<Scratch> all_;
+  Arena arena_;
+};
+
+void pack(const Problem& p, const Tile& tile, Scratch& s) noexcept {
+  const int64_t dim = p.store.dim();
+  for (int64_t r = 0; r < tile.count; ++r)
+    p.kernels.pack_queries(p.queries + tile.element(p, r), 0, 1, p.store.head_dim(), dim, p.scale,
+                           s.queries + r * dim * p.kernels.operand, s.factors + r, s.bias + r);
+}
+
+void attend_split(const Problem& p, const Tile& tile, int64_t split, const Scratch& s,
+                  const Partial& partial) noexcept {
+  for (int64_t r = 0; r < tile.count; ++r) {
+    const int64_t position = tile.position(p, r), start = split * kSplit;
+    s.first[r] = static_cast<int32_t>(std::clamp<int64_t>(p.first_visible(position) - start, 0, kSplit));
+    s.last[r] = static_cast<int32_t>(std::clamp<int64_t>(position + 1 - start, s.first[r], kSplit));
+  }
+  const int64_t slot = split * kSplit % p.store.slots();
+  SplitJob job{};
+  job.keys = p.store.rows(false, tile.kv_head, slot);
+  job.values = p.store.rows(true, tile.kv_head, slot);
+  job.key_scales = p.store.scale(false, tile.kv_head, slot);
+  job.value_scales = p.store.scale(true, tile.kv_head, slot);
+  job.dim = p.store.dim();
+  job.rows = tile.count;
+  job.first = s.first;
+  job.last = s.last;
+  job.queries = s.queries;
+  job.query_factors = s.factors;
+  job.query_bias = s.bias;
+  job.cap = p.cap;
+  job.scores = s.scores;
+  job.weights = s.weights;
+  job.mixed = partial.mixed;
+  job.max = partial.max;
+  job.sum = partial.sum;
+  job.weight_scale = partial.scale;
+  p.kernels.attend_split(job);
+}
+
+void begin(const Problem& p, const Tile& tile, Scratch& s) noexcept {
+  std::memset(s.total, 0, static_cast<size_t>(tile.count * p.store.dim()) * sizeof(float));
+  for (int64_t r = 0; r < tile.count; ++r) {
+    s.max[r] = -HUGE_VALF;
+    s.sum[r] = 0;
+  }
+}
+
+void merge(const Problem& p, const Tile& tile, int64_t split, const Partial& partial, Scratch& s) noexcept {
+  const int64_t dim = p.store.dim();
+  for (int64_t r = 0; r < tile.count; ++r) {
+    const int64_t position = tile.position(p, r);
+    if (position < split * kSplit || p.first_visible(position) >= (split + 1) * kSplit) continue;  // sees nothing
+    p.store.kernels().merge(s.total + r * dim, s.max + r, s.sum + r, partial.mixed + r * dim, partial.scale[r],
+                            partial.max[r], partial.sum[r], dim);
+  }
+}
+
+void finish(const Problem& p, const Tile& tile, const Scratch& s) noexcept {
+  for (int64_t r = 0; r < tile.count; ++r)
+    p.store.kernels().finish(s.total + r * p.store.dim(), s.sum[r], p.store.head_dim(),
+                             p.out + tile.element(p, r));
+}
+
+// Enough tiles for every thread: each is a task, and goes through its splits in order.
+void by_tile(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool) {
+  Scratches scratches(pool.threads(), tiles[0].count, p.store.dim());
+  pool.parallel_for(static_cast<int64_t>(tiles.size()), 1, [&](int64_t i, int64_t) noexcept {
+    // The last queries of a chunk see the most: first, so that no thread ends with a long one.
+    const Tile& tile = tiles[tiles.size() - 1 - static_cast<size_t>(i)];
+    Scratch& s = scratches.take();
+    pack(p, tile, s);
+    begin(p, tile, s);
+    for (int64_t split = tile.first_split(p); split < tile.end_split(p); ++split) {
+      attend_split(p, tile, split, s, s.partial);
+      merge(p, tile, split, s.partial, s);
+    }
+    finish(p, tile, s);
+    Scratches::give_back(s);
+  });
+}
+
+// Few tiles: each split of a tile is a task, and whoever does a tile's last one merges them all, in order.
+void by_split(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool) {
+  struct Task {
+    size_t tile;
+    int64_t split;
+    Partial partial;
+  };
+  std::vector<Task> tasks;
+  std::vector<std::atomic<int64_t>> left(tiles.size());
+  for (size_t t = 0; t < tiles.size(); ++t) {
+    const int64_t from = tiles[t].first_split(p), to = tiles[t].end_split(p);
+    left[t].store(to - from, std::memory_order_relaxed);
+    for (int64_t split = from; split < to; ++split) tasks.push_back({t, split, {}});
+  }
+  // In the order of the cache's memory.
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.split < b.split; });
+  const Arena arena([&](Arena& a) {
+    for (Task& task : tasks) task.partial.lay_out(a, tiles[task.tile].count, p.store.dim());
+  });
+  Scratches scratches(pool.threads(), tiles[0].count, p.store.dim());
+  pool.parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t i, int64_t) noexcept {
+    const Task& task = tasks[static_cast<size_t>(i)];
+    const Tile& tile = tiles[task.tile];
+    Scratch& s = scratches.take();
+    pack(p, tile, s);
+    attend_split(p, tile, task.split, s, task.partial);
+    if (left[task.tile].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      begin(p, tile, s);
+      for (const Task& done : tasks)
+        if (done.tile == task.tile) merge(p, tile, done.split, done.partial, s);
+      finish(p, tile, s);
+    }
+    Scratches::give_back(s);
+  });
+}
+
+}  // namespace
+
+void attend(const KVStore& store, ThreadPool& pool, const float* queries, int64_t n, int64_t heads, int64_t length,
+            int64_t window, float scale, float cap, float* out) {
+  if (n == 0) return;
+  const Problem p{store, store.kernels().kv[static_cast<int>(store.type())], queries, n, heads, length, window, scale,
+                  cap, out};
+  const int64_t rows = n * p.group();
+  const int64_t wanted = 4 * pool.threads();  // tasks, so that threads of different speeds end together
+  int64_t tile_rows = kMaxTileRows;
+  while (tile_rows > kFewRows && store.kv_heads() * divide_up(rows, tile_rows) < wanted) tile_rows -= kFewRows;
+  tile_rows = std::min(tile_rows, rows);
+
+  std::vector<Tile> tiles;
+  for (int64_t begin = 0; begin < rows; begin += tile_rows)
+    for (int64_t h = 0; h < store.kv_heads(); ++h) tiles.push_back({h, begin, std::min(tile_rows, rows - begin)});
+  if (tile_rows > kFewRows && static_cast<int64_t>(tiles.size()) >= wanted) by_tile(p, tiles, pool);
+  else by_split(p, tiles, pool);
+}
+
+}  // namespace bezel

@@ -1,0 +1,9 @@
+// AVX2, FMA, F16C, AVX-VNNI.
+#if defined(__x86_64__) || defined(_M_X64)
+#define BEZEL_AVXVNNI 1
+#include "linear/linear_avx2.h"
+
+namespace bezel {
+void use_avxvnni(LinearKernels& kernels) noexcept { fill(kernels); }
+}  // namespace bezel
+#endif

@@ -1,0 +1,9 @@
+// The NEON of every 64-bit Arm processor.
+#if defined(__aarch64__) || defined(_M_ARM64)
+#define BEZEL_DOT 0
+#include "linear/linear_neon.h"
+
+namespace bezel {
+void use_neon(LinearKernels& kernels) noexcept { fill(kernels); }
+}  // namespace bezel
+#endif

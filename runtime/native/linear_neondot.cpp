@@ -1,9 +1,0 @@
-// NEON with SDOT.
-#if defined(__aarch64__) || defined(_M_ARM64)
-#define BEZEL_DOT 1
-#include "linear_neon.h"
-
-namespace bezel {
-void use_neondot(LinearKernels& kernels) noexcept { fill(kernels); }
-}  // namespace bezel
-#endif

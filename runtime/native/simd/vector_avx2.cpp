@@ -1,0 +1,13 @@
+#define BEZEL_AVX2
+#include "attention/attention_impl.h"
+#include "elementwise/elementwise_impl.h"
+#include "simd/vector_kernels.h"
+
+namespace bezel {
+
+const VectorKernels& vector_avx2() noexcept {
+  static constexpr VectorKernels kernels{kAttention, kElementwise};
+  return kernels;
+}
+
+}  // namespace bezel

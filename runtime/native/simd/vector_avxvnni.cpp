@@ -1,0 +1,14 @@
+#define BEZEL_AVX2
+#define BEZEL_AVXVNNI
+#include "attention/attention_impl.h"
+#include "elementwise/elementwise_impl.h"
+#include "simd/vector_kernels.h"
+
+namespace bezel {
+
+const VectorKernels& vector_avxvnni() noexcept {
+  static constexpr VectorKernels kernels{kAttention, kElementwise};
+  return kernels;
+}
+
+}  // namespace bezel

@@ -1,0 +1,28 @@
+// The kernels that are written once, on vectors, and compiled for each instruction set.
+#pragma once
+
+#include "attention/attention_kernels.h"
+#include "base/cpu.h"
+#include "elementwise/elementwise_kernels.h"
+
+namespace bezel {
+
+struct VectorKernels {
+  AttentionKernels attention;
+  ElementwiseKernels elementwise;
+};
+
+const VectorKernels& vector_scalar() noexcept;
+const VectorKernels& vector_avx2() noexcept;
+const VectorKernels& vector_avxvnni() noexcept;
+const VectorKernels& vector_avx512() noexcept;
+const VectorKernels& vector_neon() noexcept;
+const VectorKernels& vector_neondot() noexcept;
+
+// Those of `isa`, which must be usable here. All give the same bits, damaged numbers apart.
+const VectorKernels& vector_kernels(Isa isa) noexcept;
+
+// For selected_isa(), and throws what it throws.
+const VectorKernels& vector_kernels();
+
+}  // namespace bezel

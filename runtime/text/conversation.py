@@ -1,0 +1,104 @@
+"""A chat in one session: turns added and taken back, and room made when the context is full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..api import Model
+from ..errors import ContextFull, InvalidRequest
+from . import chat
+from .generation import Generation
+from .sampling import Sampling
+
+
+class Conversation:
+    """A chat with a model. Its only state is the session's ids, so it can be saved and restored as a session is.
+
+    `system` text opens the first user turn. With `slide`, a full context drops the oldest turns, telling
+    `announce` so; without, it raises ContextFull.
+    """
+
+    def __init__(self, model: Model, system: str | None, slide: bool, announce: Callable[[str], None]) -> None:
+        self.session = model.session()
+        self._model, self._system, self._slide, self._announce = model, system, slide, announce
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What the model will see of a user's turn that follows what the session holds."""
+        if not self.session.ids:
+            return chat.render(self._model.tokenizer, self._opening(text))
+        opened = chat.render(self._model.tokenizer, [chat.Message("user", text)])[1:]
+        return [*chat.turn_end(self._model.tokenizer), *opened]
+
+    def ask(
+        self,
+        text: str,
+        sampling: Sampling,
+        max_tokens: int | None = None,
+        cancel: Callable[[], bool] = lambda: False,
+    ) -> Generation:
+        """The model's reply to a user's turn, as an iterable of pieces."""
+        make_room = self._make_room if self._slide else None
+        prompt = self.prompt_ids(text)
+        return Generation(
+            self.session,
+            prompt,
+            sampling,
+            max_tokens=max_tokens,
+            make_room=make_room,
+            cancel=cancel,
+            hold_last=True,
+        )
+
+    def undo(self) -> None:
+        """Take back the last exchange. Raises InvalidRequest if there is none."""
+        starts = self._user_turns(self.session.ids)
+        if not starts:
+            raise InvalidRequest("nothing to undo")
+        closing = len(chat.turn_end(self._model.tokenizer))
+        self.session.go_to(self.session.ids[: starts[-1] - closing] if len(starts) > 1 else [])
+
+    def turns(self) -> int:
+        """How many exchanges the session holds."""
+        return len(self._user_turns(self.session.ids))
+
+    def _opening(self, text: str) -> list[chat.Message]:
+        system = [chat.Message("system", self._system)] if self._system else []
+        return [*system, chat.Message("user", text)]
+
+    def _user_turns(self, ids: list[int]) -> list[int]:
+        """Where user turns start. Text cannot hold the marker's id, so every one is a turn."""
+        tokenizer = self._model.tokenizer
+        opening = [tokenizer.start_of_turn_id, *tokenizer.encode("user\n")]
+        return [i for i in range(len(ids)) if ids[i] == opening[0] and ids[i + 1] == opening[1]]
+
+    def _make_room(self, ids: list[int]) -> list[int]:
+        """Without the oldest turns, down to three quarters of the context; the system text stays."""
+        starts = self._user_turns(ids)
+        limit = self._model.context * 3 // 4
+        dropped = 0
+        while dropped < len(starts) - 1 and len(ids) - starts[dropped] + 1 > limit:
+            dropped += 1
+        tokenizer = self._model.tokenizer
+        if not dropped:
+            raise ContextFull(f"this exchange alone fills the context of {self._model.context} tokens")
+        self._announce(f"context full: dropped the oldest {dropped} of {len(starts)} exchanges")
+        start = starts[dropped]
+        if not self._system:
+            return [tokenizer.bos_id, *ids[start:]]
+        end = ids.index(tokenizer.end_of_turn_id or 0, start)
+        text = tokenizer.decode(ids[start:end]).removeprefix("user\n")
+        opening = chat.render(tokenizer, self._opening(text), reply=False)
+        return [*opening[: -len(chat.turn_end(tokenizer))], *ids[end:]]
+
+
+def keep_prompt(n_prompt: int, model: Model, announce: Callable[[str], None]) -> Callable[[list[int]], list[int]]:
+    """For one prompt and a long text after it: keeps the prompt and drops the oldest quarter of a full context."""
+
+    def make_room(ids: list[int]) -> list[int]:
+        room = max(1, model.context // 4)
+        if len(ids) - n_prompt <= room:
+            raise ContextFull(f"the prompt's {n_prompt} tokens leave no room in the context of {model.context}")
+        announce(f"context full: dropped {room} tokens after the prompt")
+        return ids[:n_prompt] + ids[n_prompt + room :]
+
+    return make_room

@@ -1,0 +1,78 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidRequest
+from ..model.ops import Floats
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose a token. The defaults are those that Google publishes for Gemma.
+
+    Applied in this order: `repetition_penalty` (Keskar et al. 2019: seen tokens' logits are divided by it, or
+    multiplied if negative), `temperature` (0 takes the likeliest token), `top_k` (0 = off), `top_p` (smallest set
+    that reaches this probability), `min_p` (at least this share of the likeliest token's probability).
+    The same `seed` gives the same text; None draws a fresh one. Raises InvalidRequest for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 64
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("temperature", 0 <= self.temperature < np.inf, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0 (1 is off)"),
+            ("seed", self.seed is None or self.seed >= 0, "at least 0"),
+        ]
+        for name, fine, want in checks:
+            if not fine:
+                raise InvalidRequest(f"{name}: found {getattr(self, name)}, expected {want}")
+
+
+class Sampler:
+    """Draws tokens; keeps the random state, so one Sampler serves one generation."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: Floats, seen: Sequence[int]) -> int:
+        """The next token's id, from logits (vocab,); `seen` are the ids that the repetition penalty acts on."""
+        s = self._sampling
+        if s.repetition_penalty != 1 and len(seen):
+            logits = logits.copy()
+            ids = np.unique(np.asarray(seen))
+            logits[ids] *= np.where(logits[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
+        if s.temperature == 0:
+            return int(np.argmax(logits))
+        ids, p = candidates(logits, s)
+        return int(
+            ids[np.searchsorted(np.cumsum(p), self._random.random() * p.sum(), side="right").clip(0, len(p) - 1)]
+        )
+
+
+def candidates(logits: Floats, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The ids that temperature, top-k, top-p and min-p leave, likeliest first, and their probabilities (unscaled)."""
+    scaled = logits.astype(np.float64) / s.temperature
+    limited = 0 < s.top_k < len(logits)
+    ids = np.argpartition(scaled, -s.top_k)[-s.top_k :] if limited else np.arange(len(logits))
+    ids = ids[np.lexsort((ids, -scaled[ids]))]  # ties by id, so that a seed means the same text everywhere
+    p = np.exp(scaled[ids] - scaled[ids[0]])
+    p /= p.sum()
+    kept = max(1, int(np.count_nonzero(np.cumsum(p) - p < s.top_p)))
+    kept = min(kept, max(1, int(np.count_nonzero(p >= s.min_p * p[0]))))
+    return ids[:kept], p[:kept]

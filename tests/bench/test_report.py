@@ -1,0 +1,243 @@
+"""The HTML report: sound markup, nothing from elsewhere, inert texts, and the figures of the measurement."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from bezel.bench.report.report import METRICS, visible, write_report
+from bezel.bench.report.svg import Axis, Plot, number
+from measured import candidate, result
+
+VOID = ("meta", "br")
+HOSTILE = (
+    "</title></style><script>alert(1)</script><img src=https://example.org/x onerror=alert(1)>\" ' &lt; \x00\x1b\ud800"
+)
+
+
+class Page(HTMLParser):
+    """The elements of a page, checked to be nested; `data` are (text, value) of the `data` elements."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[tuple[str, str | None]] = set()
+        self.data: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= set(attrs)
+        if tag == "data":
+            self.data.append(("", str(dict(attrs)["value"])))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "data":
+            self.data[-1] = (data, self.data[-1][1])
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def report(measured: dict[str, Any], folder: Path) -> tuple[Page, str]:
+    write_report(measured, folder / "report.html")
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+    source = (folder / "report.html").read_text("utf-8")
+    return Page(source), source
+
+
+def plots(source: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", source, re.DOTALL)]
+
+
+def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
+    page, source = report(result(), tmp_path)
+    assert source.startswith("<!DOCTYPE html>")
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "a", "base", "form"})
+    assert not re.search(r"https?:|//\w|url\(|@import|\bsrc=|\bhref=", source)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    labels = [svg.get("aria-label") for svg in plots(source) if svg.get("aria-label")]
+    assert len(labels) == len(set(labels)) == 9
+    assert "NaN" not in source
+    assert "inf" not in re.findall(r'="[^"]*"', source.partition("</style>")[2])
+
+
+def test_every_figure_of_the_table_is_the_dictionary_s(tmp_path: Path) -> None:
+    measured = result()
+    page, _ = report(measured, tmp_path)
+    found = [float(value) for _, value in page.data]
+    models = [*measured["candidates"], measured["reference"]]
+    main = ("kld_mean", "kld_p999", "top1", "rms_dp", "perplexity_ratio")
+    expected: list[float] = []
+    for model in models:
+        expected += [model["file_bytes"], model["bits_per_weight"]]
+        expected += [model["metrics"][m]["value"] for m in main] if "metrics" in model else [8.389]
+    expected += [c["metrics"][m]["value"] for m in METRICS for c in measured["candidates"]]
+    assert found == expected
+    for text, value in page.data:  # and what is shown is that figure, rounded to at least two digits
+        shown = re.fullmatch(r"([\d,.]+)(?: × 10([⁻⁰-⁹¹²³]+))?( %| GB)?", text)
+        assert shown, text
+        power = (shown[2] or "⁰").translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))
+        scale = 10.0 ** int(power) * {" %": 0.01, " GB": 1e9, None: 1.0}[shown[3]]
+        digits = shown[1].replace(",", "")
+        step = scale * 10.0 ** -len(digits.partition(".")[2])
+        assert abs(float(digits) * scale - float(value)) <= 0.5001 * step
+        assert len(digits.replace(".", "").lstrip("0")) >= 2
+
+
+@pytest.mark.parametrize("where", ["name", "token", "before", "text", "path", "formats"])
+def test_hostile_text_stays_text(where: str, tmp_path: Path) -> None:
+    measured = result()
+    first = measured["candidates"][0]
+    worst = first["worst"][0]
+    if where == "token":
+        worst["token"], worst["candidate_top"][0][0] = HOSTILE, HOSTILE
+    elif where in ("before", "text"):
+        worst[where] = HOSTILE
+    elif where == "formats":
+        first["formats"] = {HOSTILE: 1}
+    else:
+        first[where] = HOSTILE
+    page, source = report(measured, tmp_path)
+    assert page.tags.isdisjoint({"script", "img"})
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert "<img src=https" in page.text if where != "text" else "x onerror" in page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\ud800-\udfff\u202a-\u202e]", source)
+    assert plots(source)
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
+    bare = candidate("bare")
+    for key in (
+        "by_position",
+        "histogram",
+        "quantiles",
+        "worst",
+        "by_layer",
+        "formats",
+        "file_bytes",
+        "bits_per_weight",
+    ):
+        bare[key] = None
+    bare["metrics"] = {
+        "kld_mean": {"value": 0.01, "low": None, "high": None},
+        "top1": {"value": 0.9, "low": 0.8, "high": 1},
+    }
+    measured = result(candidates=[bare], pairs=[], effects=[], sensitivity=None)
+    measured["reference"] |= {"file_bytes": None, "perplexity": None}
+    page, source = report(measured, tmp_path)
+    assert "bare loses 0.0100 nats per token" in page.text
+    assert plots(source) == []
+    assert "None" not in page.text
+
+
+def test_a_sensitivity_alone(tmp_path: Path) -> None:
+    page, source = report(result(candidates=[], pairs=[], effects=[], warnings=["only 3 chunks"]), tmp_path)
+    assert "How sensitive exact is to quantization" in page.text
+    assert "only 3 chunks" in page.text
+    assert [svg.get("aria-label") for svg in plots(source)] == [
+        "sensitivity by layer and role",
+        "sensitivity ranking",
+    ]
+
+
+def test_a_lossless_candidate(tmp_path: Path) -> None:
+    exact = candidate("copy", 0.0)
+    measured = result(candidates=[exact, candidate("small"), candidate("other", 2.0)], pairs=[])
+    page, _ = report(measured, tmp_path)
+    assert "copy loses nothing" in page.text
+    assert "Not shown, because without loss: copy." in page.text
+
+
+def test_the_headline_and_the_comparison(tmp_path: Path) -> None:
+    page, _ = report(result(), tmp_path)
+    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert (
+        "small loses 0.01235 ± 0.00049 nats per token (mean KLD) against exact: the same top token at 94.1 % of "
+        "positions, perplexity 0.51 % higher (which may be chance), at 29 % of its bytes."
+    ) in text
+    assert "large is better than small, by 0.0111 (0.0105 to 0.0117) nats per token." in text
+    undecided = {"a": "small", "b": "large", "metric": "kld_mean", "difference": 0.001, "low": -0.001, "high": 0.003}
+    (tmp_path / "report.html").unlink()
+    assert "cannot be told apart" in report(result(pairs=[undecided]), tmp_path)[0].text
+
+
+def test_many_candidates(tmp_path: Path) -> None:
+    """Every point of the plot of sizes has its label, none over another's."""
+    many = [candidate(f"candidate {i}", 1.1**i, 1_500_000_000 + 30_000_000 * (i % 4)) for i in range(9)]
+    many.append(candidate("far away", 200.0, 2_000_000_000))  # so that the others are close together
+    _, source = report(result(candidates=many), tmp_path)
+    sizes = next(svg for svg in plots(source) if svg.get("aria-label") == "size against mean KLD")
+    labels = [(float(t.attrib["x"]), float(t.attrib["y"])) for t in sizes.iter("text") if t.get("class") == "label"]
+    assert len(labels) == 10
+    overlaps = [(a, b) for a in labels for b in labels if a < b and abs(a[0] - b[0]) < 70 and abs(a[1] - b[1]) < 12]
+    assert not overlaps
+
+
+@pytest.mark.parametrize(
+    ("axis", "ticks"),
+    [
+        (Axis("", 0, 1), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (Axis("", 0, 3, whole=True), ["0", "1", "2", "3"]),
+        (Axis("", -0.02, 0.01), ["−0.02", "−0.015", "−0.01", "−0.005", "0", "0.005", "0.01"]),
+        (Axis("", 3e-6, 2.0, log=True), ["10⁻⁵", "0.0001", "0.001", "0.01", "0.1", "1"]),
+        (Axis("", 0.008, 0.013, log=True), ["0.008", "0.009", "0.01", "0.011", "0.012", "0.013"]),
+        (Axis("", 0.0005, 1.0, log=True, percent=True), ["0.1 %", "1 %", "10 %", "100 %"]),
+    ],
+)
+def test_ticks_are_round(axis: Axis, ticks: list[str]) -> None:
+    assert [axis.format(tick) for tick in axis.ticks()] == ticks
+
+
+def test_a_curve_lies_where_its_axes_say() -> None:
+    plot = Plot(Axis("x", 0, 10), Axis("y", 0.01, 1, log=True), "a plot")
+    plot.curve([(0, 0.01), (5, 0.1), (10, 1), (20, 5)], 0, "curve")
+    path = next(e for e in plot.svg.iter("path") if e.get("class") == "line")
+    found = [tuple(map(float, point.split())) for point in path.attrib["d"][1:].split("L")]
+    left, right, top, bottom = plot.left, plot.right, plot.top, plot.bottom
+    middle = ((left + right) / 2, (top + bottom) / 2)
+    # What lies outside is drawn at the edge.
+    assert found == [pytest.approx(p, abs=0.06) for p in ((left, bottom), middle, (right, top), (right, top))]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0123456, "0.0123"),
+        (0.00999999, "0.0100"),
+        (0, "0"),
+        (1234.5, "1,234"),
+        (3.21e-7, "3.21 × 10⁻⁷"),
+        (-0.5, "−0.500"),
+    ],
+)
+def test_numbers_as_people_read_them(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        ("a", "a"),
+        (" the", "·the"),
+        ("▁the", "·the"),
+        ("\n\n", "↵↵"),
+        ("\u202e", "U+202E"),
+        ("", "(nothing)"),
+        ("\x00", "␀"),
+    ],
+)
+def test_tokens_are_visible(token: str, text: str) -> None:
+    assert visible(token) == text

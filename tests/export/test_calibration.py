@@ -1,0 +1,274 @@
+"""Moments against those of inputs caught in the reference engine; exports that were broken off; what comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from bezel.bench.synthetic import SHAPES
+from bezel.export.calibration.layers import IN_LAYER
+from bezel.export.calibration.moments import Calibration, calibrate, default_tokens, read_text
+from bezel.export.calibration.rounding import export_calibrated
+from bezel.export.gguf.writer import export_gguf
+from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.verify import verify
+from bezel.runtime.cache.caches import new_caches
+from bezel.runtime.commands.main import main
+from bezel.runtime.engines.protocol import ModelEngine
+from bezel.runtime.engines.reference import ReferenceBackend
+from bezel.runtime.errors import InvalidRequest
+from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.model import ops
+from bezel.runtime.model.config import ModelConfig
+from click.testing import CliRunner
+from tiny import DEMO, checkpoint_folder, export
+
+TEXT = "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+class Caught:
+    """Ops that add up the second moments of what goes into each linear, by the weight's id."""
+
+    def __init__(self, roles: dict[int, str], config: Any) -> None:
+        self.roles, self.eps, self.moments = roles, config.rms_eps, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name)
+
+    def add(self, weight: np.ndarray, x: np.ndarray, scale: np.ndarray | float = 1.0) -> None:
+        x = x.astype(np.float64) * scale
+        name = self.roles[id(weight)]
+        self.moments[name] = self.moments.get(name, 0) + x.T @ x
+
+    def linear(self, x: np.ndarray, *weights: np.ndarray) -> list[np.ndarray]:
+        out = ops.linear(x, *weights)
+        for weight, y in zip(weights, out, strict=True):
+            self.add(weight, x, self.relative(weight, y))
+        return out
+
+    def feed_forward(self, x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+        gated, upped = self.linear(x, gate, up)
+        return self.linear(ops.gelu_tanh(gated) * upped, down)[0]
+
+    def relative(self, weight: np.ndarray, y: np.ndarray) -> np.ndarray | float:
+        """What the norm after a linear divides its output by."""
+        if not self.normed or self.roles[id(weight)].split(".")[-1] not in ("attn_output", "ffn_down"):
+            return 1.0
+        return 1 / np.sqrt(np.mean(np.square(y.astype(np.float64)), axis=1, keepdims=True) + self.eps)
+
+
+def caught_moments(model: Path, sequences: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+    """By layer and role ("2.attn_q", "head"), from the reference engine on an F32 file."""
+    with GGUFFile(model) as file:
+        config = file.config()
+        backend = ReferenceBackend(file, config, None)
+        roles = {id(w[role]): f"{i}.{role}" for i, w in enumerate(backend.layers) for role in w}
+        roles[id(backend.shared["token_embd"])] = "head"
+        tap = Caught(roles, config)
+        tap.normed = config.post_norms
+        for ids in sequences:
+            caches = new_caches(config, len(ids), "f32", len(ids), False)
+            engine = ModelEngine(config, tap, backend.shared, backend.layers, caches, len(ids))
+            engine.forward(ids, len(ids))
+        return tap.moments
+
+
+@pytest.mark.parametrize("name", ["demo", "gemma2-gqa", "gemma1-mqa"])
+def test_moments_are_those_of_the_engine_s_inputs(name, text, tmp_path):
+    folder = checkpoint_folder(name, tmp_path / name)
+    model = export(folder, tmp_path / "f32.gguf")
+    text.write_text(TEXT * 2)
+    with open_checkpoint(folder) as checkpoint:
+        read = read_text(checkpoint, text, tokens=1024)
+        assert len(read.sequences) > 1
+        calibrate(checkpoint, read, tmp_path / "x.calib")
+        calibration = Calibration(tmp_path / "x.calib", checkpoint)
+        expected = caught_moments(model, read.sequences)
+        for spec in checkpoint.specs:
+            if spec.is_norm:
+                assert calibration.importance(spec) is None
+                continue
+            want = expected["head" if spec.layer is None else f"{spec.layer}.{spec.role}"]
+            site = next((s for s in IN_LAYER if spec.role in s.roles), None)
+            if site is not None:
+                found = calibration.moments(spec.layer, site)
+                assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max(), spec.gguf
+            diagonal = calibration.importance(spec)
+            np.testing.assert_allclose(diagonal, np.diag(want), rtol=1e-3, atol=1e-5 * np.diag(want).max())
+
+
+def test_a_text_is_cut_evenly_and_begins_with_bos(text):
+    text.write_text(TEXT * 2)
+    with open_checkpoint(DEMO) as checkpoint:
+        every = read_text(checkpoint, text, tokens=10**6)
+        some = read_text(checkpoint, text, tokens=2 * 512)
+    assert {len(ids) for ids in every.sequences} == {512}
+    assert all(ids[0] == 2 for ids in every.sequences)
+    assert [ids.tolist() for ids in some.sequences] == [
+        every.sequences[0].tolist(),
+        every.sequences[len(every.sequences) // 2].tolist(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [("gemma-2-9b", 10_240), ("gemma-2-2b", 10_240), ("gemma-2b", 10_623), ("tiny-gemma-2", 102_400)],
+)
+def test_smaller_models_take_more_tokens(shape, tokens):
+    assert default_tokens(ModelConfig.from_hf(SHAPES[shape])) == tokens
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(share: float) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done >= share * total:
+            raise Stop
+
+    return progress
+
+
+def test_calibrating_goes_on_where_it_was_broken_off(text, tmp_path):
+    with open_checkpoint(DEMO) as checkpoint:
+        read = read_text(checkpoint, text, tokens=1024)
+        calibrate(checkpoint, read, tmp_path / "whole.calib")
+        with pytest.raises(Stop):
+            calibrate(checkpoint, read, tmp_path / "x.calib", stop_after(0.7))
+        assert not (tmp_path / "x.calib").exists()
+        seen: list[int] = []
+        calibrate(checkpoint, read, tmp_path / "x.calib", lambda done, _: seen.append(done))
+    assert min(seen) > 1  # the first layers were not passed again
+    assert (tmp_path / "x.calib").read_bytes() == (tmp_path / "whole.calib").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt", "whole.calib", "x.calib"]
+
+
+def calibrated(out: Path, calibration: Path, quant: str = "q4_k", progress: Any = None) -> Path:
+    with open_checkpoint(DEMO) as checkpoint:
+        export_calibrated(checkpoint, out, quant, None, calibration, progress, force=True)
+    return out
+
+
+def test_an_export_goes_on_where_it_was_broken_off_and_is_the_same_every_time(text, tmp_path):
+    whole = calibrated(tmp_path / "whole.gguf", text).read_bytes()
+    with pytest.raises(Stop):
+        calibrated(tmp_path / "x.gguf", text, progress=stop_after(0.7))
+    assert not (tmp_path / "x.gguf").exists()
+    assert calibrated(tmp_path / "x.gguf", text).read_bytes() == whole
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(Stop):
+        calibrated(tmp_path / "x.gguf", text, progress=stop_after(0.7))
+    text.write_text(TEXT.upper())  # another text: what was kept does not fit
+    assert calibrated(tmp_path / "x.gguf", text).read_bytes() != whole
+
+
+def logits(path: Path, ids: np.ndarray) -> np.ndarray:
+    with GGUFFile(path) as file:
+        backend = ReferenceBackend(file, file.config(), None)
+        engine = backend.engine(len(ids), "f32", len(ids), True)
+        return engine.forward(ids, len(ids)).astype(np.float64)
+
+
+def divergence(reference: np.ndarray, candidate: np.ndarray) -> float:
+    p, q = (z - np.log(np.exp(z).sum(axis=1, keepdims=True)) for z in (reference, candidate))
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def test_calibration_loses_less_than_plain_export(tmp_path):
+    """Measured on text that was not calibrated on; in files of the same formats, which gguf reads alike."""
+    licence = (DEMO.parents[2] / "LICENSE").read_text()
+    text, held_out = tmp_path / "text.txt", tmp_path / "held-out.txt"
+    text.write_text(licence[:9000])
+    held_out.write_text(licence[9000:])
+    with open_checkpoint(DEMO) as checkpoint:
+        read = read_text(checkpoint, text)
+        ids = read_text(checkpoint, held_out).sequences[0]
+        calibrate(checkpoint, read, tmp_path / "x.calib")
+        export_gguf(checkpoint, tmp_path / "f32.gguf", "f32")
+        export_gguf(checkpoint, tmp_path / "plain.gguf", "q4_0")
+    calibrated(tmp_path / "moments.gguf", tmp_path / "x.calib", "q4_0")
+    calibrated(tmp_path / "text.gguf", text, "q4_0")
+    exact = logits(tmp_path / "f32.gguf", ids)
+    lost = {n: divergence(exact, logits(tmp_path / f"{n}.gguf", ids)) for n in ("plain", "moments", "text")}
+    assert max(lost["moments"], lost["text"]) < 0.7 * lost["plain"]
+    for name in ("moments", "text"):
+        path = tmp_path / f"{name}.gguf"
+        with GGUFFile(path) as file, GGUFFile(tmp_path / "plain.gguf") as plain, open_checkpoint(DEMO) as checkpoint:
+            assert {n: t.format for n, t in file.tensors.items()} == {n: t.format for n, t in plain.tensors.items()}
+            assert file.metadata["bezel.provenance.calibration_text_sha256"] == read.sha256
+            assert file.metadata["bezel.provenance.calibration_tokens"] == read.tokens
+            assert all(report.ok for report in verify(path, checkpoint))
+            theirs = {t.name: t for t in gguf.GGUFReader(path).tensors}
+            down = theirs["blk.0.ffn_down.weight"]
+            values = gguf.quants.dequantize(down.data, down.tensor_type)
+            assert np.array_equal(values, file.dequantize("blk.0.ffn_down.weight"))
+            # The head is the embedding, too, whose rows are used as they are: they must not go far for the head's sake.
+            exact = checkpoint.tensor(next(iter(checkpoint.specs)))
+            off, least = (np.square(f.dequantize("token_embd.weight") - exact).sum() for f in (file, plain))
+            assert off < 1.3 * least
+
+
+# Faults
+
+
+def test_a_calibration_of_another_model_is_refused(text, tmp_path):
+    tiny = checkpoint_folder("gemma2-gqa", tmp_path / "tiny")
+    with open_checkpoint(tiny) as other, open_checkpoint(DEMO) as checkpoint:
+        calibrate(other, read_text(other, text, 256), tmp_path / "x.calib")
+        with pytest.raises(InvalidRequest, match="another shape"):
+            Calibration(tmp_path / "x.calib", checkpoint)
+    weights = tiny / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-4 * 64 * 4096 : -2] = bytes(4 * 64 * 4096 - 2)
+    weights.write_bytes(raw)
+    with open_checkpoint(tiny) as other, pytest.raises(InvalidRequest, match="another checkpoint"):
+        Calibration(tmp_path / "x.calib", other)
+
+
+def test_what_is_no_calibration_is_refused(tmp_path):
+    with open_checkpoint(DEMO) as checkpoint:
+        with pytest.raises(InvalidRequest, match=r"no calibration.*bezel calibrate"):
+            Calibration(DEMO / "model.safetensors", checkpoint)
+        short = tmp_path / "short.txt"
+        short.write_text("Once upon a time")
+        with pytest.raises(InvalidRequest, match="expected at least 512"):
+            read_text(checkpoint, short)
+        short.write_bytes(b"\xff" * 5000)
+        with pytest.raises(InvalidRequest, match="not UTF-8 at 0"):
+            read_text(checkpoint, short)
+
+
+def test_the_commands(text, tmp_path):
+    def run(*arguments: str | Path) -> Any:
+        return CliRunner().invoke(main, [str(a) for a in arguments])
+
+    folder = checkpoint_folder("gemma2-gqa", tmp_path / "tiny")
+    done = run("calibrate", folder, "--text", text, "--tokens", "512", "-o", tmp_path / "x.calib")
+    assert done.exit_code == 0, done.output
+    assert run("calibrate", folder, "--text", text, "-o", tmp_path / "x.calib").exit_code == 1
+    for calibration in (text, tmp_path / "x.calib"):
+        done = run(
+            "export",
+            folder,
+            tmp_path / "x.gguf",
+            "--calibration",
+            calibration,
+            "--calibration-tokens",
+            "512",
+            "--force",
+        )
+        assert done.exit_code == 0, done.output
+        assert "calibration_text_sha256" in run("inspect", tmp_path / "x.gguf").output
+    assert run("export", folder, tmp_path / "x", "--format", "onnx", "--calibration", text).exit_code == 2

@@ -1,0 +1,395 @@
+"""Reading checkpoints: numbers against an independent reading, and each way a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bezel.bench.synthetic import SHAPES, write_checkpoint
+from bezel.export.gguf.writer import export_gguf
+from bezel.export.sources.checkpoint import Checkpoint, open_checkpoint
+from bezel.runtime.errors import BezelError, InvalidCheckpoint, InvalidConfig
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from tiny import DEMO
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in float32."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "tiny-gemma-2", dtype="f32")
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(sound, tmp_path / "broken"))
+
+
+def read_raw(file: Path) -> tuple[dict[str, Any], bytes]:
+    raw = file.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write_raw(file: Path, header: str | bytes | dict[str, Any], data: bytes, length: int | None = None) -> None:
+    text = json.dumps(header) if isinstance(header, dict) else header
+    encoded = text.encode() if isinstance(text, str) else text
+    file.write_bytes(struct.pack("<Q", len(encoded) if length is None else length) + encoded + data)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def all_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    return {spec.hf: checkpoint.tensor(spec) for spec in checkpoint.specs}
+
+
+def test_the_demo_gives_the_numbers_in_its_file() -> None:
+    header, data = read_raw(DEMO / "model.safetensors")
+    del header["__metadata__"]
+    with open_checkpoint(DEMO) as checkpoint:
+        assert {spec.hf for spec in checkpoint.specs} == header.keys()
+        for spec in checkpoint.specs:
+            begin, end = header[spec.hf]["data_offsets"]
+            # a bfloat16 is the upper half of a float32
+            halves = np.frombuffer(data[begin:end], "<u2")
+            expected = np.stack([np.zeros_like(halves), halves], axis=-1).view("<f4").reshape(spec.shape)
+            assert np.array_equal(checkpoint.tensor(spec), expected + 1 if spec.is_norm else expected), spec
+        assert checkpoint.name == "fairy-gemma2"
+        assert checkpoint.generation_config["eos_token_id"] == [1, 5]
+        assert checkpoint.chat_template is not None
+        assert "<start_of_turn>" in checkpoint.chat_template
+        assert len(checkpoint.vocabulary().pieces) == 4096
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_other_dtypes_are_exact(folder: Path, dtype: type) -> None:
+    tensors = {name: x.astype(dtype) for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        for spec in checkpoint.specs:
+            expected = tensors[spec.hf].astype(np.float32)
+            found = checkpoint.tensor(spec)
+            assert found.dtype == np.float32
+            assert np.array_equal(found, expected + np.float32(1) if spec.is_norm else expected)
+
+
+def test_rows_are_slices_of_the_tensor(sound: Path) -> None:
+    with open_checkpoint(sound) as checkpoint:
+        spec = checkpoint.specs[0]
+        whole = checkpoint.tensor(spec)
+        for start, stop in ((0, 1), (5, 17), (spec.shape[0] - 3, spec.shape[0])):
+            assert np.array_equal(checkpoint.rows(spec, start, stop), whole[start:stop])
+
+
+def test_shards_hold_the_same_model(sound: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "tiny-gemma-2", shards=3, dtype="f32")
+    with open_checkpoint(sound) as one, open_checkpoint(tmp_path) as three:
+        expected, found = all_tensors(one), all_tensors(three)
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert sum(file.suffix == ".safetensors" for file in three.files) == 3
+
+
+@pytest.mark.parametrize("preset", ["f32", "f16", "bf16"])
+def test_a_gguf_source_gives_the_same_numbers_as_the_folder(tmp_path: Path, preset: str) -> None:
+    folder = write_checkpoint(tmp_path / "folder", "tiny-gemma-2", dtype="f16" if preset == "f16" else "bf16")
+    with open_checkpoint(folder) as source:
+        export_gguf(source, tmp_path / "full.gguf", preset)
+        export_gguf(source, tmp_path / "direct.gguf", "q8_0")
+        with open_checkpoint(tmp_path / "full.gguf") as again:
+            expected, found = all_tensors(source), all_tensors(again)
+            assert again.config == source.config
+            assert again.name == source.name
+            assert again.chat_template == source.chat_template
+            assert list(again.generation_config["eos_token_id"]) == [1, 107]
+            export_gguf(again, tmp_path / "indirect.gguf", "q8_0")
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    files = [(tmp_path / name).read_bytes() for name in ("direct.gguf", "indirect.gguf")]
+    tail = len(files[0]) - 200_000  # headers differ by their provenance
+    assert files[0][tail:] == files[1][len(files[1]) - 200_000 :]
+
+
+def test_a_quantized_gguf_source_is_refused(sound: Path, tmp_path: Path) -> None:
+    with open_checkpoint(sound) as source:
+        export_gguf(source, tmp_path / "q.gguf", "q8_0")
+    with pytest.raises(InvalidCheckpoint, match=r"token_embd.weight' is Q8_0, .*quantized already"):
+        open_checkpoint(tmp_path / "q.gguf")
+
+
+# --- tensors
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.pop(NORM))
+    with pytest.raises(InvalidCheckpoint, match=r"'model.norm.weight' is missing, expected shape \[256\]"):
+        open_checkpoint(folder)
+
+
+def test_an_extra_tensor(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update(extra=np.zeros(3, np.float32)))
+    with pytest.raises(InvalidCheckpoint, match=r"model.safetensors: tensor 'extra': found shape \[3\]"):
+        open_checkpoint(folder)
+
+
+def test_a_wrong_shape(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update({NORM: np.zeros(255, np.float32)}))
+    with pytest.raises(InvalidCheckpoint, match=r"'model.norm.weight': found shape \[255\], expected \[256\]"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite(folder: Path, value: float) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[EMBEDDING][700, 33] = value
+
+    change_tensors(folder, change)
+    with open_checkpoint(folder) as checkpoint:
+        spec = checkpoint.specs[0]
+        assert np.isfinite(checkpoint.rows(spec, 0, 700)).all()
+        with pytest.raises(InvalidCheckpoint, match=r"embed_tokens.*at \[700, 33\], expected finite"):
+            checkpoint.rows(spec, 690, 710)
+
+
+def test_saved_rope_frequencies_are_ignored(folder: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda t: t.update({name: np.zeros(32, np.float32)}))
+    with open_checkpoint(folder) as checkpoint:
+        assert name not in all_tensors(checkpoint)
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_a_tied_head_must_equal_the_embedding(folder: Path, said: bool | None) -> None:
+    change_config(folder, tie_word_embeddings=said)
+    change_tensors(folder, lambda t: t.update({HEAD: t[EMBEDDING].copy()}))
+    with open_checkpoint(folder) as checkpoint:
+        assert HEAD not in all_tensors(checkpoint)
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[HEAD][-1, -1] += 1e-3
+
+    change_tensors(folder, change)
+    with pytest.raises(InvalidCheckpoint, match=r"'lm_head.weight' differs .*tie_word_embeddings"):
+        open_checkpoint(folder)
+
+
+def test_an_untied_head_is_a_tensor_of_the_model(folder: Path) -> None:
+    change_config(folder, tie_word_embeddings=False)
+    with pytest.raises(InvalidCheckpoint, match=r"'lm_head.weight' is missing"):
+        open_checkpoint(folder)
+    change_tensors(folder, lambda t: t.update({HEAD: t[EMBEDDING] * 2}))
+    with open_checkpoint(folder) as checkpoint:
+        tensors = all_tensors(checkpoint)
+    assert np.array_equal(tensors[HEAD], tensors[EMBEDDING] * 2)
+
+
+# --- files
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(InvalidCheckpoint, match=name):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors", "tokenizer_config.json"])
+def test_a_git_lfs_pointer(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(InvalidCheckpoint, match=rf"{name}: found a git-lfs pointer.*git lfs pull"):
+        open_checkpoint(folder)
+
+
+def test_a_pickle_is_refused_with_the_reason(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InvalidCheckpoint, match=r"pytorch_model.bin, .*safetensors only.*executes code"):
+        open_checkpoint(folder)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match="no such file or folder"):
+        open_checkpoint(tmp_path / "absent")
+
+
+def test_a_tokenizer_of_another_size(folder: Path) -> None:
+    shutil.copy(DEMO / "tokenizer.model", folder / "tokenizer.model")
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(InvalidCheckpoint, match="4096 pieces and the embedding 1024 rows"),
+    ):
+        checkpoint.vocabulary()
+
+
+def test_a_file_cut_while_it_is_read(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.truncate(1 << 20)
+        with pytest.raises(InvalidCheckpoint, match="ends early"):
+            all_tensors(checkpoint)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "[1]", "{", "\xff", "[" * 100_000])
+def test_a_config_that_is_no_json_object(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InvalidCheckpoint, match=r"config.json: "):
+        open_checkpoint(folder)
+
+
+def test_the_name_in_the_hub_cache_is_the_repository(sound: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--google--gemma-2-2b-it" / "snapshots" / "0123abcd"
+    shutil.copytree(sound, snapshot)
+    # the cache keeps files elsewhere and links to them
+    (snapshot / "model.safetensors").rename(tmp_path / "blob")
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "blob")
+    with open_checkpoint(snapshot) as checkpoint:
+        assert checkpoint.name == "gemma-2-2b-it"
+
+
+# --- the index
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "sharded", "tiny-gemma-2", shards=2)
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["../x.safetensors", "/tmp/x.safetensors", "a/../x.safetensors", "..\\x.safetensors", "x.bin", ""],
+)
+def test_an_index_that_leaves_the_folder(sharded: Path, shard: str) -> None:
+    (sharded.parent / "x.safetensors").write_bytes(b"")
+    change_index(sharded, lambda m: m.update({NORM: shard}))
+    with pytest.raises(InvalidCheckpoint, match="expected the name of a file in the folder"):
+        open_checkpoint(sharded)
+
+
+def test_a_missing_shard(sharded: Path) -> None:
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"model-00002-of-00002.safetensors is missing"):
+        open_checkpoint(sharded)
+
+
+def test_an_index_that_puts_a_tensor_elsewhere(sharded: Path) -> None:
+    change_index(sharded, lambda m: m.update({NORM: m[EMBEDDING]}))
+    with pytest.raises(InvalidCheckpoint, match=rf"holds tensor '{NORM}', which .* puts in model-00001"):
+        open_checkpoint(sharded)
+
+
+def test_an_index_that_omits_or_invents_a_tensor(sharded: Path) -> None:
+    change_index(sharded, lambda m: m.update(ghost=m[NORM]))
+    with pytest.raises(InvalidCheckpoint, match="tensor 'ghost' is missing"):
+        open_checkpoint(sharded)
+    change_index(sharded, lambda m: (m.pop("ghost"), m.pop(NORM)))
+    with pytest.raises(InvalidCheckpoint, match=rf"holds tensor '{NORM}', which .* puts in nowhere"):
+        open_checkpoint(sharded)
+
+
+# --- the safetensors header
+
+
+def _entry(header: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return header | {NORM: header[NORM] | values}
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any], bytes], tuple[Any, ...]], str]] = {
+    "data cut short": (lambda h, d: (h, d[:-8]), "cut short"),
+    "trailing data": (lambda h, d: (h, d + bytes(8)), "tensors end at byte"),
+    "header longer than the file": (lambda h, d: (h, d, 1 << 62), "a header of"),
+    "header over 100 MB": (lambda h, d: (h, d, 100_000_001), "a header of"),
+    "header of the wrong length": (lambda h, d: (h, d, 40), "not valid JSON"),
+    "not an object": (lambda _, d: ("[]", d), "expected an object"),
+    "too deep": (lambda _, d: ("[" * 200_000, d), "not valid JSON"),
+    "not UTF-8": (lambda _, d: (b'{"\xff": 1}', d), "not valid JSON"),
+    "a tensor twice": (lambda h, d: (json.dumps(h)[:-1] + f', "{NORM}": {{}}}}', d), "appears twice"),
+    "no entry": (lambda h, d: (h | {NORM: 3}, d), "expected exactly dtype, shape"),
+    "an entry with more keys": (lambda h, d: (_entry(h, more=1), d), "expected exactly dtype, shape"),
+    "dtype": (lambda h, d: (_entry(h, dtype="U8"), d), "dtype 'U8', expected one of F32"),
+    "dtype of another type": (lambda h, d: (_entry(h, dtype=["F32"]), d), "expected one of F32"),
+    "extent": (lambda h, d: (_entry(h, dtype="F16"), d), "expected 512 bytes"),
+    "negative shape": (lambda h, d: (_entry(h, shape=[-256]), d), "expected a list of sizes"),
+    "shape of reals": (lambda h, d: (_entry(h, shape=[256.0]), d), "expected a list of sizes"),
+    "shape of truths": (lambda h, d: (_entry(h, shape=[True]), d), "expected a list of sizes"),
+    "overflowing shape": (lambda h, d: (_entry(h, shape=[1 << 62, 4]), d), "expected 7378"),
+    "offsets reversed": (
+        lambda h, d: (_entry(h, data_offsets=h[NORM]["data_offsets"][::-1]), d),
+        "expected .begin, end",
+    ),
+    "three offsets": (lambda h, d: (_entry(h, data_offsets=[0, 0, 0]), d), "expected .begin, end"),
+    "overlap": (lambda h, d: (_entry(h, data_offsets=[0, 1024]), d), "overlaps"),
+    "gap": (
+        lambda h, d: (_entry(h, data_offsets=[n + 4 for n in h[NORM]["data_offsets"]]), d + bytes(4)),
+        "leaves a gap",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_header_that_disagrees_with_the_file(folder: Path, fault: str) -> None:
+    change, message = BROKEN[fault]
+    file = folder / "model.safetensors"
+    write_raw(file, *change(*read_raw(file)))
+    with pytest.raises(InvalidCheckpoint, match=message):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9])
+def test_a_stub_of_a_file(folder: Path, size: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(InvalidCheckpoint, match=r"cut short|not valid JSON"):
+        open_checkpoint(folder)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_to_the_header_gives_more_than_an_error(folder: Path, data: st.DataObject) -> None:
+    file = folder / "model.safetensors"
+    pristine = file.read_bytes()
+    (length,) = struct.unpack("<Q", pristine[:8])
+    damaged = bytearray(pristine)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, 7 + length))] = data.draw(st.integers(0, 255))
+    file.write_bytes(damaged)
+    try:
+        with open_checkpoint(folder) as checkpoint:
+            checkpoint.tensor(checkpoint.specs[-1])
+    except BezelError:
+        pass
+    finally:
+        file.write_bytes(pristine)
+
+
+def test_a_model_that_bezel_does_not_run(folder: Path) -> None:
+    change_config(folder, model_type="llama")
+    with pytest.raises(InvalidConfig, match="model_type"):
+        open_checkpoint(folder)
+
+
+def test_the_tiny_shapes_are_those_of_the_families() -> None:
+    assert {SHAPES[name]["model_type"] for name in SHAPES if name.startswith("tiny")} == {"gemma", "gemma2"}

@@ -1,0 +1,251 @@
+"""ONNX folders: what the graph computes, by onnx's own tools, and that weights keep their bits on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bezel.bench.commands.check import check_folder
+from bezel.export.onnx import writer as onnx_writer
+from bezel.export.onnx.export import export_folder
+from bezel.export.onnx.graph import DIALECTS, build_model
+from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.quantized import QUANTS
+from bezel.export.verify import open_source, verify
+from bezel.runtime import load
+from bezel.runtime.cache.caches import new_caches
+from bezel.runtime.engines import ort as ort_engine
+from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
+from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.onnx_folder import OnnxFolder
+from bezel.runtime.model.config import ModelConfig, family_windows
+from onnx.reference import ReferenceEvaluator
+from tiny import COLUMNS, CONFIGS, DEMO, GOLDEN, TOLERANCE, checkpoint_folder, token_ids
+
+FAMILIES = ("gemma2-gqa", "gemma2-mha-odd-layers", "gemma1-mqa")
+OnnxOf = Callable[..., Path]
+
+
+def write(source: Path, out: Path, quant: str | None = None, **options: Any) -> Path:
+    arguments = {"embedding": None, "dialect": "ort", "progress": lambda *_: None, "force": False} | options
+    export_folder(source, out, quant, **arguments)
+    return out
+
+
+@pytest.mark.parametrize(("dialect", "kv"), [*((dialect, "f32") for dialect in DIALECTS), ("ort", "int8")])
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, kv: str, onnx_of: OnnxOf) -> None:
+    path = onnx_of(name, quant, dialect, kv) / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path, load_external_data=False)
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    known = {value.name for value in (*inferred.graph.value_info, *inferred.graph.output)}
+    assert {output for node in model.graph.node for output in node.output} <= known
+    domains = {node.domain for node in model.graph.node}
+    assert domains == ({"", "com.microsoft"} if dialect == "ort" and quant.startswith("int") else {""})
+    inline = ("rope", "_scale")
+    large = [t for t in model.graph.initializer if np.prod(t.dims) > 64 and not any(part in t.name for part in inline)]
+    assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in large)
+    paths = [node.name for node in model.graph.node]
+    assert len(set(paths)) == len(paths)
+    assert all(path.startswith("/") for path in paths)
+
+
+class Evaluator:
+    """One sequence through onnx's reference evaluator, its caches carried along as arrays."""
+
+    def __init__(self, folder: Path, config: ModelConfig, context: int, chunk: int) -> None:
+        self.session = ReferenceEvaluator(onnx.load(folder / "model.onnx"))
+        self.caches = new_caches(config, context, "f32", chunk)
+        names = self.session.input_names
+        self.kinds = {name: name.removeprefix("visible.") for name in names if name.startswith("visible.")}
+        self.layers = config.layers
+        width = config.n_kv_heads * config.head_dim
+        self.past = {
+            f"past.{i}.{name}": np.zeros((1, cache.capacity, width), np.float32)
+            for i, cache in enumerate(self.caches)
+            for name in ("key", "value")
+        }
+
+    def forward(self, ids: list[int]) -> np.ndarray:
+        """Masks are written here anew: a query at q sees q − window + 1 … q, wherever those lie."""
+        start, n = self.caches[0].length, len(ids)
+        inputs = {"input_ids": np.array(ids), "positions": np.arange(start, start + n), "wanted": np.arange(n)}
+        for cache in self.caches:
+            cache.advance(n)
+        for name, kind in self.kinds.items():
+            cache, layer = next(
+                pair
+                for pair in zip(self.caches, self.layers, strict=True)
+                if (pair[1].window is None) == (kind == "global")
+            )
+            seen = np.zeros((n, cache.capacity), bool)
+            for row, query in enumerate(range(start, start + n)):
+                for key in range(max(0, query - (layer.window or query + 1) + 1), query + 1):
+                    seen[row, key % cache.capacity] = True
+            inputs[name] = seen
+        outputs = self.session.run(None, inputs | self.past)
+        found = dict(zip(self.session.output_names, outputs, strict=True))
+        self.past = {name: found[name.replace("past", "present")] for name in self.past}
+        return found["logits"]
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reference_evaluator(name: str, quant: str, onnx_of: OnnxOf) -> None:
+    """The standard dialect as onnx itself understands it, in chunks through several windows, against bezel's NumPy."""
+    folder = onnx_of(name, quant, "standard")
+    model, ids = load(folder, engine="reference", kv="f32"), token_ids(name)
+    evaluator = Evaluator(folder, model.config, len(ids), 5)
+    ends = [*range(5, len(ids) - 2, 5), len(ids) - 2, len(ids) - 1, len(ids)]
+    found = np.concatenate([evaluator.forward(ids[a:b]) for a, b in pairwise([0, *ends])])
+    assert np.abs(found - model.logits(ids)).max() < TOLERANCE
+    if quant == "f32":
+        assert np.abs(found[:, ::COLUMNS] - np.load(GOLDEN / f"{name}.npy")).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("preset", ["f32", "f16", "bf16", "q8_0", "q6_k", "q4_0"])
+@pytest.mark.parametrize("name", ["demo", "gemma2-gqa"])
+def test_weights_of_a_gguf_file_keep_their_bits(
+    name: str, preset: str, dialect: str, gguf_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = gguf_of(name, preset)
+    folder = write(source, tmp_path / "out", dialect=dialect)
+    with OnnxFolder(folder) as found, GGUFFile(source) as want:
+        for tensor in want.tensors:
+            assert np.array_equal(found.dequantize(tensor), want.dequantize(tensor)), tensor
+        assert found.metadata["bezel.provenance.source_files"] == [source.name]
+        assert found.metadata["bezel.generation.stop_token_ids"] == [1, 5]
+    with open_source(source) as original:
+        assert all(report.error == 0 and report.ok for report in verify(folder, original))
+
+
+@pytest.mark.parametrize("preset", ["q8_0", "q4_0"])
+def test_other_readers_find_the_bits_of_a_gguf_file(preset: str, gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    """As onnx reads the integers and the scales, against the gguf package."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    source = gguf_of("demo", preset)
+    graph = onnx.load(write(source, tmp_path / "out", dialect="standard") / "model.onnx").graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    checked = 0
+    for want in GGUFReader(source).tensors:
+        if f"{want.name}.codes" in tensors:
+            codes, scales = (onnx.numpy_helper.to_array(tensors[f"{want.name}.{part}"]) for part in ("codes", "scales"))
+            weights = codes.astype(np.float32) * scales.repeat(len(codes) // len(scales), axis=0)
+            assert np.array_equal(weights.T, dequantize(want.data, want.tensor_type)), want.name
+            checked += 1
+    assert checked == 29
+
+
+def test_formats_without_integers(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    source = gguf_of("gemma2-gqa", "q8_0")
+    with pytest.raises(InvalidCheckpoint, match="quantized"):
+        write(source, tmp_path / "out", "int4")
+    mins = gguf_of("demo", "q4_k")
+    with pytest.raises(InvalidRequest, match=r"is q4_k, which ONNX cannot hold exactly.*--quant f32"):
+        write(mins, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    folder = write(mins, tmp_path / "out", "f32")
+    with OnnxFolder(folder) as found, GGUFFile(mins) as want:
+        assert all(np.array_equal(found.dequantize(name), want.dequantize(name)) for name in want.tensors)
+
+
+def test_whole_or_absent(tmp_path: Path) -> None:
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write(DEMO, out, "int8", progress=stop)
+    assert not any(tmp_path.iterdir())
+    write(DEMO, out, "int8")
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InvalidRequest, match="--force"):
+        write(DEMO, out, "int4")
+    with pytest.raises(KeyboardInterrupt):
+        write(DEMO, out, "int4", progress=stop, force=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    write(DEMO, out, "int4", force=True)
+    write(DEMO, out, "int8", force=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").touch()
+    with pytest.raises(InvalidRequest, match="holds other files"):
+        write(DEMO, tmp_path / "other", "int8", force=True)
+
+
+def test_large_tensors_can_be_mapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx_writer, "_SMALL", 1 << 14)
+    with OnnxFolder(write(DEMO, tmp_path / "out", "int8")) as folder:
+        places = sorted((t.offset, t.nbytes) for t in folder.initializers.values() if t.location)
+    assert all(offset % (1 << 16 if size >= 1 << 14 else 64) == 0 for offset, size in places)
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(places))
+
+
+def test_one_initialiser_serves_embedding_and_head(onnx_of: OnnxOf) -> None:
+    with OnnxFolder(onnx_of("demo", "f32")) as folder:
+        assert [name for name, t in folder.initializers.items() if t.nbytes >= 4096 * 256 * 4] == ["token_embd.weight"]
+
+
+def flipped(config: ModelConfig) -> ModelConfig:
+    """Odd layers local."""
+    windows = family_windows(config.family, config.n_layers + 1, 8)[1:]
+    layers = (replace(layer, window=window) for layer, window in zip(config.layers, windows, strict=True))
+    return replace(config, layers=tuple(layers))
+
+
+def test_a_flipped_parity_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault that other exporters had: nothing shows within the first window, everything after it."""
+    monkeypatch.setattr(onnx_writer, "build_model", lambda config, *rest: build_model(flipped(config), *rest))
+    name = "gemma2-gqa"
+    model = load(write(checkpoint_folder(name, tmp_path), tmp_path / "out", "f32"))
+    model.config = model.backend.config = flipped(model.config)  # type: ignore[attr-defined]
+    model.backend.masks = {"visible.global": 0, "visible.local": 1}  # type: ignore[attr-defined]
+    difference = np.abs(model.logits(token_ids(name))[:, ::COLUMNS] - np.load(GOLDEN / f"{name}.npy")).max(axis=1)
+    assert difference[:8].max() < TOLERANCE
+    assert difference[8:].min() > 50 * TOLERANCE
+
+
+def test_check(tmp_path: Path, gguf_of: Callable[..., Path], onnx_of: OnnxOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort_engine, "CHUNK", 24)  # less than the other engine takes, as with a window of 4096
+    source = gguf_of("demo", "q4_0")
+    good = write(source, tmp_path / "good")
+    spans = check_folder(good, source)
+    assert [(span.first, span.last) for span in spans] == [(0, 63), (64, 127), (128, 159)]
+    assert all(span.ok and span.kld > 0 and span.same_top > 0.9 for span in spans)
+    assert all(span.ok and span.largest_kld == 1e-6 for span in check_folder(onnx_of("demo", "f32"), DEMO))
+    with pytest.raises(InvalidRequest, match="another config"):
+        check_folder(good, gguf_of("gemma2-gqa", "q8_0"))
+
+
+def test_check_finds_a_damaged_graph(tmp_path: Path) -> None:
+    folder = write(DEMO, tmp_path / "out", "f32")
+    path = folder / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "softcap":
+                attribute.f = 0
+    path.write_bytes(model.SerializeToString())
+    manifest = json.loads((folder / "bezel.json").read_text())
+    manifest["files"]["model.onnx"]["bytes"] = path.stat().st_size
+    (folder / "bezel.json").write_text(json.dumps(manifest))
+    assert not any(span.ok for span in check_folder(folder, DEMO))
+
+
+def test_config_names_cover_the_families() -> None:
+    assert {CONFIGS[name]["model_type"] for name in FAMILIES} == {"gemma", "gemma2"}
+    with open_checkpoint(DEMO) as checkpoint:
+        assert checkpoint.config.tied_head

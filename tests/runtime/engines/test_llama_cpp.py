@@ -1,0 +1,54 @@
+"""llama.cpp reads the files that bezel writes, and computes the same from them. Needs the `bench` extra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bezel.export.calibration.rounding import export_calibrated
+from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.runtime import Model, load
+from tiny import DEMO, token_ids
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+# llama.cpp rounds keys and values to float16 and, for Q8_0, activations to int8 with a step of 1/127 of a block's
+# largest; bezel's reference engine does neither. Both errors are noise in the residual stream: over L layers they
+# add up to about √(2 L) · step · (logit spread), with a factor of 5 for the largest of a million logits.
+LAYERS, SPREAD = 4, 4.0
+STEP = {"f32": 2.0**-11, "q8_0": 2.0**-11 + 0.5 / 127}
+STEP["q4_0"] = STEP["q8_0"]  # its activations are Q8_0, too
+
+
+def assert_same_logits(path: Path, preset: str) -> None:
+    ids = token_ids("demo")
+    llama = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, verbose=False, n_threads=2)
+    llama.eval(ids)
+    theirs = np.array(llama.scores[: len(ids)], np.float32)
+    ours = load(path, engine="reference", kv="f32").logits(ids)
+    bound = 5 * np.sqrt(2 * LAYERS) * STEP[preset] * SPREAD
+    difference = np.abs(ours - theirs)
+    print(f"{preset}: largest difference {difference.max():.2g}, mean {difference.mean():.2g}, bound {bound:.2g}")
+    assert difference.max() < bound
+
+
+@pytest.mark.parametrize("preset", ["f32", "q8_0"])
+def test_same_logits(preset: str, gguf_of: Callable[..., Path]) -> None:
+    assert_same_logits(gguf_of("demo", preset), preset)
+
+
+def test_same_logits_of_a_calibrated_file(tmp_path: Path) -> None:
+    out = tmp_path / "calibrated.gguf"
+    with open_checkpoint(DEMO) as checkpoint:
+        export_calibrated(checkpoint, out, "q4_0", "q4_0", DEMO.parents[2] / "LICENSE", tokens=512)
+    assert_same_logits(out, "q4_0")
+
+
+@pytest.mark.parametrize("text", ["Once upon a time.", "two\n\n\nlines\t<eos> ünïcode 🙂 1234", "<start_of_turn>user"])
+def test_same_ids(text: str, gguf_of: Callable[..., Path], model_of: Callable[..., Model]) -> None:
+    # No runs of spaces: the demo's user-defined pieces of spaces are not in SentencePiece's own spelling, so the
+    # sentencepiece library, which bezel follows, never finds them in a text; llama.cpp does.
+    llama = llama_cpp.Llama(str(gguf_of("demo", "f32")), vocab_only=True, verbose=False)
+    assert llama.tokenize(text.encode(), add_bos=False, special=False) == model_of("demo").tokenizer.encode(text)

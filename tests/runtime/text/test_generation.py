@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from bezel.runtime import Message, Model, Sampling
+from bezel.runtime.errors import ContextFull, InvalidRequest
+from bezel.runtime.text.conversation import Conversation, keep_prompt
+from bezel.runtime.text.generation import Generation
+
+ModelOf = Callable[..., Model]
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture
+def model(model_of: ModelOf) -> Model:
+    return model_of("demo", "q8_0")
+
+
+def test_same_seed_same_text(model: Model) -> None:
+    texts = ["".join(model.generate("A king", max_tokens=20, sampling=Sampling(seed=s), raw=True)) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pieces_add_up_and_ids_are_told(model: Model) -> None:
+    generation = model.generate("Once upon a time", max_tokens=25, sampling=GREEDY, raw=True)
+    text = "".join(generation)
+    assert generation.finish == "length"
+    assert len(generation.ids) == 25
+    assert text == model.tokenizer.decode(generation.ids)
+
+
+@pytest.mark.parametrize("hold_last", [False, True])
+def test_the_last_token_costs_a_step_only_where_it_is_kept(hold_last: bool, model_of: ModelOf) -> None:
+    model = model_of("demo", "q8_0", context=12)
+    ids, session = model.prompt_ids("A king", raw=True), model.session()
+    room = model.context - len(ids)
+    generation = Generation(session, ids, GREEDY, max_tokens=room, stop_ids=frozenset(), hold_last=hold_last)
+    list(generation)
+    assert session.ids == [*ids, *generation.ids[: None if hold_last else -1]]
+    assert (generation.finish, len(generation.ids), session.position) == ("length", room, len(session.ids))
+
+
+def test_no_tokens_at_all(model: Model) -> None:
+    generation = model.generate("A king", max_tokens=0, raw=True)
+    assert (list(generation), generation.finish) == ([], "length")
+
+
+def test_a_context_that_is_just_large_enough(model_of: ModelOf) -> None:
+    """The last token needs no position."""
+    model = model_of("demo", "q8_0", context=12)
+    ids = model.prompt_ids("A king", raw=True)
+    generation = Generation(model.session(), ids, GREEDY, max_tokens=13 - len(ids), stop_ids=frozenset())
+    list(generation)
+    assert generation.finish == "length"
+
+
+def test_stop_string_never_shows(model: Model) -> None:
+    whole = "".join(model.generate("Once upon a time", max_tokens=40, sampling=GREEDY, raw=True))
+    stop = whole[30:36]
+    generation = model.generate("Once upon a time", max_tokens=40, sampling=GREEDY, raw=True, stop=["\0", stop])
+    pieces = list(generation)
+    assert "".join(pieces) == whole[: whole.index(stop)]
+    assert generation.finish == "stop"
+    assert all(pieces)
+
+
+def test_text_held_back_for_a_stop_string_comes_in_the_end(model: Model) -> None:
+    whole = "".join(model.generate("Once upon a time", max_tokens=10, sampling=GREEDY, raw=True))
+    stop = whole[-3:] + "\0"  # begins, and never completes
+    assert "".join(model.generate("Once upon a time", max_tokens=10, sampling=GREEDY, raw=True, stop=[stop])) == whole
+
+
+def test_stop_token(model: Model) -> None:
+    ids = model.prompt_ids("Once upon a time", raw=True)
+    free = Generation(model.session(), ids, GREEDY, max_tokens=12, stop_ids=frozenset())
+    list(free)
+    third = free.ids[2]
+    first = free.ids.index(third)
+    generation = Generation(model.session(), ids, GREEDY, max_tokens=12, stop_ids=frozenset([third]))
+    list(generation)
+    assert (generation.finish, generation.ids) == ("stop", free.ids[:first])
+
+
+def test_cancel(model: Model) -> None:
+    calls = iter([False] * 5 + [True] * 99)
+    generation = model.generate("A king", sampling=GREEDY, raw=True, cancel=lambda: next(calls))
+    assert list(generation)
+    assert generation.finish == "cancelled"
+    assert len(generation.ids) == 5
+
+
+def test_chat_models_chat_by_default(model: Model) -> None:
+    raw = model.prompt_ids("Hello", raw=True)
+    assert raw == model.tokenizer.encode("Hello", bos=True)
+    asked = model.prompt_ids("Hello")
+    assert asked == model.prompt_ids([Message("user", "Hello")])
+    assert asked.count(model.tokenizer.bos_id) == 1
+    assert model.prompt_ids(raw) == raw
+
+
+def test_stop_ids_come_from_the_file(model: Model) -> None:
+    assert model.stop_ids == {1, 5}
+
+
+class TestFullContext:
+    def test_error(self, model_of: ModelOf) -> None:
+        generation = model_of("demo", "q8_0", context=30).generate("A king", sampling=GREEDY, raw=True)
+        with pytest.raises(ContextFull, match="context of 30"):
+            list(generation)
+
+    def test_slide_keeps_the_prompt_and_says_so(self, model_of: ModelOf) -> None:
+        model, said = model_of("demo", "q8_0", context=40), list[str]()
+        ids = model.prompt_ids("A king", raw=True)
+        session = model.session()
+        generation = Generation(
+            session,
+            ids,
+            GREEDY,
+            max_tokens=100,
+            stop_ids=frozenset(),
+            make_room=keep_prompt(len(ids), model, said.append),
+        )
+        list(generation)
+        assert len(generation.ids) == 100
+        assert session.ids[: len(ids)] == ids
+        assert session.ids[len(ids) :] == generation.ids[-(len(session.ids) - len(ids)) - 1 : -1]
+        assert said
+        assert all("dropped 10 tokens" in line for line in said)
+
+    def test_slide_cannot_drop_the_prompt(self, model_of: ModelOf) -> None:
+        model = model_of("demo", "q8_0", context=40)
+        ids = [2] + [300] * 38
+        generation = Generation(
+            model.session(), ids, GREEDY, stop_ids=frozenset(), make_room=keep_prompt(len(ids), model, print)
+        )
+        with pytest.raises(ContextFull, match="the prompt's 39 tokens"):
+            list(generation)
+
+
+class TestConversation:
+    def test_ids_are_those_of_the_whole_chat(self, model: Model) -> None:
+        from bezel.runtime.text import chat
+
+        conversation = Conversation(model, "Be brief.", False, print)
+        replies = ["".join(conversation.ask(t, GREEDY, max_tokens=8)) for t in ("One story.", "Another one.")]
+        messages = [Message("system", "Be brief."), Message("user", "One story."), Message("model", replies[0])]
+        rendered = chat.render(model.tokenizer, [*messages, Message("user", "Another one.")])
+        assert conversation.session.ids[: len(rendered)] == rendered
+        assert conversation.turns() == 2
+
+    def test_undo(self, model: Model) -> None:
+        conversation = Conversation(model, None, False, print)
+        list(conversation.ask("One story.", GREEDY, max_tokens=8))
+        after_one = list(conversation.session.ids)
+        list(conversation.ask("Another one.", GREEDY, max_tokens=8))
+        conversation.undo()
+        assert conversation.session.ids == after_one
+        conversation.undo()
+        assert conversation.session.ids == []
+        with pytest.raises(InvalidRequest, match="nothing to undo"):
+            conversation.undo()
+
+    def test_slide_drops_the_oldest_exchanges(self, model_of: ModelOf) -> None:
+        from bezel.runtime.text import chat
+
+        said: list[str] = []
+        model = model_of("demo", "q8_0", context=100)
+        conversation = Conversation(model, "Be brief.", True, said.append)
+        for i in range(12):
+            list(conversation.ask(f"Story number {i}.", GREEDY, max_tokens=10))
+            text = chat.show(model.tokenizer, conversation.session.ids)
+            assert text.startswith("<bos><start_of_turn>user\nBe brief.\n\nStory number")
+            assert f"Story number {i}." in text
+            assert text.count("<bos>") == text.count("Be brief.") == 1
+        assert said
+        assert "dropped the oldest" in said[0]
+
+    def test_one_exchange_too_long_is_an_error(self, model_of: ModelOf) -> None:
+        conversation = Conversation(model_of("demo", "q8_0", context=40), None, True, print)
+        with pytest.raises(ContextFull, match="this exchange alone"):
+            list(conversation.ask("A very long story. " * 10, GREEDY))

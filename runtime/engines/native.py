@@ -34,13 +34,14 @@ class NativeOps:
         return _native.linear(self._pool, x, weights, self._exact)
 
     def rope(self, x: Floats, first_position: int, base: float) -> Floats:
-        _native.rope(x, first_position, base, self._pool)  # in place: x is this pass's own
+        positions = np.arange(first_position, first_position + len(x), dtype=np.int64)
+        _native.rope(x, positions, base, 1.0, self._pool)  # in place: x is this pass's own
         return x
 
     def add_norm(
         self, x: Floats, h: Floats, post_weight: Floats | None, next_weight: Floats, eps: float
     ) -> tuple[Floats, Floats]:
-        return _native.norm_add_norm(x, h, post_weight, next_weight, eps, self._pool)
+        return _native.add_norm(x, h, post_weight, next_weight, eps, self._pool)
 
     def feed_forward(self, x: Floats, gate: _native.Matrix, up: _native.Matrix, down: _native.Matrix) -> Floats:
         return _native.feed_forward(self._pool, x, gate, up, down, self._exact)
@@ -61,7 +62,9 @@ class NativeStore:
         self._store.write(position, keys, values)
 
     def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
-        return self._store.attend(self._pool, queries, length, window, scale, softcap)
+        last = np.arange(length - len(queries) + 1, length + 1, dtype=np.int64)
+        first = np.zeros_like(last) if window is None else np.maximum(0, last - window)
+        return self._store.attend(self._pool, queries, first, last, scale, softcap)
 
     def raw(self, start: int, stop: int) -> Arrays:
         return self._store.raw(start, stop)

@@ -22,10 +22,11 @@ import numpy.typing as npt
 from ..export.gguf.writer import export_gguf
 from ..export.sources.checkpoint import Checkpoint, open_checkpoint
 from ..quant.formats import Format
+from ..runtime.arrays import Floats, Ints
+from ..runtime.engines.protocol import ModelBackend
 from ..runtime.errors import BezelError, InvalidRequest
 from ..runtime.files.gguf import GGUFFile
 from ..runtime.model import ops
-from ..runtime.model.ops import Floats, Ints
 from ..runtime.text.tokenizer import Tokenizer
 from .loss.passages import CHUNK, cut, read_texts
 from .loss.subjects import FloatBackend
@@ -101,7 +102,9 @@ def _silence(callback: Any) -> Any:
 def importance_of(checkpoint: Checkpoint, sequences: Iterable[Ints]) -> dict[str, Floats]:
     """What llama.cpp's imatrix tool finds: of every matrix in a layer; nothing of a head that is the embedding."""
     backend = FloatBackend(checkpoint)
-    names = {id(w): f"blk.{i}.{role}.weight" for i, layer in enumerate(backend.layers) for role, w in layer.items()}
+    names = {
+        id(w): f"blk.{i}.{role}.weight" for i, layer in enumerate(backend.weights.layers) for role, w in layer.items()
+    }
     sums: dict[str, npt.NDArray[np.float64]] = {}
     tokens = 0
 
@@ -121,10 +124,9 @@ def importance_of(checkpoint: Checkpoint, sequences: Iterable[Ints]) -> dict[str
             gated, upped = self.linear(x, gate, up)
             return self.linear(ops.gelu_tanh(gated) * upped, down)[0]
 
+    watched = ModelBackend(backend.config, Watching(), backend.weights, backend.new_store)
     for ids in sequences:
-        engine = backend.engine(len(ids), "f32", len(ids), False)
-        engine.ops = Watching()  # type: ignore[attr-defined]
-        engine.forward(ids, len(ids))
+        watched.engine(len(ids), "f32", len(ids), False).forward(ids, len(ids))
         tokens += len(ids)
     return {name: (total / tokens).astype(np.float32) for name, total in sums.items()}
 

@@ -23,6 +23,8 @@ from ..quant.formats import Format
 from ..runtime.errors import InvalidRequest
 from ..runtime.files.atomic import atomic
 from ..runtime.model.config import ModelConfig
+from ..runtime.model.families.gguf import write_gguf_config
+from ..runtime.model.families.hf import read_hf_config
 from ..runtime.model.tensors import TensorSpec, tensor_specs
 from ..runtime.text.tokenizer import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, model_proto
 from . import DEMO
@@ -107,7 +109,7 @@ def write_checkpoint(
     if dtype not in _DTYPES:
         raise InvalidRequest(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     raw = _raw_config(shape)
-    config = ModelConfig.from_hf(raw)
+    config = read_hf_config(raw)
     vocabulary = tokenizer_model(config.vocab_size)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,14 +141,14 @@ def write_gguf(
     As fast as the disk: each format quantizes 4 million weights once, and every tensor is cut from those. The file is
     whole or absent. Raises InvalidRequest and InvalidConfig.
     """
-    config = ModelConfig.from_hf(_raw_config(shape))
+    config = read_hf_config(_raw_config(shape))
     plan = plan_tensors(config, find_recipe(preset, config, embedding))
     vocabulary = _vocabulary(config.vocab_size)
     metadata = {
         "general.architecture": config.family,
         "general.name": f"random {shape if isinstance(shape, str) else config.family} {preset}",
         "general.quantization_version": 2,
-        **config.to_gguf(),
+        **write_gguf_config(config),
         **vocabulary.to_gguf(),
         "tokenizer.ggml.eot_token_id": vocabulary.pieces.index(END_OF_TURN),
         "tokenizer.chat_template": _chat_template(),

@@ -40,7 +40,7 @@ def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -
         recipe = parse(_read(path), path.stem)
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from None
-    matrices = [spec for spec in tensor_specs(config) if not spec.is_norm]
+    matrices = [spec for spec in tensor_specs(config) if spec.is_matrix]
     for i, rule in enumerate(recipe.rules, 1):
         if not any(rule.matches(spec.gguf, spec.role, spec.layer) for spec in matrices):
             roles = ", ".join(dict.fromkeys(spec.role for spec in matrices))
@@ -78,7 +78,7 @@ def solve(sensitivities: Path, config: ModelConfig, budget: int, name: str) -> R
     The losses of tensors that are rounded alone are taken to add up. Only formats that were measured are used.
     Raises InvalidRequest.
     """
-    specs = {spec.gguf: spec for spec in tensor_specs(config) if not spec.is_norm}
+    specs = {spec.gguf: spec for spec in tensor_specs(config) if spec.is_matrix}
     costs = _read_costs(sensitivities, specs)
     choices: list[tuple[list[TensorSpec], list[type[Format]], list[Option]]] = []
     for names, by_format in costs.items():

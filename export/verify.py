@@ -177,7 +177,7 @@ def _ratio(noise: float, signal: float) -> float:
 
 def _tolerance(info: Tensor, spec: TensorSpec, source: Source, calibrated: bool) -> float:
     """The format's own, but nothing where source and file hold the same kind of number."""
-    same = info.format.name.upper() == source.dtype(spec) and not spec.is_norm
+    same = info.format.name.upper() == source.dtype(spec) and spec.is_matrix
     if calibrated and spec.role.startswith("post_"):
         return _CALIBRATED_NORM
     return 0.0 if same else info.format.tolerance * (_CALIBRATED_FACTOR if calibrated else 1.0)

@@ -60,8 +60,8 @@ def feed_forward(
 ) -> NDArray[np.float32]:
     """down · (gelu(gate · x) ⊙ (up · x)) of x (n, cols) → float32 (n, down.rows); releases the GIL.
 
-    The bits are those of `linear`, `geglu` and `linear`. Raises ValueError for another dtype, shape or memory order,
-    and for matrices whose sizes do not fit.
+    GELU by its tanh approximation. The bits are those of its parts: `linear`, the activation of each element, `linear`.
+    Raises ValueError for another dtype, shape or memory order, and for matrices whose sizes do not fit.
     """
 
 def embed(matrix: Matrix, ids: NDArray[np.int64], scale: float) -> NDArray[np.float32]:
@@ -93,6 +93,10 @@ class KVStore:
     def __init__(self, kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
         """head_dim is even and at most 512. Raises ValueError for sizes that do not fit, MemoryError."""
 
+    @staticmethod
+    def bytes_for(kv_heads: int, head_dim: int, capacity: int, kv: str, positions: int) -> int:
+        """`nbytes` of such a store once the positions 0 … positions − 1 have been written. Raises ValueError."""
+
     @property
     def nbytes(self) -> int:
         """What has been filled, in steps of 256 positions."""
@@ -104,17 +108,18 @@ class KVStore:
         self,
         pool: ThreadPool,
         queries: NDArray[np.float32],
-        length: int,
-        window: int | None,
+        first: NDArray[np.int64],
+        last: NDArray[np.int64],
         scale: float,
         softcap: float | None,
     ) -> NDArray[np.float32]:
-        """`ops.attention` for queries (n, heads, head_dim) of the n newest of `length` positions; same shape back.
+        """Attention of queries (n, heads, head_dim); query i sees first[i] ≤ p < last[i], one position at least.
 
-        What they see must have been written, and fit the capacity. Where keys and values are finite, a query's result
-        is the same bits in any chunk, any store that holds what it sees, and on any number of threads. With int8,
-        queries and softmax weights are quantized to 16 bits (the weights, times the values' scales, per 256
-        positions).
+        Same shape back. All positions from the smallest first to the largest last must have been written, and fit the
+        capacity. Where their keys and values are finite, a query's result is the same bits among any other queries, in
+        any store that holds what it sees, and on any number of threads. With int8, queries and softmax weights are
+        quantized to 16 bits (the weights, times the values' scales, per 256 positions). Raises ValueError for another
+        dtype, shape or memory order, and for spans that are empty or do not fit.
         """
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -127,10 +132,10 @@ class KVStore:
         """What `raw` returned, to the positions from `start` on. Raises ValueError if it does not fit."""
 
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, pool: ThreadPool) -> NDArray[np.float32]:
-    """`ops.rms_norm` of x (n, dim) with weight (dim,). This and what follows: ValueError for another dtype, shape or
+    """`ops.rms_norm` of x (…, dim) with weight (dim,). This and what follows: ValueError for another dtype, shape or
     memory order; the GIL is released; a row's result is the same bits in any chunk and on any number of threads."""
 
-def norm_add_norm(
+def add_norm(
     x: NDArray[np.float32],
     h: NDArray[np.float32],
     post_weight: NDArray[np.float32] | None,
@@ -140,11 +145,9 @@ def norm_add_norm(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """x + rms_norm(h, post_weight), or x + h without a post_weight; and rms_norm of that with next_weight."""
 
-def geglu(gate: NDArray[np.float32], up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
-    """gelu_tanh(gate) · up, (n, dim)."""
-
 def softcap(x: NDArray[np.float32], cap: float, pool: ThreadPool) -> None:
     """cap · tanh(x / cap), in place; x (n, dim)."""
 
-def rope(x: NDArray[np.float32], first_position: int, base: float, pool: ThreadPool) -> None:
-    """`ops.rope`, in place, of x (n, heads, head_dim) at the positions from `first_position` on."""
+def rope(x: NDArray[np.float32], positions: NDArray[np.int64], base: float, factor: float, pool: ThreadPool) -> None:
+    """Rotary embedding, in place, of x (n, heads, head_dim) at positions (n,): element i of a head turns with element
+    i + head_dim / 2, by the frequency base^(−2i / head_dim) / factor, float32 before and after it is divided."""

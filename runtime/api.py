@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .cache.caches import KV_TYPES, default_chunk
+from .arrays import Floats
+from .cache.caches import default_chunk
+from .cache.store import KV_TYPES
 from .engines.protocol import Backend, Engine
 from .errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
 from .files.atomic import replacing
@@ -17,7 +19,6 @@ from .files.gguf import GGUFFile
 from .files.model_file import ModelFile, open_model
 from .files.onnx_folder import KV_STORAGE, OnnxFolder
 from .model.config import ModelConfig
-from .model.ops import Floats
 from .text import chat
 from .text.generation import Generation, MakeRoom
 from .text.sampling import Sampling
@@ -295,7 +296,7 @@ class Session:
 
     def _new_engine(self) -> Engine:
         model = self.model
-        return model.backend.engine(model.context, model.kv, default_chunk(model.config), self._ring)
+        return model.backend.engine(model.context, model.kv, default_chunk(model.config.layers), self._ring)
 
     def _identity(self) -> dict[str, str]:
         model = self.model

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.checkpoint import open_checkpoint
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from safetensors.numpy import save_file
 
@@ -65,7 +65,7 @@ def write_tiny(folder: Path, name: str) -> Path:
     random = np.random.default_rng(list(name.encode()))
     gain = {"token_embd": 0.4, "attn_q": 2.0, "attn_k": 2.0}
     arrays = {}
-    for spec in tensor_specs(ModelConfig.from_hf(raw)):
+    for spec in tensor_specs(read_hf_config(raw)):
         x = random.standard_normal(spec.shape, dtype=np.float32)
         scale = 0.3 if spec.is_norm else gain.get(spec.role, 1.0) * (1 if spec.layer is None else spec.shape[1] ** -0.5)
         arrays[spec.hf] = x * np.float32(scale)

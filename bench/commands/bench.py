@@ -18,7 +18,7 @@ import click
 from ...quant.recipes import PRESETS
 from ...runtime import _native
 from ...runtime.api import ENGINES, default_kv, load
-from ...runtime.cache.caches import KV_TYPES
+from ...runtime.cache.store import KV_TYPES
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import ModelFile, open_model
 from ..speed import machine

@@ -12,7 +12,9 @@ import numpy as np
 from ...export.gguf.writer import export_gguf
 from ...export.sources.checkpoint import open_checkpoint
 from ...runtime.api import Model, Session, load
-from ...runtime.commands.inspect import cache_sizes
+from ...runtime.cache.caches import LARGEST_CHUNK
+from ...runtime.cache.sizes import cache_sizes
+from ...runtime.engines import bytes_for
 from ...runtime.text.generation import Generation
 from ...runtime.text.sampling import Sampling
 from .. import DEMO
@@ -86,7 +88,8 @@ def _compare(model: Model, told: Session) -> None:
 
 
 def _sizes(model: Model) -> None:
-    rows = [cache_sizes(model.config, n, model.kv) for n in (256, 1024, model.config.context_length)]
+    contexts = (256, 1024, model.config.context_length)
+    rows = [cache_sizes(model.config.layers, n, model.kv, LARGEST_CHUNK, bytes_for("native")) for n in contexts]
     click.echo("\n context    with rings    all full")
     for row in rows:
         click.echo(f"{row['context']:8} {row['total'] / KIB:9,.0f} KiB {row['full'] / KIB:7,.0f} KiB")

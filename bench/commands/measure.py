@@ -14,7 +14,7 @@ import click
 
 from ...export.gguf.receipt import check_room, stamp
 from ...runtime.api import ACTIVATIONS, Session
-from ...runtime.cache.caches import KV_TYPES
+from ...runtime.cache.store import KV_TYPES
 from ...runtime.files.atomic import atomic
 from ...runtime.files.gguf import GGUFFile
 from ..loss.measure import measure as run

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...runtime.arrays import Floats
 from ...runtime.engines.protocol import Engine
 from ...runtime.errors import BezelError, InvalidRequest
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.ops import Floats
 from ..speed.machine import bezel_version
 from .metrics import NotFinite, Records, compare
 from .passages import CHUNK, Passage, Text, cut, read_texts
@@ -189,13 +189,11 @@ def _score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passa
     records: list[list[Records]] = [[] for _ in comparisons]
     layers = [_LayerErrors(subjects[c.reference].config, subjects[c.candidate].config) for c in comparisons]
     rows = _LOGIT_BYTES // (4 * subjects[0].config.vocab_size * len(used))
-    rows = max(1, min(_ROWS, rows, *(engine.chunk for engine, _ in started)))
+    rows = max(1, min(_ROWS, rows, *(engine.chunk for engine in started)))
     for start, stop in _pieces(n, passage.first, rows):
         wanted = stop - start if start >= passage.first else 0
-        logits, streams = [], []
-        for engine, tap in started:
-            logits.append(_forward(engine, passage.ids[start:stop], wanted))
-            streams.append(tap.take() if tap else None)
+        streams: list[list[Floats]] = [[] for _ in started]
+        logits = [_forward(e, passage.ids[start:stop], wanted, s) for e, s in zip(started, streams, strict=True)]
         if not wanted:
             continue
         try:
@@ -213,10 +211,10 @@ def _score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passa
     ]
 
 
-def _forward(engine: Engine, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+def _forward(engine: Engine, ids: npt.NDArray[np.int64], wanted: int, streams: list[Floats]) -> Floats:
     """`engine.forward` in steps that it takes; all ids are wanted, in one step, or none."""
     for i in range(0, len(ids), engine.chunk):
-        logits = engine.forward(ids[i : i + engine.chunk], wanted)
+        logits = engine.forward(ids[i : i + engine.chunk], wanted, streams if wanted else None)
     return logits
 
 
@@ -235,8 +233,8 @@ class _LayerErrors:
         same = (reference.hidden_size, reference.n_layers) == (candidate.hidden_size, candidate.n_layers)
         self.sums = np.zeros((2, reference.n_layers if same else 0))
 
-    def add(self, reference: list[Floats] | None, candidate: list[Floats] | None) -> None:
-        if reference is None or candidate is None:
+    def add(self, reference: list[Floats], candidate: list[Floats]) -> None:
+        if not reference or not candidate:  # an engine that does not tell
             self.sums = np.zeros((2, 0))
         elif self.sums.size:
             for i, (x, y) in enumerate(zip(reference, candidate, strict=True)):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...runtime.arrays import Floats, Ints
 from ...runtime.errors import BezelError
-from ...runtime.model.ops import Floats, Ints
 
 TOP = 5
 _BLOCK = 1 << 18  # logits worked on at a time: float64 temporaries of 2 MiB stay near a core

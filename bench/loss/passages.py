@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ...runtime.arrays import Ints
 from ...runtime.errors import InvalidRequest
-from ...runtime.model.ops import Ints
 from ...runtime.text.tokenizer import Tokenizer
 
 PROTOCOLS = ("chunks", "long")

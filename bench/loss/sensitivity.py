@@ -17,18 +17,21 @@ import numpy.typing as npt
 
 from ...export.sources.checkpoint import Checkpoint, open_checkpoint
 from ...quant.formats import FORMATS, Format
-from ...runtime.cache.caches import new_caches
+from ...runtime.arrays import Floats, Ints
+from ...runtime.cache.caches import Caches
+from ...runtime.cache.numpy_store import NumpyStore
+from ...runtime.engines.protocol import ModelBackend
+from ...runtime.engines.rows import Segment
 from ...runtime.errors import InvalidRequest
 from ...runtime.model import ops
-from ...runtime.model.forward import Weights, forward
-from ...runtime.model.ops import Floats, Ints
+from ...runtime.model.forward import Weights
 from ...runtime.model.tensors import TensorSpec
 from ...runtime.text.tokenizer import Tokenizer
 from .intervals import FEW_UNITS, Bootstrap
 from .metrics import compare
 from .passages import CHUNK, Passage, cut, read_texts
 from .state import State
-from .subjects import FloatBackend, Spec, Tap, key_of
+from .subjects import FloatBackend, Spec, key_of
 
 BY = ("tensor", "role", "layer")
 CHUNKS = FEW_UNITS  # enough to rank by: what is compared reads the same text
@@ -109,7 +112,7 @@ def sensitivity(
 
 
 def _groups(checkpoint: Checkpoint, by: str) -> list[Group]:
-    matrices = [spec for spec in checkpoint.specs if not spec.is_norm]
+    matrices = [spec for spec in checkpoint.specs if spec.is_matrix]
     keys: dict[str, Callable[[TensorSpec], Any]] = {
         "tensor": lambda spec: spec.gguf,
         "role": lambda spec: spec.role,
@@ -166,47 +169,36 @@ class _Exact:
     def __init__(self, backend: FloatBackend, passage: Passage) -> None:
         self._backend, self._passage = backend, passage
         self._ids = passage.ids[:-1]  # nothing follows the last token that could score it
-        tap = Tap(ops)
-        self._logits = self._forward(tap, backend.shared, backend.layers, 0)
-        embedded = ops.embed(backend.shared["token_embd"], self._ids, backend.config.embedding_scale)
-        self._before = [embedded, *tap.take()]  # each layer; the last entry, after all of them, holds scored rows only
+        self._before: list[Floats] = [
+            ops.embed(backend.weights.shared["token_embd"], self._ids, backend.config.embedding_scale)
+        ]  # each layer; the last entry, after all of them, holds scored rows only
+        self._logits = self._forward(self._before[0], backend.weights, 0, self._before)
 
     def without(self, group: Group, form: type[Format]) -> npt.NDArray[np.float64]:
         """KLD (scored,) when the group is rounded to the format."""
         backend = self._backend
         roles = {spec.role for spec in group.specs}
         changed = {spec.layer for spec in group.specs}
-        shared = {role: round_trip(w, form) if role in roles else w for role, w in backend.shared.items()}
-        layers = [_Rounded(w, roles, form) if i in changed else w for i, w in enumerate(backend.layers)]
+        exact = backend.weights
+        shared = {role: round_trip(w, form) if role in roles else w for role, w in exact.shared.items()}
+        layers = [_Rounded(w, roles, form) if i in changed else w for i, w in enumerate(exact.layers)]
         last = backend.config.n_layers - 1
         start = last if group.first_layer is None else group.first_layer
-        embedding_changed = "token_embd" in roles
-        resumed = ops if embedding_changed else _Resumed(self._before[start])
-        logits = self._forward(resumed, shared, layers, start)
+        stream = self._ids if "token_embd" in roles else self._before[start]
+        logits = self._forward(stream, Weights(shared, layers[start:]), start)
         first = self._passage.first
         (records,) = compare([self._logits, logits], [(0, 1)], first, self._passage.ids[first + 1 :])
         kld: npt.NDArray[np.float64] = records["kld"]
         return kld
 
-    def _forward(self, with_ops: Any, shared: Weights, layers: Sequence[Weights], start: int) -> Floats:
-        """The logits of the scored positions, by the layers from `start` on."""
-        n = len(self._ids)
+    def _forward(
+        self, inputs: Ints | Floats, weights: Weights, start: int, streams: list[Floats] | None = None
+    ) -> Floats:
+        """The logits of the scored positions, by the layers from `start` on, whose weights these are."""
         config = replace(self._backend.config, layers=self._backend.config.layers[start:])
-        caches = new_caches(config, n, "f32", n, ring=False)
-        return forward(config, with_ops, shared, layers[start:], caches, self._ids, self._passage.scored)
-
-
-class _Resumed:
-    """Ops that begin with a residual stream instead of the embedding."""
-
-    def __init__(self, stream: Floats) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(ops, name)
-
-    def embed(self, weight: Floats, ids: Ints, scale: float) -> Floats:  # noqa: ARG002
-        return self._stream
+        n = len(inputs)
+        segment = Segment(Caches(config.layers, n, "f32", n, ring=False), inputs, self._passage.scored)
+        return ModelBackend(config, ops, weights, NumpyStore).forward([segment], streams)
 
 
 class _Rounded(Mapping[str, Floats]):

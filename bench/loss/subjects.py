@@ -13,14 +13,16 @@ from typing import Any, cast
 from ...export.sources.checkpoint import Checkpoint, open_checkpoint
 from ...export.sources.safetensors import ITEM_SIZE
 from ...runtime.api import ACTIVATIONS, Model, Session, default_kv, load
-from ...runtime.cache.caches import KV_TYPES, default_chunk, new_caches
-from ...runtime.engines.protocol import Backend, Engine, ModelEngine
+from ...runtime.arrays import Floats
+from ...runtime.cache.caches import default_chunk
+from ...runtime.cache.numpy_store import NumpyStore
+from ...runtime.cache.store import KV_TYPES
+from ...runtime.engines.protocol import Backend, Engine, ModelBackend
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import open_model
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Ops
-from ...runtime.model.ops import Floats
+from ...runtime.model.forward import Weights
 from ...runtime.text.tokenizer import Tokenizer
 
 _OPTION = r"(?:engine|kv|activations|ring|name)=[^,=]+"
@@ -76,41 +78,16 @@ def parse_spec(text: str, default: Spec) -> Spec:
     return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
 
 
-class FloatBackend:
-    """A checkpoint's own weights for NumPy, float32, all in memory. Weights are by role, in `shared` and `layers`."""
+class FloatBackend(ModelBackend):
+    """A checkpoint's own weights for NumPy, float32, all in memory."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.config = checkpoint.config
-        self.shared: dict[str, Floats] = {}
-        self.layers: list[dict[str, Floats]] = [{} for _ in self.config.layers]
+        shared: dict[str, Floats] = {}
+        layers: list[dict[str, Floats]] = [{} for _ in checkpoint.config.layers]
         for spec in checkpoint.specs:
-            home = self.shared if spec.layer is None else self.layers[spec.layer]
+            home = shared if spec.layer is None else layers[spec.layer]
             home[spec.role] = checkpoint.tensor(spec)
-
-    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> Engine:
-        caches = new_caches(self.config, context, kv, chunk, ring)
-        return ModelEngine(self.config, ops, self.shared, self.layers, caches, chunk)
-
-
-class Tap:
-    """Ops that remember the residual stream after each layer of a forward pass, (n, hidden) each."""
-
-    def __init__(self, inner: Ops) -> None:
-        self._inner = inner
-        self._sums: list[Floats] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def add_norm(self, *arguments: Any) -> tuple[Floats, Floats]:
-        x, h = self._inner.add_norm(*arguments)
-        self._sums.append(x)
-        return x, h
-
-    def take(self) -> list[Floats]:
-        """The streams since the last call: every second sum, because a layer adds twice."""
-        taken, self._sums = self._sums[1::2], []
-        return taken
+        super().__init__(checkpoint.config, ops, Weights(shared, layers), NumpyStore)
 
 
 @dataclass(frozen=True)
@@ -134,13 +111,9 @@ class Subject:
         self._backend = backend
         self.facts: dict[str, Any] = {}
 
-    def start(self, context: int) -> tuple[Engine, Tap | None]:
-        """An empty sequence for up to `context` tokens, and a tap on it if its engine has ops to tap."""
-        engine = self._backend().engine(context, self.spec.kv, default_chunk(self.config), self.spec.ring)
-        if not isinstance(engine, ModelEngine):
-            return engine, None
-        engine.ops = tap = Tap(engine.ops)
-        return engine, tap
+    def start(self, context: int) -> Engine:
+        """An empty sequence for up to `context` tokens."""
+        return self._backend().engine(context, self.spec.kv, default_chunk(self.config.layers), self.spec.ring)
 
     def session(self) -> Session:
         """An empty sequence that can be rewound; it cannot be saved."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...runtime.api import Model, Session
+import numpy as np
+
+from ...runtime.api import Model
+from ...runtime.cache.caches import default_chunk
+from ...runtime.engines.protocol import ModelBackend, ModelEngine
+from ...runtime.errors import InvalidRequest
 
 Totals = dict[str, list[float]]  # op → calls, seconds
 
@@ -54,39 +57,43 @@ def profile(model: Model, held: int, steps: int) -> dict[str, list[Row]]:
 
     Slowest first; the last two are "Python and the rest" and "total". Raises ContextFull.
     """
-    session = model.session()
-    session.prefill([_token(model, i) for i in range(held)])
-    session.step(_token(model, held))
-    with _timed(session) as totals:
-        start = time.perf_counter()
-        for i in range(steps):
-            session.step(_token(model, i))
-        decode = _rows(totals, time.perf_counter() - start, steps)
+    backend = model.backend
+    if not isinstance(backend, ModelBackend):
+        raise InvalidRequest(f"--profile: {model.file.path} runs on an engine whose operations cannot be told apart")
+    totals: Totals = {}
+    timed = ModelBackend(
+        model.config,
+        Timed(backend.ops, "", totals),
+        backend.weights,
+        lambda *shape: Timed(backend.new_store(*shape), "cache.", totals),
+    )
+    chunk = default_chunk(model.config.layers)
 
-    session = model.session()
-    chunk = [_token(model, i) for i in range(min(session.engine.chunk, model.context))]
-    with _timed(session) as totals:
-        start = time.perf_counter()
-        session.prefill(chunk)
-        return {"decode": decode, "prefill": _rows(totals, time.perf_counter() - start, 1)}
+    def run(engine: ModelEngine, first: int, count: int) -> None:
+        engine.forward(np.array([_token(model, i) for i in range(first, first + count)]), 1)
+
+    def clock() -> float:
+        for total in totals.values():
+            total[:] = [0, 0.0]
+        return time.perf_counter()
+
+    engine = timed.engine(model.context, model.kv, chunk, True)
+    for start in range(0, held, chunk):
+        run(engine, start, min(chunk, held - start))
+    run(engine, held, 1)
+    begin = clock()
+    for i in range(steps):
+        run(engine, i, 1)
+    decode = _rows(totals, time.perf_counter() - begin, steps)
+
+    engine = timed.engine(model.context, model.kv, chunk, True)
+    begin = clock()
+    run(engine, 0, min(chunk, model.context))
+    return {"decode": decode, "prefill": _rows(totals, time.perf_counter() - begin, 1)}
 
 
 def _token(model: Model, i: int) -> int:
     return (2 + 7919 * i) % model.config.vocab_size
-
-
-@contextmanager
-def _timed(session: Session) -> Iterator[Totals]:
-    """Times what the session's forward passes call: the engine's ops and its caches."""
-    totals: Totals = {}
-    engine: Any = session.engine
-    ops, caches = engine.ops, engine.caches
-    engine.ops = Timed(ops, "", totals)
-    engine.caches = [Timed(cache, "cache.", totals) for cache in caches]
-    try:
-        yield totals
-    finally:
-        engine.ops, engine.caches = ops, caches
 
 
 def _rows(totals: Totals, seconds: float, passes: int) -> list[Row]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
-from ...runtime.cache.caches import row_bytes
+from ...runtime.cache.numpy_store import NumpyStore
 from ...runtime.files.model_file import ModelFile
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import tensor_specs
@@ -163,13 +163,17 @@ class Work:
     def of(cls, file: ModelFile) -> Work:
         config = file.config()
         read = [info.nbytes for name, info in file.tensors.items() if config.tied_head or name != "token_embd.weight"]
-        in_layers = [spec for spec in tensor_specs(config) if spec.layer is not None and not spec.is_norm]
+        in_layers = [spec for spec in tensor_specs(config) if spec.layer is not None and spec.is_matrix]
         return cls(config, sum(read), sum(math.prod(spec.shape) for spec in in_layers))
 
     def decode_bytes(self, held: int, kv: str) -> int:
         """Bytes that one token reads with `held` tokens before it: the weights, and the keys and values it sees."""
-        visible = sum(min(held, layer.window or held) for layer in self.config.layers)
-        return self.weight_bytes + visible * row_bytes(self.config.n_kv_heads, self.config.head_dim, kv)
+        rows = (
+            NumpyStore.bytes_for(layer.n_kv_heads, layer.head_dim, seen, kv, seen)
+            for layer in self.config.layers
+            for seen in [min(held, layer.window or held)]
+        )
+        return self.weight_bytes + sum(rows)
 
     def prefill_ops(self, tokens: int) -> int:
         """Integer operations, two a multiply-add; without the head, which only the last token needs."""

@@ -12,9 +12,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from ...runtime.arrays import Floats, Ints
+from ...runtime.cache.numpy_store import attention
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.ops import Floats, Ints
 from ...runtime.model.tensors import TensorSpec
 
 WORKERS = 2  # sequences in hand at a time; the matrix products inside use every core
@@ -32,9 +33,9 @@ class Site:
 
 
 ATTENTION = Site("attn", ("attn_q", "attn_k", "attn_v"), lambda c: c.hidden_size)
-OUTPUT = Site("attn_output", ("attn_output",), lambda c: c.n_heads * c.head_dim)
+OUTPUT = Site("attn_output", ("attn_output",), lambda c: c.layers[0].q_size)
 FEED_FORWARD = Site("ffn", ("ffn_gate", "ffn_up"), lambda c: c.hidden_size)
-DOWN = Site("ffn_down", ("ffn_down",), lambda c: c.intermediate_size)
+DOWN = Site("ffn_down", ("ffn_down",), lambda c: c.layers[0].intermediate_size)
 HEAD = Site("head", ("token_embd", "output"), lambda c: c.hidden_size)
 IN_LAYER = (ATTENTION, OUTPUT, FEED_FORWARD, DOWN)
 
@@ -43,7 +44,7 @@ class Layer:
     """One layer on weights by role, float32; `x` (n, hidden) is the residual stream of one sequence."""
 
     def __init__(self, config: ModelConfig, index: int, weights: Mapping[str, Floats]) -> None:
-        self._config, self._kind, self._w = config, config.layers[index], weights
+        self._config, self.kind, self._w = config, config.layers[index], weights
         # Gemma 1 adds a sub-layer's output as it is.
         self._post = {OUTPUT: weights.get("post_attention_norm"), DOWN: weights.get("post_ffw_norm")}
 
@@ -52,12 +53,12 @@ class Layer:
 
     def attention(self, h: Floats) -> Floats:
         """The input of attn_output (n, heads · head_dim) from that of attn_q, attn_k and attn_v."""
-        c, kind, positions = self._config, self._kind, np.arange(len(h))
+        c, kind, positions = self._config, self.kind, np.arange(len(h))
         q, k, v = ops.linear(h, *(self._w[role] for role in ATTENTION.roles))
-        q = ops.rope(q.reshape(len(h), c.n_heads, c.head_dim), 0, kind.rope_base)
-        k = ops.rope(k.reshape(len(h), c.n_kv_heads, c.head_dim), 0, kind.rope_base)
-        v = v.reshape(len(h), c.n_kv_heads, c.head_dim)
-        out = ops.attention(q, k, v, positions, positions, kind.window, c.query_scale, c.attn_softcap)
+        q, k, v = (ops.split_heads(x, n) for x, n in ((q, kind.n_heads), (k, kind.n_kv_heads), (v, kind.n_kv_heads)))
+        q, k = (ops.rope(x, positions, kind.rope_base, kind.rope_factor) for x in (q, k))
+        first = np.zeros_like(positions) if kind.window is None else np.maximum(0, positions - kind.window + 1)
+        out = attention(q, k, v, first, positions + 1, c.query_scale, c.attn_softcap)
         return out.reshape(len(h), -1)
 
     def feed_forward_input(self, x: Floats) -> Floats:

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from ...runtime.arrays import Floats, Ints
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.ops import Floats, Ints
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import Tokenizer
 from ..gguf.writer import tool_version

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...quant.feedback import feedback_factor, quantize_with_feedback, retargeted
 from ...quant.formats import EVEN, F32, Format
 from ...quant.recipes import Recipe
-from ...runtime.model.ops import Floats, Ints
+from ...runtime.arrays import Floats, Ints
 from ...runtime.model.tensors import TensorSpec
 from ..gguf.writer import ExportSummary, export_gguf, plan_tensors, tool_version
 from ..recipe import find_recipe

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...runtime.arrays import Floats, Ints
 from ...runtime.model import ops
-from ...runtime.model.ops import Floats, Ints
 from ..sources.checkpoint import Checkpoint
 from .layers import ATTENTION, DOWN, FEED_FORWARD, HEAD, OUTPUT, Layer, Site, embedded, in_order
 from .state import State

@@ -26,6 +26,7 @@ from ...quant.recipes import PRESETS, Recipe
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.model.config import ModelConfig
+from ...runtime.model.families.gguf import read_gguf_config, write_gguf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import END_OF_TURN, Vocabulary
 from ..recipe import find_recipe
@@ -244,13 +245,13 @@ def background_hashes(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]
 def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTensor]) -> dict[str, Any]:
     vocabulary = checkpoint.vocabulary()
     formats = {p.spec.role: p.format.name for p in plan}
-    commonest = Counter(p.format.name for p in plan if not p.spec.is_norm).most_common(1)[0][0]
+    commonest = Counter(p.format.name for p in plan if p.spec.is_matrix).most_common(1)[0][0]
     metadata: dict[str, Any] = {
         "general.architecture": checkpoint.config.family,
         "general.name": checkpoint.name,
         "general.file_type": _FILE_TYPES.get(recipe.name, _FILE_TYPES[commonest]),
         "general.quantization_version": 2,
-        **checkpoint.config.to_gguf(),
+        **write_gguf_config(checkpoint.config),
         **vocabulary.to_gguf(),
     }
     if END_OF_TURN in vocabulary.pieces:
@@ -309,7 +310,7 @@ def generation_metadata(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[
 def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
     """What llama.cpp, which has no keys for it, would read differently from bezel."""
     standard = {key: value for key, value in metadata.items() if not key.startswith("bezel.")}
-    theirs = ModelConfig.from_gguf(standard, vocab_size=config.vocab_size, tied_head=True, source="metadata")
+    theirs = read_gguf_config(standard, vocab_size=config.vocab_size, tied_head=True, source="metadata")
     what = {
         "layers": "its own pattern of layer windows",
         "query_pre_attn_scalar": "its own query scale",

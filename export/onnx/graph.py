@@ -209,7 +209,7 @@ class _Graph:
 
     def _turns(self, positions: str, base: float) -> tuple[str, str]:
         """RoPE's cosines and sines, (1, n, head_dim / 2), of float32 angles as the checkpoints were trained with."""
-        half = self.config.head_dim // 2
+        half = self.config.layers[0].head_dim // 2
         frequency = (base ** -(np.arange(half) / half)).astype(np.float32)
         path = f"/rope_{base:g}"
         x = self.node("Cast", [positions], f"{path}/positions", to=FLOAT)
@@ -254,7 +254,7 @@ class _Graph:
         cos, sin = self.turns[layer.rope_base]
         k = self._linear(h, f"{blk}.attn_k.weight", f"{path}/attention/k")
         v = self._linear(h, f"{blk}.attn_v.weight", f"{path}/attention/v")
-        k = self.node("RotaryEmbedding", [k, cos, sin], f"{path}/attention/k/rope", num_heads=c.n_kv_heads)
+        k = self.node("RotaryEmbedding", [k, cos, sin], f"{path}/attention/k/rope", num_heads=layer.n_kv_heads)
         cache = self._cache if self.kv_scales is None else self._int8_cache
         keys, values = (cache(i, name, new, kind) for name, new in (("key", k), ("value", v)))
         mask = self.masks[kind]
@@ -266,7 +266,7 @@ class _Graph:
                 for n, t in (("normed", h), ("stream", x), ("cos", cos), ("sin", sin))
             )
         q = self._linear(h, f"{blk}.attn_q.weight", f"{path}/attention/q")
-        q = self.node("RotaryEmbedding", [q, cos, sin], f"{path}/attention/q/rope", num_heads=c.n_heads)
+        q = self.node("RotaryEmbedding", [q, cos, sin], f"{path}/attention/q/rope", num_heads=layer.n_heads)
         if self.kv_scales is None:
             h = self._attend(q, keys, values, mask, f"{path}/attention")
         else:
@@ -287,7 +287,7 @@ class _Graph:
         Of query heads that share a KV head, two go as one head with twice the rows: kernels read the keys and values
         anew for every head, and from memory, not from a cache, where they are many.
         """
-        c = self.config
+        c = self.config.layers[0]
         heads, paired = c.n_heads, c.n_heads // c.n_kv_heads % 2 == 0
         if paired:
             heads //= 2
@@ -312,11 +312,11 @@ class _Graph:
 
     def _cache(self, i: int, name: str, new: str, kind: str) -> str:
         """The cache with the new rows in it. Position p has slot p mod slots; a global layer has a slot for each."""
-        shape: list[int | str] = [1, f"slots.{kind}", self.config.n_kv_heads * self.config.head_dim]
+        shape: list[int | str] = [1, f"slots.{kind}", self.config.layers[0].kv_size]
         return self._scattered(i, name, new, kind, shape, 1, FLOAT)
 
     def _int8_cache(self, i: int, name: str, new: str, kind: str) -> str:
-        c, path = self.config, f"/layers.{i}/attention/{name}_cache"
+        c, path = self.config.layers[i], f"/layers.{i}/attention/{name}_cache"
         # Division first: QuantizeLinear takes 34 ns a number where scales differ, and 1 where there is one.
         columns = self.node("Reshape", [self._kv_scale(i, name), self.ints(-1)], f"{path}/scale_of_columns")
         new = self.node("Div", [new, columns], f"{path}/steps")
@@ -346,8 +346,8 @@ class _Graph:
         GroupQueryAttention insists on giving the caches back, as `kept.N.key` and `kept.N.value`; where these are the
         same memory, it copies nothing.
         """
-        c, path = self.config, f"/layers.{i}/attention"
-        width = c.n_heads * c.head_dim
+        c, path = self.config.layers[i], f"/layers.{i}/attention"
+        width = c.q_size
         scales = [self._kv_scale(i, name) for name in ("key", "value")]
         slots, newest, length = self._slots(kind)
         bias = self.once(f"/{mask.lstrip('/')}/bias", partial(self._bias, mask))

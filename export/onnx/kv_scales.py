@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.model.ops import Floats, Ints, linear
+from ...runtime.arrays import Floats, Ints
+from ...runtime.model.ops import linear
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ..calibration.layers import Layer, embedded, in_order
 from ..sources.quantized import Source
@@ -48,7 +49,7 @@ def kv_scales(
 
         def through(x: Floats, layer: Layer = layer, weights: Mapping[str, Floats] = weights) -> tuple[Floats, ...]:
             k, v = linear(layer.attention_input(x), weights["attn_k"], weights["attn_v"])
-            k, v = (a.reshape(len(x), c.n_kv_heads, c.head_dim) for a in (k, v))
+            k, v = (a.reshape(len(x), layer.kind.n_kv_heads, layer.kind.head_dim) for a in (k, v))
             half = np.hypot(*np.split(k, 2, axis=-1)).max(axis=0)
             return layer.passed(x), np.concatenate([half, half], axis=-1), np.abs(v).max(axis=0)
 

@@ -22,6 +22,7 @@ from ...quant.formats import F16
 from ...quant.integers import INTEGER_FORMS, as_integers
 from ...runtime.errors import InvalidModelFile, InvalidRequest
 from ...runtime.files.onnx_folder import CONFIG, KV_STORAGE, MANIFEST, MODEL, TOKENIZER
+from ...runtime.model.families.hf import write_hf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import model_proto
 from ..calibration.moments import read_text
@@ -80,7 +81,7 @@ def export_onnx(
 
     with _atomic_folder(out, force) as part, background_hashes(source.files) as source_hashes:
         (part / MODEL).write_bytes(model.SerializeToString(deterministic=True))
-        (part / CONFIG).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        (part / CONFIG).write_text(json.dumps(write_hf_config(config), indent=2) + "\n", encoding="utf-8")
         (part / TOKENIZER).write_bytes(model_proto(vocabulary))
         _write_data(part / DATA, size, source, tensors, offsets, lambda weights: report(done + weights, total))
         names = (MODEL, DATA, CONFIG, TOKENIZER)

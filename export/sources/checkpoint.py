@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files.gguf import GGUFFile
 from ...runtime.model.config import ModelConfig
+from ...runtime.model.families.hf import read_hf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import Vocabulary
 from .safetensors import ITEM_SIZE, StoredTensor, read_header, read_json, to_float32
@@ -140,7 +141,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     config_file = _required(folder / "config.json")
     tokenizer_file = _required(folder / "tokenizer.model")
     raw_config = read_json(config_file)
-    config = ModelConfig.from_hf(raw_config, str(config_file))
+    config = read_hf_config(raw_config, str(config_file))
     weights, weight_files = _read_weights(folder)
     files = [*weight_files, config_file, tokenizer_file]
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from ...quant.formats import BF16, EVEN, F16, F32, Format
 from ...quant.integers import INTEGER_FORMS
 from ...quant.recipes import preset
+from ...runtime.arrays import Floats
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.gguf import GGUFFile
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.ops import Floats
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import Vocabulary
 from ..gguf.writer import generation_metadata
@@ -100,7 +100,7 @@ class QuantizedFile:
         self.path, self.files, self.config = file.path, (file.path,), file.config()
         file.check_tensors(self.config)
         self._file, self._as_f32 = file, as_f32
-        specs = [spec for spec in tensor_specs(self.config) if not spec.is_norm]
+        specs = [spec for spec in tensor_specs(self.config) if spec.is_matrix]
         self.quant = "f32" if as_f32 else ", ".join(dict.fromkeys(file.tensors[s.gguf].format.name for s in specs[1:]))
         for spec in specs:
             found = file.tensors[spec.gguf].format

@@ -10,7 +10,10 @@ from typing import Any
 
 import click
 
-from ..cache.caches import KV_TYPES, allocated_rows, default_chunk, new_caches, row_bytes
+from ..cache.caches import LARGEST_CHUNK
+from ..cache.sizes import cache_sizes
+from ..cache.store import KV_TYPES
+from ..engines import bytes_for
 from ..errors import InvalidRequest
 from ..files.gguf import RECEIPT
 from ..files.model_file import ModelFile, open_model
@@ -48,28 +51,6 @@ def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> N
         _print(facts, tensors)
 
 
-def cache_sizes(config: ModelConfig, context: int, kv: str, largest_chunk: int = 512) -> dict[str, int]:
-    """Bytes of keys and values once `context` tokens are held, by layer kind; `full` is the total without rings.
-
-    `largest_chunk` is the most tokens that the engine takes at once.
-    """
-    chunk = default_chunk(config, largest_chunk)
-
-    def total(ring: bool, local: bool) -> int:
-        caches = zip(config.layers, new_caches(config, context, kv, chunk, ring), strict=True)
-        rows = (allocated_rows(context, c.capacity) for layer, c in caches if (layer.window is not None) == local)
-        return sum(rows) * row_bytes(config.n_kv_heads, config.head_dim, kv)
-
-    local, global_ = total(True, True), total(True, False)
-    return {
-        "context": context,
-        "local": local,
-        "global": global_,
-        "total": local + global_,
-        "full": total(False, True) + total(False, False),
-    }
-
-
 def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[str, Any]:
     formats: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
     for info in file.tensors.values():
@@ -79,7 +60,8 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         row["bytes"] += info.nbytes
     weights = sum(row["weights"] for row in formats.values())
     tensor_bytes = sum(row["bytes"] for row in formats.values())
-    kv_types, largest_chunk = ((file.kv,), CHUNK) if isinstance(file, OnnxFolder) else (KV_TYPES, 512)
+    kv_types, largest_chunk = ((file.kv,), CHUNK) if isinstance(file, OnnxFolder) else (KV_TYPES, LARGEST_CHUNK)
+    store = bytes_for(file.engines[0])
     contexts = [context] if context else _contexts(config.context_length)
     return {
         "file": str(file.path),
@@ -93,11 +75,11 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         "config": {
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
+            "intermediate_size": config.layers[0].intermediate_size,
             "layers": config.n_layers,
-            "query_heads": config.n_heads,
-            "kv_heads": config.n_kv_heads,
-            "head_dim": config.head_dim,
+            "query_heads": config.layers[0].n_heads,
+            "kv_heads": config.layers[0].n_kv_heads,
+            "head_dim": config.layers[0].head_dim,
             "context_length": config.context_length,
             "query_pre_attn_scalar": config.query_pre_attn_scalar,
             "attention_softcap": config.attn_softcap,
@@ -107,7 +89,8 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         },
         "windows": [layer.window for layer in config.layers],
         "rope_bases": [layer.rope_base for layer in config.layers],
-        "cache": {kv: [cache_sizes(config, n, kv, largest_chunk) for n in contexts] for kv in kv_types},
+        "rope_factors": [layer.rope_factor for layer in config.layers],
+        "cache": {kv: [cache_sizes(config.layers, n, kv, largest_chunk, store) for n in contexts] for kv in kv_types},
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .. import _native
-from ..cache.caches import Arrays, new_caches
+from ..arrays import Arrays, Floats, Ints
 from ..errors import InvalidRequest
 from ..files.gguf import GGUFFile
+from ..model import ops
 from ..model.config import ModelConfig
-from ..model.ops import Floats, Ints
+from ..model.forward import Weights
 from ..model.tensors import tensor_specs
-from .protocol import ModelEngine
+from .protocol import ModelBackend
 
 
 class NativeOps:
     """`ops.py` on kernels; matrices are `_native.Matrix`. With `exact`, activations stay float32, slowly."""
+
+    split_heads = staticmethod(ops.split_heads)
+    join_heads = staticmethod(ops.join_heads)
 
     def __init__(self, pool: _native.ThreadPool, exact: bool) -> None:
         self._pool, self._exact = pool, exact
@@ -33,14 +36,14 @@ class NativeOps:
     def linear(self, x: Floats, *weights: _native.Matrix) -> list[Floats]:
         return _native.linear(self._pool, x, weights, self._exact)
 
-    def rope(self, x: Floats, first_position: int, base: float) -> Floats:
-        _native.rope(x, first_position, base, self._pool)  # in place: x is this pass's own
+    def rope(self, x: Floats, positions: Ints, base: float, factor: float) -> Floats:
+        _native.rope(x, positions, base, factor, self._pool)  # in place: x is this pass's own
         return x
 
     def add_norm(
         self, x: Floats, h: Floats, post_weight: Floats | None, next_weight: Floats, eps: float
     ) -> tuple[Floats, Floats]:
-        return _native.norm_add_norm(x, h, post_weight, next_weight, eps, self._pool)
+        return _native.add_norm(x, h, post_weight, next_weight, eps, self._pool)
 
     def feed_forward(self, x: Floats, gate: _native.Matrix, up: _native.Matrix, down: _native.Matrix) -> Floats:
         return _native.feed_forward(self._pool, x, gate, up, down, self._exact)
@@ -53,24 +56,30 @@ class NativeOps:
 class NativeStore:
     """`_native.KVStore` with its thread pool."""
 
+    bytes_for = staticmethod(_native.KVStore.bytes_for)
+
     def __init__(self, pool: _native.ThreadPool, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
         self._pool = pool
         self._store = _native.KVStore(n_kv_heads, head_dim, capacity, kv)
 
+    @property
+    def nbytes(self) -> int:
+        return self._store.nbytes
+
     def write(self, position: int, keys: Floats, values: Floats) -> None:
         self._store.write(position, keys, values)
 
-    def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
-        return self._store.attend(self._pool, queries, length, window, scale, softcap)
+    def attend(self, queries: Floats, first: Ints, last: Ints, scale: float, softcap: float | None) -> Floats:
+        return self._store.attend(self._pool, queries, first, last, scale, softcap)
 
     def raw(self, start: int, stop: int) -> Arrays:
         return self._store.raw(start, stop)
 
-    def set_raw(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def set_raw(self, start: int, arrays: Arrays) -> None:
         self._store.set_raw(start, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
-class NativeBackend:
+class NativeBackend(ModelBackend):
     """A model's weights in place, in the mapped file. `threads` None takes the performance cores.
 
     `exact` computes with float32 activations instead of int8. Raises InvalidRequest for a BEZEL_ISA that this
@@ -82,28 +91,20 @@ class NativeBackend:
             _native.isa()
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        self.config = config
-        self._pool = _native.ThreadPool(threads or _native.default_threads())
-        self.ops = NativeOps(self._pool, exact)
-        self._shared: dict[str, Any] = {}
-        self._layers: list[dict[str, Any]] = [{} for _ in config.layers]
+        pool = _native.ThreadPool(threads or _native.default_threads())
+        shared: dict[str, Any] = {}
+        layers: list[dict[str, Any]] = [{} for _ in config.layers]
         for spec in tensor_specs(config):
-            info = file.tensors[spec.gguf]
-            home = self._shared if spec.layer is None else self._layers[spec.layer]
-            if spec.is_norm:
+            home = shared if spec.layer is None else layers[spec.layer]
+            if not spec.is_matrix:
                 home[spec.role] = file.dequantize(spec.gguf)
-            else:
-                try:
-                    home[spec.role] = _native.Matrix(file.data(spec.gguf), info.format.gguf_type, spec.shape[1])
-                except ValueError as error:  # a format without kernels
-                    raise InvalidRequest(
-                        f"{file.path}: tensor '{spec.gguf}' is in {info.format.name}, which the native engine cannot "
-                        f"read ({error}); use the reference engine, or export the model in another format"
-                    ) from None
-
-    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> ModelEngine:
-        def new_store(n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> NativeStore:
-            return NativeStore(self._pool, n_kv_heads, head_dim, capacity, kv)
-
-        caches = new_caches(self.config, context, kv, chunk, ring, new_store)
-        return ModelEngine(self.config, self.ops, self._shared, self._layers, caches, chunk)
+                continue
+            form = file.tensors[spec.gguf].format
+            try:
+                home[spec.role] = _native.Matrix(file.data(spec.gguf), form.gguf_type, spec.shape[1])
+            except ValueError as error:  # a format without kernels
+                raise InvalidRequest(
+                    f"{file.path}: tensor '{spec.gguf}' is in {form.name}, which the native engine cannot "
+                    f"read ({error}); use the reference engine, or export the model in another format"
+                ) from None
+        super().__init__(config, NativeOps(pool, exact), Weights(shared, layers), partial(NativeStore, pool))

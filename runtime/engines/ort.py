@@ -5,62 +5,22 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from .. import _native
-from ..cache.caches import KV_DTYPES, Arrays, KVCache, new_caches
+from ..arrays import Floats, Ints
+from ..cache.caches import Caches, KVCache
 from ..errors import InvalidModelFile
-from ..files.onnx_folder import CHUNK, INT8_CHANNEL, OnnxFolder
+from ..files.onnx_folder import CHUNK, OnnxFolder
 from ..model.config import ModelConfig
-from ..model.ops import Floats
+from .ort_store import OrtStore
 from .protocol import CachedEngine
 
 _STEP = 32  # slots by which the graph's share of a cache grows
-
-
-class OrtStore:
-    """Slots in the layout of the graph's caches, which the graph writes to and attends to.
-
-    Address space is there for all slots from the start; the system gives memory to those that are written to.
-    """
-
-    def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
-        # Zeros, because what is in a slot that no query sees is multiplied by 0 all the same.
-        by_head = kv == INT8_CHANNEL
-        shape = (n_kv_heads, capacity, head_dim) if by_head else (capacity, n_kv_heads * head_dim)
-        self.arrays: Arrays = {name: np.zeros(shape, KV_DTYPES[kv]) for name in ("keys", "values")}
-        self.rows: Arrays = {  # (capacity, kv_heads, head_dim)
-            name: array.transpose(1, 0, 2) if by_head else array.reshape(capacity, n_kv_heads, head_dim)
-            for name, array in self.arrays.items()
-        }
-        self._by_head = by_head
-
-    def graph_shape(self, slots: int) -> tuple[int, ...]:
-        """The shape in which the graph takes either array when `slots` are in use."""
-        shape = self.arrays["keys"].shape
-        return (1, *shape) if self._by_head else (1, slots, shape[1])
-
-    def write(self, position: int, keys: Floats, values: Floats) -> None:
-        raise NotImplementedError("the graph writes")
-
-    def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
-        raise NotImplementedError("the graph attends")
-
-    def raw(self, start: int, stop: int) -> Arrays:
-        return {name: rows[self._slots(start, stop)] for name, rows in self.rows.items()}
-
-    def set_raw(self, start: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        for name, rows in self.rows.items():
-            rows[self._slots(start, start + len(arrays[name]))] = arrays[name]
-
-    def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        return np.arange(start, stop) % len(self.rows["keys"])
 
 
 class OrtBackend:
@@ -99,41 +59,41 @@ class OrtBackend:
 
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> OrtEngine:
         chunk = min(chunk, CHUNK)
-        return OrtEngine(self, new_caches(self.config, context, kv, chunk, ring, OrtStore), chunk)
+        return OrtEngine(self, Caches(self.config.layers, context, kv, chunk, ring, OrtStore), chunk)
 
 
 class OrtEngine(CachedEngine):
     """One sequence through the graph."""
 
-    def __init__(self, backend: OrtBackend, caches: list[KVCache], chunk: int) -> None:
+    def __init__(self, backend: OrtBackend, caches: Caches, chunk: int) -> None:
         super().__init__(caches, chunk)
         self._backend = backend
         self._binding = backend.session.io_binding()
         self._bound: list[tuple[OrtStore, tuple[int, ...]]] = []
 
-    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+    def forward(self, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:  # noqa: ARG002
         n, start = len(ids), self.position
         rows = np.arange(n - max(wanted, 1), n)  # the graph has no form for no row at all
         for cache in self.caches:
             cache.advance(n)
+            _store(cache).written(cache.length)
         try:
             self._bind_caches()
-            inputs: Arrays = {
+            inputs = {
                 "input_ids": np.ascontiguousarray(ids),
                 "positions": np.arange(start, start + n),
                 "wanted": rows,
             }
             for name, layer in self._backend.masks.items():
                 cache = self.caches[layer]
-                inputs[name] = np.ascontiguousarray(cache.visible(n)[:, : _slots(cache)])
+                inputs[name] = _visible(cache, n)
             for name, array in inputs.items():
                 self._binding.bind_cpu_input(name, array)
             logits = np.empty((len(rows), self._backend.config.vocab_size), np.float32)
             self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
             self._backend.session.run_with_iobinding(self._binding)
         except BaseException:
-            for cache in self.caches:
-                cache.rewind(n)
+            self.caches.cut(start)
             raise
         return logits[len(rows) - wanted :]
 
@@ -141,8 +101,7 @@ class OrtEngine(CachedEngine):
         """Input and output of each cache are the same memory, so that writing a row moves nothing else."""
         stores: list[tuple[OrtStore, tuple[int, ...]]] = []
         for cache in self.caches:
-            assert isinstance(cache.store, OrtStore)
-            stores.append((cache.store, cache.store.graph_shape(_slots(cache))))
+            stores.append((_store(cache), _store(cache).graph_shape(_slots(cache))))
         if stores == self._bound:
             return
         for i, (store, shape) in enumerate(stores):
@@ -154,9 +113,23 @@ class OrtEngine(CachedEngine):
         self._bound = stores
 
 
+def _store(cache: KVCache) -> OrtStore:
+    assert isinstance(cache.store, OrtStore)
+    return cache.store
+
+
 def _slots(cache: KVCache) -> int:
     """The slots that the graph sees: those in use, and a few more, so that not every token changes the shape."""
     return min(cache.capacity, -(-cache.length // _STEP) * _STEP)
+
+
+def _visible(cache: KVCache, n: int) -> npt.NDArray[np.bool_]:
+    """Which of the slots in use each of the n newest positions sees, (n, slots)."""
+    newest = cache.length - 1
+    held = newest - (newest - np.arange(_slots(cache))) % cache.capacity  # the position in each slot; < 0 if empty
+    queries = np.arange(cache.length - n, cache.length)[:, None]
+    oldest = 0 if cache.window is None else np.maximum(0, queries - cache.window + 1)
+    return (oldest <= held) & (held <= queries)
 
 
 def _give_back_pages(folder: OnnxFolder) -> None:

@@ -1,20 +1,16 @@
-"""What every engine offers, and the engine that runs `model.forward` on any ops."""
+"""What every engine offers, and the engine that runs `forward` on some ops."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from ..cache.caches import KVCache
-from ..errors import InvalidSession
+from ..arrays import Arrays, Floats, Ints
+from ..cache.caches import Caches
+from ..cache.store import NewStore
 from ..model.config import ModelConfig
 from ..model.forward import Ops, Weights, forward
-from ..model.ops import Floats
-
-State = Mapping[str, npt.NDArray[Any]]
+from .rows import Segment, run_segments
 
 
 class Engine(Protocol):
@@ -34,16 +30,19 @@ class Engine(Protocol):
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
 
-    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
-        """Take n ids; logits (wanted, vocab) of the last `wanted`, 0 to n. If it raises, nothing changed."""
+    def forward(self, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:
+        """Take n ids; logits (wanted, vocab) of the last `wanted`, 0 to n. If it raises, nothing changed.
+
+        `streams`, where the engine knows them, receives the residual stream behind each layer; see `model.forward`.
+        """
 
     def rewind(self, n: int) -> None:
         """Forget the n newest ids. Raises CacheError if a ring no longer holds what comes before them."""
 
-    def snapshot(self) -> State:
+    def snapshot(self) -> Arrays:
         """All caches as arrays by name."""
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: Arrays) -> None:
         """Take over a snapshot. Raises InvalidSession, changing nothing, if it belongs to other caches."""
 
 
@@ -51,68 +50,62 @@ class Backend(Protocol):
     """A model's weights in the form that one kind of engine takes, shared by all its sequences."""
 
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> Engine:
-        """A new, empty sequence; see `cache.new_caches`."""
+        """A new, empty sequence; see `Caches`."""
 
 
 class CachedEngine:
-    """What engines do with their caches, of which there is one a layer."""
+    """What engines do with their caches."""
 
-    def __init__(self, caches: list[KVCache], chunk: int) -> None:
+    def __init__(self, caches: Caches, chunk: int) -> None:
         self.chunk, self.caches = chunk, caches
 
     @property
     def position(self) -> int:
-        return self.caches[0].length
+        return self.caches.length
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
+        return self.caches.nbytes
 
     def rewind(self, n: int) -> None:
-        for cache in self.caches:
-            cache.check_rewind(n)
-        for cache in self.caches:
-            cache.rewind(n)
+        self.caches.rewind(n)
 
-    def snapshot(self) -> State:
-        return {
-            f"layers.{i}.{name}": array
-            for i, cache in enumerate(self.caches)
-            for name, array in cache.snapshot().items()
-        }
+    def snapshot(self) -> Arrays:
+        return self.caches.snapshot()
 
-    def restore(self, state: State) -> None:
-        restored = []
-        for i, cache in enumerate(self.caches):
-            prefix = f"layers.{i}."
-            part = {name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)}
-            restored.append(cache.restored(part))
-        if len({cache.length for cache in restored}) != 1:
-            raise InvalidSession("the saved layers hold different numbers of positions")
-        self.caches = restored
+    def restore(self, state: Arrays) -> None:
+        self.caches = self.caches.restored(state)
+
+
+class ModelBackend:
+    """Weights for some ops, whose sequences keep their caches in stores of their own kind."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, weights: Weights, new_store: NewStore) -> None:
+        self.config, self.ops, self.weights, self.new_store = config, ops, weights, new_store
+
+    def caches(self, context: int, kv: str, chunk: int, ring: bool = True) -> Caches:
+        """Empty caches for a sequence."""
+        return Caches(self.config.layers, context, kv, chunk, ring, self.new_store)
+
+    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> ModelEngine:
+        return ModelEngine(self, self.caches(context, kv, chunk, ring), chunk)
+
+    def forward(self, segments: Sequence[Segment], streams: list[Any] | None = None) -> Floats:
+        """The rows of all segments in one pass: logits (wanted of all, vocab). If it raises, no cache has changed.
+
+        Where a row's result does not depend on the others in `linear`, as in the native ops, logits have the bits that
+        each segment would get alone.
+        """
+
+        return run_segments(segments, lambda rows: forward(self.config, self.ops, self.weights, rows, streams))
 
 
 class ModelEngine(CachedEngine):
-    """One sequence through `model.forward` on some ops."""
+    """One sequence through `model.forward` on the ops of a backend."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        shared: Weights,
-        layers: Sequence[Weights],
-        caches: list[KVCache],
-        chunk: int,
-    ) -> None:
+    def __init__(self, backend: ModelBackend, caches: Caches, chunk: int) -> None:
         super().__init__(caches, chunk)
-        self.ops = ops
-        self._config, self._shared, self._layers = config, shared, layers
+        self._backend = backend
 
-    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
-        start = self.position
-        try:
-            return forward(self._config, self.ops, self._shared, self._layers, self.caches, ids, wanted)
-        except BaseException:
-            for cache in self.caches:
-                cache.rewind(cache.length - start)
-            raise
+    def forward(self, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:
+        return self._backend.forward([Segment(self.caches, ids, wanted)], streams)

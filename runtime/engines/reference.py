@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from ..cache.caches import KVCache, new_caches
+from ..arrays import Floats
+from ..cache.numpy_store import NumpyStore
 from ..files.model_file import ModelFile
 from ..model import ops
 from ..model.config import ModelConfig
-from ..model.ops import Floats
+from ..model.forward import Weights
 from ..model.tensors import TensorSpec, tensor_specs
-from .protocol import ModelEngine
+from .protocol import ModelBackend
+from .rows import Segment
 
 
 class LazyWeights(Mapping[str, Floats]):
@@ -36,27 +37,18 @@ class LazyWeights(Mapping[str, Floats]):
         return len(self._specs)
 
 
-class ReferenceBackend:
+class ReferenceBackend(ModelBackend):
     """A model's weights for NumPy; 4 bytes a weight once all have been used. `threads` limits NumPy's BLAS."""
 
     def __init__(self, file: ModelFile, config: ModelConfig, threads: int | None) -> None:
         specs = list(tensor_specs(config))
-        self.config, self.threads = config, threads
-        self.shared = LazyWeights(file, [s for s in specs if s.layer is None])
-        self.layers = [LazyWeights(file, [s for s in specs if s.layer == i]) for i in range(config.n_layers)]
+        weights = Weights(
+            LazyWeights(file, [s for s in specs if s.layer is None]),
+            [LazyWeights(file, [s for s in specs if s.layer == i]) for i in range(config.n_layers)],
+        )
+        super().__init__(config, ops, weights, NumpyStore)
+        self._threads, self._blas = threads, ThreadpoolController()
 
-    def engine(self, context: int, kv: str, chunk: int, ring: bool) -> ReferenceEngine:
-        return ReferenceEngine(self, new_caches(self.config, context, kv, chunk, ring), chunk)
-
-
-class ReferenceEngine(ModelEngine):
-    """One sequence on NumPy."""
-
-    def __init__(self, backend: ReferenceBackend, caches: list[KVCache], chunk: int) -> None:
-        super().__init__(backend.config, ops, backend.shared, backend.layers, caches, chunk)
-        self._threads = backend.threads
-        self._blas = ThreadpoolController()
-
-    def forward(self, ids: npt.NDArray[np.int64], wanted: int) -> Floats:
+    def forward(self, segments: Sequence[Segment], streams: list[Any] | None = None) -> Floats:
         with self._blas.limit(limits=self._threads, user_api="blas"):
-            return super().forward(ids, wanted)
+            return super().forward(segments, streams)

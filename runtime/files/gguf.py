@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from ...quant.formats import FORMAT_OF_TYPE, Format
 from ..errors import InvalidModelFile, InvalidRequest
 from ..model.config import ModelConfig
+from ..model.families.gguf import read_gguf_config
 from ..model.tensors import tensor_specs
 from ..text.tokenizer import Vocabulary
 
@@ -155,7 +156,7 @@ class GGUFFile:
                 self.path,
                 f"tensor 'token_embd.weight': found shape {_shape(embedding.shape)}, expected a matrix",
             )
-        return ModelConfig.from_gguf(
+        return read_gguf_config(
             self.metadata,
             vocab_size=embedding.shape[0],
             tied_head="output.weight" not in self.tensors,

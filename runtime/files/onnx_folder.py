@@ -24,8 +24,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cache.store import INT8_CHANNEL
 from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
+from ..model.families.hf import read_hf_config
 from ..text.tokenizer import Vocabulary
 from .onnx_model import Initializer, OnnxModel, is_file_name, read_model
 from .onnx_tensors import OnnxTensor, dequantize, find_tensors
@@ -33,7 +35,6 @@ from .strict_json import parse_json
 
 MODEL, MANIFEST, CONFIG, TOKENIZER = "model.onnx", "bezel.json", "config.json", "tokenizer.model"
 
-INT8_CHANNEL = "int8-channel"  # int8 with a fixed scale for each channel, which the graph holds
 KV_STORAGE = {"f32": "f32", "int8": INT8_CHANNEL}
 """How a graph may store keys and values, as the export's `--kv` and as `bezel.json` say it."""
 
@@ -92,7 +93,7 @@ class OnnxFolder:
 
     def config(self) -> ModelConfig:
         """The model's description. Raises InvalidConfig."""
-        return ModelConfig.from_hf(self._json(CONFIG), str(self.path / CONFIG))
+        return read_hf_config(self._json(CONFIG), str(self.path / CONFIG))
 
     def vocabulary(self) -> Vocabulary:
         """The pieces of the tokenizer."""

@@ -1,66 +1,99 @@
-"""Gemma's forward pass, from token ids to logits. Shapes: n tokens, H query heads, K KV heads, D head_dim."""
+"""Gemma's forward pass, from token ids to logits: the one place that knows the order of its operations.
+
+It runs on any `Ops` and over any `Rows`, which decide what a value is: an array, or the name of one in a graph.
+Shapes: n rows, H query heads, K KV heads, D head_dim.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
+from .config import LayerConfig, ModelConfig
 
-from ..cache.caches import KVCache
-from .config import ModelConfig
-from .ops import Floats, Ints
+ByRole = Mapping[str, Any]
+"""Weights by role, in the form that the ops take; norms hold weight + 1."""
 
-Weights = Mapping[str, Any]
-"""By role, one mapping a layer and one for the rest, in the form that the ops take; norms hold weight + 1."""
+
+@dataclass(frozen=True)
+class Weights:
+    """Those of each layer, and `shared` ones."""
+
+    shared: ByRole
+    layers: Sequence[ByRole]
 
 
 class Ops(Protocol):
     """What the forward pass is made of; `ops.py` says what each computes."""
 
-    def embed(self, weight: Any, ids: Ints, scale: float, /) -> Floats: ...
-    def rms_norm(self, x: Floats, weight: Floats, eps: float, /) -> Floats: ...
-    def linear(self, x: Floats, /, *weights: Any) -> list[Floats]: ...
-    def rope(self, x: Floats, first_position: int, base: float, /) -> Floats: ...
-    def add_norm(
-        self, x: Floats, h: Floats, post_weight: Floats | None, next_weight: Floats, eps: float, /
-    ) -> tuple[Floats, Floats]: ...
-    def feed_forward(self, x: Floats, gate: Any, up: Any, down: Any, /) -> Floats: ...
-    def softcap(self, x: Floats, cap: float, /) -> Floats: ...
+    def embed(self, weight: Any, ids: Any, scale: float, /) -> Any: ...
+    def rms_norm(self, x: Any, weight: Any, eps: float, /) -> Any: ...
+    def linear(self, x: Any, /, *weights: Any) -> Sequence[Any]: ...
+    def split_heads(self, x: Any, heads: int, /) -> Any: ...
+    def join_heads(self, x: Any, /) -> Any: ...
+    def rope(self, x: Any, positions: Any, base: float, factor: float, /) -> Any: ...
+    def add_norm(self, x: Any, h: Any, post_weight: Any, next_weight: Any, eps: float, /) -> tuple[Any, Any]: ...
+    def feed_forward(self, x: Any, gate: Any, up: Any, down: Any, /) -> Any: ...
+    def softcap(self, x: Any, cap: float, /) -> Any: ...
 
 
-def forward(
-    config: ModelConfig,
-    ops: Ops,
-    shared: Weights,
-    layers: Sequence[Weights],
-    caches: Sequence[KVCache],
-    ids: npt.NDArray[np.int64],
-    wanted: int,
-) -> Floats:
-    """Append the ids to the caches; logits (wanted, vocab) of the last `wanted` of them, 0 to n."""
-    n, eps, start = len(ids), config.rms_eps, caches[0].length
-    last = config.n_layers - 1
+class Rows(Protocol):
+    """The rows that go through the model, and what each of them sees."""
 
-    x = ops.embed(shared["token_embd"], ids, config.embedding_scale)  # (n, hidden)
-    h = ops.rms_norm(x, layers[0]["attn_norm"], eps)
-    for i, (layer, w, cache) in enumerate(zip(config.layers, layers, caches, strict=True)):
-        q, k, v = ops.linear(h, w["attn_q"], w["attn_k"], w["attn_v"])
-        q = q.reshape(n, config.n_heads, config.head_dim)  # (n, H, D)
-        k, v = (part.reshape(n, config.n_kv_heads, config.head_dim) for part in (k, v))  # (n, K, D)
-        cache.append(ops.rope(k, start, layer.rope_base), v)
-        q = ops.rope(q, start, layer.rope_base)
-        if i == last:  # from here on, only what logits are wanted of
-            q, x = q[n - wanted :], x[n - wanted :]
-            if not wanted:
-                return np.empty((0, config.vocab_size), np.float32)
-        h = cache.attend(q, config.query_scale, config.attn_softcap)
-        (h,) = ops.linear(h.reshape(len(x), -1), w["attn_output"])  # (n, hidden)
-        x, h = ops.add_norm(x, h, w.get("post_attention_norm"), w["ffn_norm"], eps)
-        h = ops.feed_forward(h, w["ffn_gate"], w["ffn_up"], w["ffn_down"])
-        next_norm = shared["output_norm"] if i == last else layers[i + 1]["attn_norm"]
-        x, h = ops.add_norm(x, h, w.get("post_ffw_norm"), next_norm, eps)
+    @property
+    def positions(self) -> Any:
+        """(n,)."""
 
+    def embed(self, ops: Ops, weight: Any, scale: float, /) -> Any:
+        """The rows as they enter the first layer, (n, hidden)."""
+
+    def append(self, layer: int, keys: Any, values: Any, /) -> None:
+        """Keep the rows' keys (after RoPE) and values, (n, K, D), of a layer."""
+
+    def attend(self, layer: int, queries: Any, scale: float, softcap: float | None, /) -> Any:
+        """Attention of (n, H, D), of all rows or of the wanted ones, over what was appended. Same shape back."""
+
+    def wanted(self, x: Any, /) -> Any:
+        """Of (n, …) the rows that logits are wanted of."""
+
+
+def forward(config: ModelConfig, ops: Ops, weights: Weights, rows: Rows, streams: list[Any] | None = None) -> Any:
+    """Logits (wanted, vocab) of the rows that they are wanted of.
+
+    `streams` receives the residual stream behind each layer, (n, hidden); behind the last one, of the wanted rows.
+    """
+    shared, last = weights.shared, config.n_layers - 1
+    x = rows.embed(ops, shared["token_embd"], config.embedding_scale)  # (n, hidden)
+    h = ops.rms_norm(x, weights.layers[0]["attn_norm"], config.rms_eps)
+    for i, w in enumerate(weights.layers):
+        next_norm = shared["output_norm"] if i == last else weights.layers[i + 1]["attn_norm"]
+        x, h = layer(config, ops, i, w, next_norm, x, h, rows)
+        if streams is not None:
+            streams.append(x)
     (logits,) = ops.linear(h, shared["token_embd" if config.tied_head else "output"])
     return logits if config.final_softcap is None else ops.softcap(logits, config.final_softcap)
+
+
+def layer(
+    config: ModelConfig, ops: Ops, index: int, w: ByRole, next_norm: Any, x: Any, h: Any, rows: Rows
+) -> tuple[Any, Any]:
+    """The residual stream x (n, hidden) behind a layer, and that normed for what is next; h is x normed for this one.
+
+    From the last layer on there are only the rows that logits are wanted of.
+    """
+    c: LayerConfig = config.layers[index]
+    eps = config.rms_eps
+    q, k, v = ops.linear(h, w["attn_q"], w["attn_k"], w["attn_v"])
+    q, k, v = ops.split_heads(q, c.n_heads), ops.split_heads(k, c.n_kv_heads), ops.split_heads(v, c.n_kv_heads)
+    if c.qk_norms:
+        q, k = ops.rms_norm(q, w["attn_q_norm"], eps), ops.rms_norm(k, w["attn_k_norm"], eps)
+    q, k = (ops.rope(part, rows.positions, c.rope_base, c.rope_factor) for part in (q, k))
+    rows.append(index, k, v)
+    if index == config.n_layers - 1:
+        q, x = rows.wanted(q), rows.wanted(x)
+    h = rows.attend(index, q, config.query_scale, config.attn_softcap)  # (n, H, D)
+    (h,) = ops.linear(ops.join_heads(h), w["attn_output"])  # (n, hidden)
+    x, h = ops.add_norm(x, h, w.get("post_attention_norm"), w["ffn_norm"], eps)
+    h = ops.feed_forward(h, w["ffn_gate"], w["ffn_up"], w["ffn_down"])
+    return ops.add_norm(x, h, w.get("post_ffw_norm"), next_norm, eps)

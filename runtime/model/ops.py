@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import numpy as np
-import numpy.typing as npt
 
-Floats: TypeAlias = npt.NDArray[np.float32]
-Ints: TypeAlias = npt.NDArray[np.int64]
+from ..arrays import Floats, Ints
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -36,6 +32,16 @@ def linear(x: Floats, *weights: Floats) -> list[Floats]:
     return [x @ weight.T for weight in weights]
 
 
+def split_heads(x: Floats, heads: int) -> Floats:
+    """(n, heads · head_dim) → (n, heads, head_dim)."""
+    return x.reshape(len(x), heads, x.shape[1] // heads)
+
+
+def join_heads(x: Floats) -> Floats:
+    """(n, heads, head_dim) → (n, heads · head_dim)."""
+    return x.reshape(len(x), x.shape[1] * x.shape[2])
+
+
 def feed_forward(x: Floats, gate: Floats, up: Floats, down: Floats) -> Floats:
     """GeGLU: down · (gelu(gate · x) ⊙ (up · x)). x (n, hidden), gate and up (intermediate, hidden)."""
     gated, upped = linear(x, gate, up)
@@ -55,44 +61,15 @@ def softcap(x: Floats, cap: float) -> Floats:
     return out
 
 
-def rope(x: Floats, first_position: int, base: float) -> Floats:
+def rope(x: Floats, positions: Ints, base: float, factor: float) -> Floats:
     """Rotary position embedding of x (n, heads, head_dim); element i turns with element i + head_dim / 2.
 
-    Su et al. 2021, in the pairing of the Hugging Face checkpoints. Angles are float32 products, as there.
+    Su et al. 2021, in the pairing of the Hugging Face checkpoints; `factor` stretches positions (Chen et al. 2023).
+    Angles are float32 products, as there.
     """
     half = x.shape[-1] // 2
-    inverse_frequency = (base ** -(np.arange(half) / half)).astype(np.float32)
-    positions = np.arange(first_position, first_position + len(x), dtype=np.float32)
-    angle = positions[:, None] * inverse_frequency  # (n, half)
+    inverse_frequency = (base ** -(np.arange(half) / half)).astype(np.float32) / np.float32(factor)
+    angle = positions.astype(np.float32)[:, None] * inverse_frequency  # (n, half)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def attention(
-    queries: Floats,
-    keys: Floats,
-    values: Floats,
-    query_positions: Ints,
-    key_positions: Ints,
-    window: int | None,
-    scale: float,
-    cap: float | None,
-) -> Floats:
-    """Causal grouped-query attention of queries (n, heads, d) over keys and values (m, kv_heads, d).
-
-    A query at position p sees the keys at p − window + 1 … p, or at 0 … p without a window. Returns (n, heads, d).
-    """
-    n, heads, d = queries.shape
-    kv_heads = keys.shape[1]
-    grouped = queries.reshape(n, kv_heads, heads // kv_heads, d).transpose(1, 2, 0, 3)  # (kv, group, n, d)
-    scores = grouped @ keys.transpose(1, 2, 0)[:, None] * np.float32(scale)  # (kv, group, n, m)
-    if cap is not None:
-        scores = softcap(scores, cap)
-    behind = query_positions[:, None] - key_positions
-    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    scores = np.where(visible, scores, np.float32(-np.inf))
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    mixed: Floats = weights @ values.transpose(1, 0, 2)[:, None]  # (kv, group, n, d)
-    return mixed.transpose(2, 0, 1, 3).reshape(n, heads, d)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import Floats
 from ..errors import InvalidRequest
-from ..model.ops import Floats
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from bezel.quant.recipes import PRESETS
 from bezel.runtime import Model, _native, load
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.gguf import GGUFFile
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families.hf import read_hf_config
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
 
@@ -119,7 +119,7 @@ def test_a_peer_that_fails_says_why_and_the_others_go_on(when: str) -> None:
     assert len(samples["A"].prefill[512]) == 2
     after = log[log.index(f"B {when}") + 1 :]
     assert [entry for entry in after if entry.startswith("B")] == ["B close"]
-    work = Work(ModelConfig.from_hf(SHAPES["tiny-gemma-2"]), 1, 1)
+    work = Work(read_hf_config(SHAPES["tiny-gemma-2"]), 1, 1)
     assert figures(samples["B"], work, 1, 1) == {"not_measured": "it broke"}
     assert comparisons(samples["A"], {"B": samples["B"]})["decode"] == {16: None, 128: None, 512: None}
 
@@ -140,7 +140,7 @@ def test_a_comparison_is_the_median_of_ratios_with_the_faster_setting() -> None:
 
 
 def test_figures_are_medians_and_shares() -> None:
-    config = ModelConfig.from_hf(SHAPES["gemma-2-2b"])
+    config = read_hf_config(SHAPES["gemma-2-2b"])
     work = Work(config, weight_bytes=1000, matrix_weights=50)
     samples = Samples(prefill={128: [1.0, 2.0, 64.0]}, decode={8000: [0.25, 0.5, 9.0]}, first_token=[3, 1, 2])
     samples.about, samples.memory = {"kv": "f16"}, {"peak_bytes": 7}
@@ -242,7 +242,7 @@ def test_profile_adds_up(model_of: Callable[..., Model]) -> None:
         calls = {row.op: row.calls for row in rows}
         # q, k and v in one call, and the output; the head. The feed-forward's are inside its own.
         assert calls["linear"] == 4 * 2 + 1
-        assert calls["cache.attend"] == calls["cache.append"] == 4
+        assert calls["cache.attend"] == calls["cache.write"] == 4
         assert all(row.seconds > 0 for row in rows)
 
 

@@ -31,7 +31,7 @@ def test_the_mixes_of_the_same_name_are_the_same(family: str, n_layers: int, tmp
     shape = SHAPES[family] | {"num_hidden_layers": n_layers, "vocab_size": 640, "intermediate_size": 256}
     plain = export(write_checkpoint(tmp_path / "m", shape), tmp_path / "plain.gguf", "f16")
     with open_checkpoint(plain) as checkpoint:
-        specs = [spec for spec in checkpoint.specs if not spec.is_norm]
+        specs = [spec for spec in checkpoint.specs if spec.is_matrix]
         for name in ("q4_k_m", "q5_k_m", "q4_0", "q4_1", "q6_k", "q8_0"):
             llama_quantize(plain, tmp_path / "out.gguf", name, threads=1)
             recipe = find_recipe(name, checkpoint.config)
@@ -65,15 +65,13 @@ def test_importance_is_the_mean_square_of_inputs(tmp_path: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         found = importance_of(checkpoint, ids)
         backend, config = FloatBackend(checkpoint), checkpoint.config
-        inputs = [ops.embed(backend.shared["token_embd"], part, config.embedding_scale) for part in ids]
-        h = ops.rms_norm(np.concatenate(inputs), backend.layers[0]["attn_norm"], config.rms_eps)
+        inputs = [ops.embed(backend.weights.shared["token_embd"], part, config.embedding_scale) for part in ids]
+        h = ops.rms_norm(np.concatenate(inputs), backend.weights.layers[0]["attn_norm"], config.rms_eps)
         np.testing.assert_allclose(found["blk.0.attn_k.weight"], np.square(h).mean(axis=0), rtol=1e-5)
-        in_layers = {
-            spec.gguf: spec.shape[1] for spec in checkpoint.specs if not spec.is_norm and spec.layer is not None
-        }
+        in_layers = {spec.gguf: spec.shape[1] for spec in checkpoint.specs if spec.is_matrix and spec.layer is not None}
         assert {name: len(values) for name, values in found.items()} == in_layers
         for layer in range(config.n_layers):
-            of = {role: found[f"blk.{layer}.{role}.weight"] for role in backend.layers[0] if "norm" not in role}
+            of = {role: found[f"blk.{layer}.{role}.weight"] for role in backend.weights.layers[0] if "norm" not in role}
             assert np.array_equal(of["attn_q"], of["attn_v"])
             assert np.array_equal(of["ffn_gate"], of["ffn_up"])
             assert not np.array_equal(of["attn_q"], of["ffn_up"])

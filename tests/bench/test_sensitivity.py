@@ -33,7 +33,7 @@ def direct(folder: Path, tensors: list[str], form: str) -> float:
         exact, rounded = FloatBackend(checkpoint), FloatBackend(checkpoint)
         for spec in checkpoint.specs:
             if spec.gguf in tensors:
-                home = rounded.shared if spec.layer is None else rounded.layers[spec.layer]
+                home = rounded.weights.shared if spec.layer is None else rounded.weights.layers[spec.layer]
                 home[spec.role] = round_trip(home[spec.role], FORMATS[form])
         klds = []
         for passage in passages:

@@ -16,14 +16,13 @@ from bezel.export.calibration.rounding import export_calibrated
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.checkpoint import open_checkpoint
 from bezel.export.verify import verify
-from bezel.runtime.cache.caches import new_caches
 from bezel.runtime.commands.main import main
-from bezel.runtime.engines.protocol import ModelEngine
+from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.reference import ReferenceBackend
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.gguf import GGUFFile
 from bezel.runtime.model import ops
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families.hf import read_hf_config
 from click.testing import CliRunner
 from tiny import DEMO, checkpoint_folder, export
 
@@ -73,14 +72,13 @@ def caught_moments(model: Path, sequences: tuple[np.ndarray, ...]) -> dict[str, 
     with GGUFFile(model) as file:
         config = file.config()
         backend = ReferenceBackend(file, config, None)
-        roles = {id(w[role]): f"{i}.{role}" for i, w in enumerate(backend.layers) for role in w}
-        roles[id(backend.shared["token_embd"])] = "head"
+        roles = {id(w[role]): f"{i}.{role}" for i, w in enumerate(backend.weights.layers) for role in w}
+        roles[id(backend.weights.shared["token_embd"])] = "head"
         tap = Caught(roles, config)
-        tap.normed = config.post_norms
+        tap.normed = config.layers[0].post_norms
+        watched = ModelBackend(config, tap, backend.weights, backend.new_store)
         for ids in sequences:
-            caches = new_caches(config, len(ids), "f32", len(ids), False)
-            engine = ModelEngine(config, tap, backend.shared, backend.layers, caches, len(ids))
-            engine.forward(ids, len(ids))
+            watched.engine(len(ids), "f32", len(ids), False).forward(ids, len(ids))
         return tap.moments
 
 
@@ -126,7 +124,7 @@ def test_a_text_is_cut_evenly_and_begins_with_bos(text):
     [("gemma-2-9b", 10_240), ("gemma-2-2b", 10_240), ("gemma-2b", 10_623), ("tiny-gemma-2", 102_400)],
 )
 def test_smaller_models_take_more_tokens(shape, tokens):
-    assert default_tokens(ModelConfig.from_hf(SHAPES[shape])) == tokens
+    assert default_tokens(read_hf_config(SHAPES[shape])) == tokens
 
 
 class Stop(Exception):

@@ -202,7 +202,7 @@ def test_tensors_of_odd_sizes_stay_aligned(tmp_path: Path) -> None:
     assert any(tensor.n_bytes % 32 for tensor in reader.tensors)
     source = load_file(folder / "model.safetensors")
     with open_checkpoint(folder) as checkpoint:
-        names = {spec.gguf: spec.hf for spec in checkpoint.specs if not spec.is_norm}
+        names = {spec.gguf: spec.hf for spec in checkpoint.specs if spec.is_matrix}
     for tensor in reader.tensors:
         assert tensor.data_offset % 32 == 0
         if tensor.name in names:
@@ -432,7 +432,7 @@ def sensitivities(tiny: Path, tmp_path: Path) -> Path:
         entries = [
             {"tensors": [spec.gguf], "format": name, "kld": 1 / FORMATS[name].block_bytes}
             for spec in checkpoint.specs
-            if not spec.is_norm
+            if spec.is_matrix
             for name in ("q4_k", "q5_k", "q6_k")
         ]
     (tmp_path / "s.json").write_text(json.dumps({"bezel_sensitivity": 1, "entries": entries}))

@@ -20,12 +20,13 @@ from bezel.export.sources.checkpoint import open_checkpoint
 from bezel.export.sources.quantized import QUANTS
 from bezel.export.verify import open_source, verify
 from bezel.runtime import load
-from bezel.runtime.cache.caches import new_caches
+from bezel.runtime.cache.caches import Caches
 from bezel.runtime.engines import ort as ort_engine
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
 from bezel.runtime.files.gguf import GGUFFile
 from bezel.runtime.files.onnx_folder import OnnxFolder
-from bezel.runtime.model.config import ModelConfig, family_windows
+from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families import FAMILIES as RECORDS
 from onnx.reference import ReferenceEvaluator
 from tiny import COLUMNS, CONFIGS, DEMO, GOLDEN, TOLERANCE, checkpoint_folder, token_ids
 
@@ -64,11 +65,11 @@ class Evaluator:
 
     def __init__(self, folder: Path, config: ModelConfig, context: int, chunk: int) -> None:
         self.session = ReferenceEvaluator(onnx.load(folder / "model.onnx"))
-        self.caches = new_caches(config, context, "f32", chunk)
+        self.caches = Caches(config.layers, context, "f32", chunk)
         names = self.session.input_names
         self.kinds = {name: name.removeprefix("visible.") for name in names if name.startswith("visible.")}
         self.layers = config.layers
-        width = config.n_kv_heads * config.head_dim
+        width = config.layers[0].kv_size
         self.past = {
             f"past.{i}.{name}": np.zeros((1, cache.capacity, width), np.float32)
             for i, cache in enumerate(self.caches)
@@ -77,7 +78,7 @@ class Evaluator:
 
     def forward(self, ids: list[int]) -> np.ndarray:
         """Masks are written here anew: a query at q sees q − window + 1 … q, wherever those lie."""
-        start, n = self.caches[0].length, len(ids)
+        start, n = self.caches.length, len(ids)
         inputs = {"input_ids": np.array(ids), "positions": np.arange(start, start + n), "wanted": np.arange(n)}
         for cache in self.caches:
             cache.advance(n)
@@ -201,7 +202,7 @@ def test_one_initialiser_serves_embedding_and_head(onnx_of: OnnxOf) -> None:
 
 def flipped(config: ModelConfig) -> ModelConfig:
     """Odd layers local."""
-    windows = family_windows(config.family, config.n_layers + 1, 8)[1:]
+    windows = RECORDS[config.family].windows(config.n_layers + 1, 8)[1:]
     layers = (replace(layer, window=window) for layer, window in zip(config.layers, windows, strict=True))
     return replace(config, layers=tuple(layers))
 

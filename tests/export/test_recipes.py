@@ -15,13 +15,13 @@ from bezel.quant.formats import FORMATS, Q4_0, Q5_K, Q6_K, Q8_0
 from bezel.quant.mix import Option, best_mix
 from bezel.quant.recipes import PLAIN, PRESETS, Choice, Recipe, Rule, bits, parse, preset
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from tiny import CONFIGS
 
 WIDE = (64, 2304)  # rows that every format divides
-CONFIG = ModelConfig.from_hf(CONFIGS["gemma2-gqa"])  # 4 layers
-MATRICES = [spec for spec in tensor_specs(CONFIG) if not spec.is_norm]
+CONFIG = read_hf_config(CONFIGS["gemma2-gqa"])  # 4 layers
+MATRICES = [spec for spec in tensor_specs(CONFIG) if spec.is_matrix]
 
 
 def choose(recipe: Recipe, role: str, layer: int | None = 0, shape: tuple[int, ...] = WIDE) -> Choice:
@@ -78,7 +78,7 @@ def test_the_mixes_of_the_field(name: str, plain: str, n_layers: int) -> None:
 
 @pytest.mark.parametrize("shape", ["gemma-2-2b", "gemma-2-9b", "gemma-2b"])
 def test_int4_uses_its_bits_up_in_order(shape: str) -> None:
-    config = ModelConfig.from_hf(SHAPES[shape])
+    config = read_hf_config(SHAPES[shape])
     recipe = find_recipe("int4", config)
     chosen = {spec: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format for spec in tensor_specs(config)}
     weights = sum(int(np.prod(spec.shape)) for spec in chosen)
@@ -90,7 +90,7 @@ def test_int4_uses_its_bits_up_in_order(shape: str) -> None:
     better = [chosen[spec] is Q5_K for spec in more]
     assert better == sorted(better, reverse=True)  # from the first on
     assert used + 1.25 * int(np.prod(more[sum(better)].shape)) > 4.58 * weights
-    rest = {form for spec, form in chosen.items() if spec not in more and not spec.is_norm}
+    rest = {form for spec, form in chosen.items() if spec not in more and spec.is_matrix}
     assert rest == {Q5_K, FORMATS["iq4_xs"]}
 
 

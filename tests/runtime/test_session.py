@@ -115,9 +115,9 @@ def test_an_interrupted_forward_changes_nothing(model_of: ModelOf, monkeypatch: 
     model = model_of("gemma2-gqa")
     session = model.session()
     session.prefill(IDS)
-    from bezel.runtime.model import ops
+    from bezel.runtime.cache import numpy_store
 
-    right, calls = ops.attention, []
+    right, calls = numpy_store.attention, []
 
     def interrupt(*args: Any) -> Any:
         calls.append(1)
@@ -125,7 +125,7 @@ def test_an_interrupted_forward_changes_nothing(model_of: ModelOf, monkeypatch: 
             raise KeyboardInterrupt
         return right(*args)
 
-    monkeypatch.setattr(ops, "attention", interrupt)
+    monkeypatch.setattr(numpy_store, "attention", interrupt)
     with pytest.raises(KeyboardInterrupt):
         session.step(5)
     monkeypatch.undo()

@@ -42,27 +42,28 @@ struct Problem {
   const KVStore& store;
   const KvKernels& kernels;
   const float* queries;
-  int64_t n, heads, length, window;
+  int64_t n, heads;
+  const int64_t *first, *last;  // of what each query sees
   float scale, cap;
   float* out;
 
   int64_t group() const { return heads / store.kv_heads(); }
-  int64_t first_visible(int64_t position) const { return window ? std::max<int64_t>(0, position - window + 1) : 0; }
 };
 
 // Some rows of one KV head: `count` (query, head) pairs from `begin` on, those of a query side by side.
 struct Tile {
   int64_t kv_head, begin, count;
 
-  int64_t position(const Problem& p, int64_t row) const {
-    return p.length - p.n + (begin + row) / p.group();
-  }
+  int64_t query(const Problem& p, int64_t row) const { return (begin + row) / p.group(); }
   int64_t element(const Problem& p, int64_t row) const {
-    const int64_t i = begin + row;
-    return ((i / p.group()) * p.heads + kv_head * p.group() + i % p.group()) * p.store.head_dim();
+    return (query(p, row) * p.heads + kv_head * p.group() + (begin + row) % p.group()) * p.store.head_dim();
   }
-  int64_t first_split(const Problem& p) const { return p.first_visible(position(p, 0)) / kSplit; }
-  int64_t end_split(const Problem& p) const { return position(p, count - 1) / kSplit + 1; }
+  int64_t first_split(const Problem& p) const {
+    return *std::min_element(p.first + query(p, 0), p.first + query(p, count - 1) + 1) / kSplit;
+  }
+  int64_t end_split(const Problem& p) const {
+    return (*std::max_element(p.last + query(p, 0), p.last + query(p, count - 1) + 1) - 1) / kSplit + 1;
+  }
 };
 
 // What a split gives for the rows of a tile.
@@ -130,9 +131,9 @@ void pack(const Problem& p, const Tile& tile, Scratch& s) noexcept {
 void attend_split(const Problem& p, const Tile& tile, int64_t split, const Scratch& s,
                   const Partial& partial) noexcept {
   for (int64_t r = 0; r < tile.count; ++r) {
-    const int64_t position = tile.position(p, r), start = split * kSplit;
-    s.first[r] = static_cast<int32_t>(std::clamp<int64_t>(p.first_visible(position) - start, 0, kSplit));
-    s.last[r] = static_cast<int32_t>(std::clamp<int64_t>(position + 1 - start, s.first[r], kSplit));
+    const int64_t query = tile.query(p, r), start = split * kSplit;
+    s.first[r] = static_cast<int32_t>(std::clamp<int64_t>(p.first[query] - start, 0, kSplit));
+    s.last[r] = static_cast<int32_t>(std::clamp<int64_t>(p.last[query] - start, s.first[r], kSplit));
   }
   const int64_t slot = split * kSplit % p.store.slots();
   SplitJob job{};
@@ -168,8 +169,8 @@ void begin(const Problem& p, const Tile& tile, Scratch& s) noexcept {
 void merge(const Problem& p, const Tile& tile, int64_t split, const Partial& partial, Scratch& s) noexcept {
   const int64_t dim = p.store.dim();
   for (int64_t r = 0; r < tile.count; ++r) {
-    const int64_t position = tile.position(p, r);
-    if (position < split * kSplit || p.first_visible(position) >= (split + 1) * kSplit) continue;  // sees nothing
+    const int64_t query = tile.query(p, r);
+    if (p.last[query] <= split * kSplit || p.first[query] >= (split + 1) * kSplit) continue;  // sees nothing of it
     p.store.kernels().merge(s.total + r * dim, s.max + r, s.sum + r, partial.mixed + r * dim, partial.scale[r],
                             partial.max[r], partial.sum[r], dim);
   }
@@ -185,7 +186,7 @@ void finish(const Problem& p, const Tile& tile, const Scratch& s) noexcept {
 void by_tile(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool) {
   Scratches scratches(pool.threads(), tiles[0].count, p.store.dim());
   pool.parallel_for(static_cast<int64_t>(tiles.size()), 1, [&](int64_t i, int64_t) noexcept {
-    // The last queries of a chunk see the most: first, so that no thread ends with a long one.
+    // The last queries of a chunk mostly see the most: first, so that no thread ends with a long one.
     const Tile& tile = tiles[tiles.size() - 1 - static_cast<size_t>(i)];
     Scratch& s = scratches.take();
     pack(p, tile, s);
@@ -237,11 +238,11 @@ void by_split(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool
 
 }  // namespace
 
-void attend(const KVStore& store, ThreadPool& pool, const float* queries, int64_t n, int64_t heads, int64_t length,
-            int64_t window, float scale, float cap, float* out) {
+void attend(const KVStore& store, ThreadPool& pool, const float* queries, int64_t n, int64_t heads,
+            const int64_t* first, const int64_t* last, float scale, float cap, float* out) {
   if (n == 0) return;
-  const Problem p{store, store.kernels().kv[static_cast<int>(store.type())], queries, n, heads, length, window, scale,
-                  cap, out};
+  const Problem p{store, store.kernels().kv[static_cast<int>(store.type())], queries, n, heads, first, last, scale, cap,
+                  out};
   const int64_t rows = n * p.group();
   const int64_t wanted = 4 * pool.threads();  // tasks, so that threads of different speeds end together
   int64_t tile_rows = kMaxTileRows;

@@ -1,4 +1,4 @@
-// Attention of the newest queries over a KVStore, on a pool of threads.
+// Attention of queries over a KVStore, on a pool of threads.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 
 namespace bezel {
 
-// out (n, heads, head_dim) = attention of queries of the same shape, which belong to the n newest of `length`
-// positions. A query at position p sees p − window + 1 … p, or 0 … p where window is 0. `cap` 0 means none. All
-// that is visible must be in the store, and heads be a multiple of its kv_heads. A query's result is the same
-// bits for every n, capacity and number of threads. Throws std::bad_alloc.
-void attend(const KVStore& store, ThreadPool& pool, const float* queries, int64_t n, int64_t heads, int64_t length,
-            int64_t window, float scale, float cap, float* out);
+// out (n, heads, head_dim) = attention of queries of the same shape: query i sees the positions first[i] ≤ p < last[i],
+// one at least. `cap` 0 means none. All positions from the smallest first to the largest last must be in the store, and
+// heads be a multiple of its kv_heads. A query's result is the same bits whatever the other queries, their number, the
+// capacity and the number of threads. Throws std::bad_alloc.
+void attend(const KVStore& store, ThreadPool& pool, const float* queries, int64_t n, int64_t heads,
+            const int64_t* first, const int64_t* last, float scale, float cap, float* out);
 
 }  // namespace bezel

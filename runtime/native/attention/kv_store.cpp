@@ -58,31 +58,44 @@ int64_t checked(int64_t x, int64_t most, const char* name) {
 
 }  // namespace
 
+KVStore::Sizes::Sizes(int64_t kv_heads, int64_t dim_of_head, int64_t positions, KvType type, const KvLayout& layout)
+    : heads(checked(kv_heads, 1 << 16, "kv_heads")),
+      head_dim(checked(dim_of_head, kMaxHeadDim, "head_dim")),
+      capacity(checked(positions, int64_t{1} << 32, "capacity")),
+      slots(round_up(capacity, kSplit)),
+      dim(round_up(head_dim, 16)),
+      rows_bytes(kSplit * dim * layout.element),
+      side_bytes(rows_bytes + (type == KvType::int8 ? kSplit * int64_t{sizeof(float)} : 0)) {
+  if (head_dim % 2 != 0)
+    throw std::invalid_argument("head_dim is " + std::to_string(head_dim) + ", expected an even number");
+}
+
+int64_t KVStore::Sizes::filled_bytes(int64_t written) const noexcept {
+  return round_up(std::min(written, slots), kSplit) / kSplit * heads * 2 * side_bytes;
+}
+
 KVStore::KVStore(int64_t kv_heads, int64_t head_dim, int64_t capacity, KvType type,
                  const AttentionKernels& kernels)
-    : heads_(checked(kv_heads, 1 << 16, "kv_heads")),
-      head_dim_(checked(head_dim, kMaxHeadDim, "head_dim")),
-      capacity_(checked(capacity, int64_t{1} << 32, "capacity")),
-      type_(type),
+    : type_(type),
       kernels_(kernels),
       layout_(kernels.kv[static_cast<int>(type)].layout),
-      slots_(round_up(capacity, kSplit)),
-      dim_(round_up(head_dim, 16)),
-      rows_bytes_(kSplit * dim_ * layout_.element),
-      side_bytes_(rows_bytes_ + (type == KvType::int8 ? kSplit * int64_t{sizeof(float)} : 0)),
-      pages_(slots_ / kSplit * heads_ * 2 * side_bytes_) {}
+      sizes_(kv_heads, head_dim, capacity, type, layout_),
+      pages_(sizes_.filled_bytes(sizes_.slots)) {}
 
-int64_t KVStore::nbytes() const noexcept { return round_up(written_, kSplit) / kSplit * heads_ * 2 * side_bytes_; }
+int64_t KVStore::bytes_for(int64_t kv_heads, int64_t head_dim, int64_t capacity, KvType type,
+                           const AttentionKernels& kernels, int64_t positions) {
+  return Sizes(kv_heads, head_dim, capacity, type, kernels.kv[static_cast<int>(type)].layout).filled_bytes(positions);
+}
 
 char* KVStore::rows(bool values, int64_t kv_head, int64_t slot) const noexcept {
-  const int64_t side = (slot / kSplit * heads_ + kv_head) * 2 + (values ? 1 : 0);
-  return pages_.data() + side * side_bytes_ + slot % kSplit * dim_ * layout_.element;
+  const int64_t side = (slot / kSplit * sizes_.heads + kv_head) * 2 + (values ? 1 : 0);
+  return pages_.data() + side * sizes_.side_bytes + slot % kSplit * sizes_.dim * layout_.element;
 }
 
 float* KVStore::scale(bool values, int64_t kv_head, int64_t slot) const noexcept {
   if (type_ != KvType::int8) return nullptr;
   char* split = rows(values, kv_head, slot / kSplit * kSplit);
-  return reinterpret_cast<float*>(split + rows_bytes_) + slot % kSplit;
+  return reinterpret_cast<float*>(split + sizes_.rows_bytes) + slot % kSplit;
 }
 
 // Copies a row of one head between `row` and its place in the layout. `in` says which way.
@@ -97,16 +110,16 @@ void KVStore::copy(bool in, bool values, int64_t kv_head, int64_t slot, T* row) 
   if (values) {
     const int64_t i = slot % kSplit;
     T* at = reinterpret_cast<T*>(rows(true, kv_head, slot - i));
-    for (int64_t d = 0; d < head_dim_; d += W) {
-      const int64_t width = std::min(W, dim_ - d), n = std::min(W, head_dim_ - d);
+    for (int64_t d = 0; d < sizes_.head_dim; d += W) {
+      const int64_t width = std::min(W, sizes_.dim - d), n = std::min(W, sizes_.head_dim - d);
       T* run = at + d * kSplit + i / g * width * g + i % g;
       for (int64_t e = 0; e < n; ++e) move(run + e * g, row + d + e);
     }
   } else {
     const int64_t i = slot % W;
     T* at = reinterpret_cast<T*>(rows(false, kv_head, slot - i)) + i * g;
-    for (int64_t d = 0; d < head_dim_; d += g)
-      for (int64_t e = d; e < std::min(d + g, head_dim_); ++e) move(at + d * W + e - d, row + e);
+    for (int64_t d = 0; d < sizes_.head_dim; d += g)
+      for (int64_t e = d; e < std::min(d + g, sizes_.head_dim); ++e) move(at + d * W + e - d, row + e);
   }
 }
 
@@ -120,17 +133,17 @@ void KVStore::copy(bool in, bool values, int64_t kv_head, int64_t slot, void* ro
 
 void KVStore::write(int64_t position, int64_t n, const float* keys, const float* values) noexcept {
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = (position + i) % slots_;
+    const int64_t slot = (position + i) % sizes_.slots;
     written_ = std::max(written_, slot + 1);
     for (const bool side : {false, true})
-      for (int64_t h = 0; h < heads_; ++h) {
-        const float* x = (side ? values : keys) + (i * heads_ + h) * head_dim_;
+      for (int64_t h = 0; h < sizes_.heads; ++h) {
+        const float* x = (side ? values : keys) + (i * sizes_.heads + h) * sizes_.head_dim;
         alignas(64) char row[kMaxHeadDim * sizeof(float)];
         switch (type_) {
-          case KvType::f32: std::memcpy(row, x, static_cast<size_t>(head_dim_) * sizeof *x); break;
-          case KvType::f16: kernels_.to_half(x, head_dim_, reinterpret_cast<uint16_t*>(row)); break;
+          case KvType::f32: std::memcpy(row, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x); break;
+          case KvType::f16: kernels_.to_half(x, sizes_.head_dim, reinterpret_cast<uint16_t*>(row)); break;
           case KvType::int8:
-            kernels_.quantize(x, head_dim_, reinterpret_cast<int8_t*>(row), scale(side, h, slot));
+            kernels_.quantize(x, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(side, h, slot));
             break;
         }
         copy(true, side, h, slot, row);
@@ -140,15 +153,15 @@ void KVStore::write(int64_t position, int64_t n, const float* keys, const float*
 
 void KVStore::read(int64_t position, int64_t n, bool values, float* out) const noexcept {
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = (position + i) % slots_;
-    for (int64_t h = 0; h < heads_; ++h, out += head_dim_) {
+    const int64_t slot = (position + i) % sizes_.slots;
+    for (int64_t h = 0; h < sizes_.heads; ++h, out += sizes_.head_dim) {
       alignas(64) char row[kMaxHeadDim * sizeof(float)];
       copy(false, values, h, slot, row);
       switch (type_) {
-        case KvType::f32: std::memcpy(out, row, static_cast<size_t>(head_dim_) * sizeof *out); break;
-        case KvType::f16: kernels_.from_half(reinterpret_cast<uint16_t*>(row), head_dim_, out); break;
+        case KvType::f32: std::memcpy(out, row, static_cast<size_t>(sizes_.head_dim) * sizeof *out); break;
+        case KvType::f16: kernels_.from_half(reinterpret_cast<uint16_t*>(row), sizes_.head_dim, out); break;
         case KvType::int8:
-          for (int64_t d = 0; d < head_dim_; ++d)
+          for (int64_t d = 0; d < sizes_.head_dim; ++d)
             out[d] = static_cast<float>(static_cast<int8_t>(row[d])) * *scale(values, h, slot);
           break;
       }
@@ -159,8 +172,8 @@ void KVStore::read(int64_t position, int64_t n, bool values, float* out) const n
 void KVStore::read_raw(int64_t position, int64_t n, bool values, void* rows, float* scales) const noexcept {
   char* row = static_cast<char*>(rows);
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = (position + i) % slots_;
-    for (int64_t h = 0; h < heads_; ++h, row += head_dim_ * layout_.element) {
+    const int64_t slot = (position + i) % sizes_.slots;
+    for (int64_t h = 0; h < sizes_.heads; ++h, row += sizes_.head_dim * layout_.element) {
       copy(false, values, h, slot, row);
       if (type_ == KvType::int8) *scales++ = *scale(values, h, slot);
     }
@@ -170,9 +183,9 @@ void KVStore::read_raw(int64_t position, int64_t n, bool values, void* rows, flo
 void KVStore::write_raw(int64_t position, int64_t n, bool values, const void* rows, const float* scales) noexcept {
   const char* row = static_cast<const char*>(rows);
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = (position + i) % slots_;
+    const int64_t slot = (position + i) % sizes_.slots;
     written_ = std::max(written_, slot + 1);
-    for (int64_t h = 0; h < heads_; ++h, row += head_dim_ * layout_.element) {
+    for (int64_t h = 0; h < sizes_.heads; ++h, row += sizes_.head_dim * layout_.element) {
       copy(true, values, h, slot, const_cast<char*>(row));  // it is only read
       if (type_ == KvType::int8) *scale(values, h, slot) = *scales++;
     }

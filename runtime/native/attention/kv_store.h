@@ -26,18 +26,23 @@ class Pages {
 // read meanwhile.
 class KVStore {
  public:
-  // Throws std::invalid_argument for a size that the kernels cannot do.
+  // Throws std::invalid_argument for a size that the kernels cannot do, std::bad_alloc.
   KVStore(int64_t kv_heads, int64_t head_dim, int64_t capacity, KvType type, const AttentionKernels& kernels);
 
-  int64_t kv_heads() const noexcept { return heads_; }
-  int64_t head_dim() const noexcept { return head_dim_; }
-  int64_t capacity() const noexcept { return capacity_; }
+  // What nbytes() of such a store is once the positions 0 … positions − 1 have been written. Throws
+  // std::invalid_argument.
+  static int64_t bytes_for(int64_t kv_heads, int64_t head_dim, int64_t capacity, KvType type,
+                           const AttentionKernels& kernels, int64_t positions);
+
+  int64_t kv_heads() const noexcept { return sizes_.heads; }
+  int64_t head_dim() const noexcept { return sizes_.head_dim; }
+  int64_t capacity() const noexcept { return sizes_.capacity; }
   KvType type() const noexcept { return type_; }
   const AttentionKernels& kernels() const noexcept { return kernels_; }
 
-  int64_t slots() const noexcept { return slots_; }   // a multiple of kSplit
-  int64_t dim() const noexcept { return dim_; }       // head_dim, filled up to a multiple of 16
-  int64_t nbytes() const noexcept;                    // of the slots that have been written
+  int64_t slots() const noexcept { return sizes_.slots; }                    // a multiple of kSplit
+  int64_t dim() const noexcept { return sizes_.dim; }                        // head_dim, up to a multiple of 16
+  int64_t nbytes() const noexcept { return sizes_.filled_bytes(written_); }  // of the slots that have been written
 
   // The keys or the values of `kv_head` from `slot` on, which begins a panel; and the scale of a slot (int8).
   char* rows(bool values, int64_t kv_head, int64_t slot) const noexcept;
@@ -52,16 +57,22 @@ class KVStore {
   void write_raw(int64_t position, int64_t n, bool values, const void* rows, const float* scales) noexcept;
 
  private:
+  struct Sizes {
+    Sizes(int64_t kv_heads, int64_t head_dim, int64_t capacity, KvType type, const KvLayout& layout);
+    int64_t filled_bytes(int64_t written) const noexcept;  // by so many slots
+
+    int64_t heads, head_dim, capacity, slots, dim;
+    int64_t rows_bytes, side_bytes;  // of the keys or values of a head in a split: the rows; and with their scales
+  };
+
   template <class T, int64_t g>
   void copy(bool in, bool values, int64_t kv_head, int64_t slot, T* row) const noexcept;
   void copy(bool in, bool values, int64_t kv_head, int64_t slot, void* row) const noexcept;
 
-  int64_t heads_, head_dim_, capacity_;
   KvType type_;
   const AttentionKernels& kernels_;
   KvLayout layout_;
-  int64_t slots_, dim_;
-  int64_t rows_bytes_, side_bytes_;  // of the keys or values of a head in a split: the rows; and with their scales
+  Sizes sizes_;
   int64_t written_ = 0;  // the highest slot so far, plus one
   Pages pages_;
 };

@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
@@ -60,23 +61,28 @@ void write(KVStore& store, int64_t position, const Input& keys, const Input& val
   store.write(position, size(keys, 0), k, v);
 }
 
-Array attend_py(const KVStore& store, ThreadPool& pool, const Input& queries, int64_t length,
-                std::optional<int64_t> window, double scale, std::optional<double> softcap) {
+Array attend_py(const KVStore& store, ThreadPool& pool, const Input& queries, const Input& first, const Input& last,
+                double scale, std::optional<double> softcap) {
   const float* q = checked<float>(queries, "queries", {"n", "heads", store.head_dim()});
-  const int64_t n = size(queries, 0), heads = size(queries, 1), span = window.value_or(0);
+  const int64_t n = size(queries, 0), heads = size(queries, 1);
+  const int64_t *from = checked<int64_t>(first, "first", {n}), *to = checked<int64_t>(last, "last", {n});
   if (heads == 0 || heads % store.kv_heads() != 0)
     refuse("queries: found " + std::to_string(heads) + " heads, expected a multiple of the store's " +
            std::to_string(store.kv_heads()));
-  if (span < 0) refuse("window is " + std::to_string(span) + ", expected None or a positive number");
-  if (length < n) refuse("length is " + std::to_string(length) + ", less than the " + std::to_string(n) + " queries");
-  const int64_t oldest = span ? std::max<int64_t>(0, length - n - span + 1) : 0;
-  if (n > 0) check_span(store, oldest, length - oldest);
+  for (int64_t i = 0; i < n; ++i)
+    if (from[i] < 0 || from[i] >= to[i])
+      refuse("query " + std::to_string(i) + " sees the positions " + std::to_string(from[i]) + " to " +
+             std::to_string(to[i]) + ", expected one at least, from 0 on");
+  if (n > 0) {
+    const int64_t oldest = *std::min_element(from, from + n);
+    check_span(store, oldest, *std::max_element(to, to + n) - oldest);
+  }
   if (!std::isfinite(scale)) refuse("scale is not a finite number");
   const float cap = softcap ? positive(*softcap, "softcap") : 0.0f;
   Result out({n, heads, store.head_dim()});
   {
     nb::gil_scoped_release release;
-    attend(store, pool, q, n, heads, length, span, static_cast<float>(scale), cap, out.data());
+    attend(store, pool, q, n, heads, from, to, static_cast<float>(scale), cap, out.data());
   }
   return out.array();
 }
@@ -138,18 +144,22 @@ void set_raw(KVStore& store, int64_t start, const nb::dict& arrays) {
 }
 
 Array rms_norm_py(const Input& x, const Input& weight, double eps, ThreadPool& pool) {
-  const float* data = checked<float>(x, "x", {"n", "cols"});
-  const float* w = checked<float>(weight, "weight", {size(x, 1)});
-  Result y({size(x, 0), size(x, 1)});
+  if (x.ndim() == 0) refuse("x: found a single number, expected rows");
+  std::vector<int64_t> shape;
+  for (size_t i = 0; i < x.ndim(); ++i) shape.push_back(size(x, i));
+  const int64_t dim = shape.back();
+  const float* data = checked<float>(x, "x", {shape.begin(), shape.end()});
+  const float* w = checked<float>(weight, "weight", {dim});
+  Result y(shape);
   {
     nb::gil_scoped_release release;
-    rms_norm(data, w, static_cast<float>(eps), size(x, 0), size(x, 1), pool, y.data());
+    rms_norm(data, w, static_cast<float>(eps), dim ? static_cast<int64_t>(x.size()) / dim : 0, dim, pool, y.data());
   }
   return y.array();
 }
 
-nb::tuple norm_add_norm_py(const Input& x, const Input& h, const std::optional<Input>& post_weight,
-                           const Input& next_weight, double eps, ThreadPool& pool) {
+nb::tuple add_norm_py(const Input& x, const Input& h, const std::optional<Input>& post_weight,
+                      const Input& next_weight, double eps, ThreadPool& pool) {
   const float* data = checked<float>(x, "x", {"n", "cols"});
   const std::vector<int64_t> shape{size(x, 0), size(x, 1)};
   const float* added = checked<float>(h, "h", {shape[0], shape[1]});
@@ -158,21 +168,9 @@ nb::tuple norm_add_norm_py(const Input& x, const Input& h, const std::optional<I
   Result sum(shape), y(shape);
   {
     nb::gil_scoped_release release;
-    norm_add_norm(data, added, post, next, static_cast<float>(eps), shape[0], shape[1], pool, sum.data(), y.data());
+    add_norm(data, added, post, next, static_cast<float>(eps), shape[0], shape[1], pool, sum.data(), y.data());
   }
   return nb::make_tuple(sum.array(), y.array());
-}
-
-Array geglu_py(const Input& gate, const Input& up, ThreadPool& pool) {
-  const float* g = checked<float>(gate, "gate", {"n", "cols"});
-  const std::vector<int64_t> shape{size(gate, 0), size(gate, 1)};
-  const float* u = checked<float>(up, "up", {shape[0], shape[1]});
-  Result y(shape);
-  {
-    nb::gil_scoped_release release;
-    geglu(g, u, shape[0] * shape[1], pool, y.data());
-  }
-  return y.array();
 }
 
 void softcap_py(const InOut& x, double cap, ThreadPool& pool) {
@@ -182,16 +180,17 @@ void softcap_py(const InOut& x, double cap, ThreadPool& pool) {
   softcap(data, limit, static_cast<int64_t>(x.size()), pool);
 }
 
-void rope_py(const InOut& x, int64_t first_position, double base, ThreadPool& pool) {
+void rope_py(const InOut& x, const Input& positions, double base, double factor, ThreadPool& pool) {
   float* data = static_cast<float*>(checked(x, "x", nb::dtype<float>(), {"n", "heads", "head_dim"}));
-  const auto head_dim = static_cast<int64_t>(x.shape(2));
+  const int64_t n = size(x, 0), head_dim = size(x, 2);
+  const int64_t* at = checked<int64_t>(positions, "positions", {n});
   if (head_dim % 2 != 0) refuse("x: found a head_dim of " + std::to_string(head_dim) + ", expected an even number");
-  if (first_position < 0 || first_position > int64_t{1} << 40)
-    refuse("first_position is " + std::to_string(first_position));
+  for (int64_t i = 0; i < n; ++i)
+    if (at[i] < 0) refuse("positions: found " + std::to_string(at[i]) + " at " + std::to_string(i));
   positive(base, "base");
+  const float divisor = positive(factor, "factor");
   nb::gil_scoped_release release;
-  rope(data, static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)), head_dim, first_position, base,
-       pool);
+  rope(data, n, size(x, 1), head_dim, at, base, divisor, pool);
 }
 
 }  // namespace
@@ -201,24 +200,29 @@ void bind_attention(nb::module_& m) {
       .def(
           "__init__",
           [](KVStore* self, int64_t kv_heads, int64_t head_dim, int64_t capacity, const std::string& kv) {
-            if (head_dim % 2 != 0) refuse("head_dim is " + std::to_string(head_dim) + ", expected an even number");
             new (self) KVStore(kv_heads, head_dim, capacity, kv_type(kv), vector_kernels().attention);
           },
           "kv_heads"_a, "head_dim"_a, "capacity"_a, "kv"_a)
+      .def_static(
+          "bytes_for",
+          [](int64_t kv_heads, int64_t head_dim, int64_t capacity, const std::string& kv, int64_t positions) {
+            if (positions < 0) refuse("positions is " + std::to_string(positions) + ", expected 0 or more");
+            return KVStore::bytes_for(kv_heads, head_dim, capacity, kv_type(kv), vector_kernels().attention, positions);
+          },
+          "kv_heads"_a, "head_dim"_a, "capacity"_a, "kv"_a, "positions"_a)
       .def_prop_ro("nbytes", &KVStore::nbytes)
       .def("write", &write, "position"_a, "keys"_a.noconvert(), "values"_a.noconvert())
-      .def("attend", &attend_py, "pool"_a, "queries"_a.noconvert(), "length"_a, "window"_a.none(), "scale"_a,
-           "softcap"_a.none())
+      .def("attend", &attend_py, "pool"_a, "queries"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(),
+           "scale"_a, "softcap"_a.none())
       .def("read", &read, "start"_a, "stop"_a)
       .def("raw", &raw, "start"_a, "stop"_a)
       .def("set_raw", &set_raw, "start"_a, "arrays"_a);
 
   m.def("rms_norm", &rms_norm_py, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "pool"_a);
-  m.def("norm_add_norm", &norm_add_norm_py, "x"_a.noconvert(), "h"_a.noconvert(), "post_weight"_a.none(),
+  m.def("add_norm", &add_norm_py, "x"_a.noconvert(), "h"_a.noconvert(), "post_weight"_a.none(),
         "next_weight"_a.noconvert(), "eps"_a, "pool"_a);
-  m.def("geglu", &geglu_py, "gate"_a.noconvert(), "up"_a.noconvert(), "pool"_a);
   m.def("softcap", &softcap_py, "x"_a.noconvert(), "cap"_a, "pool"_a);
-  m.def("rope", &rope_py, "x"_a.noconvert(), "first_position"_a, "base"_a, "pool"_a);
+  m.def("rope", &rope_py, "x"_a.noconvert(), "positions"_a.noconvert(), "base"_a, "factor"_a, "pool"_a);
 }
 
 }  // namespace bezel

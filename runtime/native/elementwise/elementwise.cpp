@@ -14,38 +14,43 @@ constexpr int64_t kGrain = 16 * 1024;  // elements for which another thread pays
 
 int64_t rows_per_task(int64_t dim) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(dim, 1)); }
 
-// Cosines and sines of a chunk of positions. Every layer of a forward pass asks for the same ones, so each thread
-// keeps its last, of two bases, because some models turn their local layers by another than their global ones.
+// Cosines and sines of a pass's positions. Every layer of it asks for the same ones, so each thread keeps its last, of
+// two frequencies, because some models turn their local layers by others than their global ones.
 struct Angles {
   double base = 0;
-  int64_t half = 0, first = 0, n = 0;
+  float factor = 0;
+  int64_t half = 0;
+  std::vector<int64_t> positions;
   std::vector<float> cos, sin;  // (n, half)
 };
 
-// float32 angles, as ops.py: the inverse frequency is rounded, and so is its product with the position.
+// float32 angles, as ops.py: the frequency is rounded, and so are its quotient and its product with the position.
 void fill(Angles& a, ThreadPool& pool) {
-  std::vector<float> inverse_frequency(static_cast<size_t>(a.half));
+  const int64_t n = static_cast<int64_t>(a.positions.size());
+  std::vector<float> frequency(static_cast<size_t>(a.half));
   for (int64_t i = 0; i < a.half; ++i)
-    inverse_frequency[static_cast<size_t>(i)] =
-        static_cast<float>(std::pow(a.base, -(static_cast<double>(i) / static_cast<double>(a.half))));
-  a.cos.resize(static_cast<size_t>(a.n * a.half));
-  a.sin.resize(static_cast<size_t>(a.n * a.half));
-  pool.parallel_for(a.n, 8, [&](int64_t begin, int64_t end) noexcept {
+    frequency[static_cast<size_t>(i)] =
+        static_cast<float>(std::pow(a.base, -(static_cast<double>(i) / static_cast<double>(a.half)))) / a.factor;
+  a.cos.resize(static_cast<size_t>(n * a.half));
+  a.sin.resize(static_cast<size_t>(n * a.half));
+  pool.parallel_for(n, 8, [&](int64_t begin, int64_t end) noexcept {
     for (int64_t i = begin * a.half; i < end * a.half; ++i) {
-      const float position = static_cast<float>(a.first + i / a.half);
-      const double angle = position * inverse_frequency[static_cast<size_t>(i % a.half)];
+      const float position = static_cast<float>(a.positions[static_cast<size_t>(i / a.half)]);
+      const double angle = position * frequency[static_cast<size_t>(i % a.half)];
       a.cos[static_cast<size_t>(i)] = static_cast<float>(std::cos(angle));
       a.sin[static_cast<size_t>(i)] = static_cast<float>(std::sin(angle));
     }
   });
 }
 
-const Angles& angles(double base, int64_t half, int64_t first, int64_t n, ThreadPool& pool) {
+const Angles& angles(double base, float factor, int64_t half, const int64_t* positions, int64_t n, ThreadPool& pool) {
   thread_local Angles kept[2];
   thread_local int oldest = 0;
   for (const Angles& a : kept)
-    if (a.base == base && a.half == half && a.first == first && a.n == n) return a;
-  Angles fresh{base, half, first, n, {}, {}};
+    if (a.base == base && a.factor == factor && a.half == half &&
+        std::equal(a.positions.begin(), a.positions.end(), positions, positions + n))
+      return a;
+  Angles fresh{base, factor, half, {positions, positions + n}, {}, {}};
   fill(fresh, pool);
   oldest ^= 1;
   return kept[oldest ^ 1] = std::move(fresh);
@@ -60,19 +65,12 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, int64_t
   });
 }
 
-void norm_add_norm(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n,
-                   int64_t dim, ThreadPool& pool, float* sum, float* y) {
+void add_norm(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n, int64_t dim,
+              ThreadPool& pool, float* sum, float* y) {
   const ElementwiseKernels& k = vector_kernels().elementwise;
   pool.parallel_for(n, rows_per_task(dim), [&](int64_t begin, int64_t end) noexcept {
     for (int64_t r = begin * dim; r < end * dim; r += dim)
-      k.norm_add_norm(x + r, h + r, post, next, eps, dim, sum + r, y + r);
-  });
-}
-
-void geglu(const float* gate, const float* up, int64_t n, ThreadPool& pool, float* y) {
-  const ElementwiseKernels& k = vector_kernels().elementwise;
-  pool.parallel_for(n, kGrain, [&](int64_t begin, int64_t end) noexcept {
-    k.geglu(gate + begin, up + begin, end - begin, y + begin);
+      k.add_norm(x + r, h + r, post, next, eps, dim, sum + r, y + r);
   });
 }
 
@@ -83,11 +81,11 @@ void softcap(float* x, float cap, int64_t n, ThreadPool& pool) {
   });
 }
 
-void rope(float* x, int64_t n, int64_t heads, int64_t head_dim, int64_t first_position, double base,
+void rope(float* x, int64_t n, int64_t heads, int64_t head_dim, const int64_t* positions, double base, float factor,
           ThreadPool& pool) {
   const ElementwiseKernels& k = vector_kernels().elementwise;
   const int64_t half = head_dim / 2;
-  const Angles& a = angles(base, half, first_position, n, pool);
+  const Angles& a = angles(base, factor, half, positions, n, pool);
   pool.parallel_for(n, rows_per_task(heads * head_dim), [&](int64_t begin, int64_t end) noexcept {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t h = 0; h < heads; ++h)

@@ -33,8 +33,8 @@ static void rms_norm(const float* x, const float* weight, float eps, int64_t n, 
     store(y + i, mul(mul(load(x + i, n - i), r), load(weight + i, n - i)), n - i);
 }
 
-static void norm_add_norm(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n,
-                          float* total, float* y) noexcept {
+static void add_norm(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n,
+                     float* total, float* y) noexcept {
   const F r = set(post ? inverse_rms(n, eps, [=](int64_t i) { return load(h + i, n - i); }) : 1.0f);
   const F next_r = set(inverse_rms(n, eps, [=](int64_t i) {
     const F a = load(x + i, n - i), b = load(h + i, n - i);
@@ -69,7 +69,7 @@ static void rope(float* x, const float* cos, const float* sin, int64_t half) noe
   }
 }
 
-constexpr ElementwiseKernels kElementwise = {rms_norm, norm_add_norm, geglu, softcap, rope};
+constexpr ElementwiseKernels kElementwise = {rms_norm, add_norm, geglu, softcap, rope};
 
 }  // namespace
 }  // namespace bezel

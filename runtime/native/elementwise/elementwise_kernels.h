@@ -9,8 +9,9 @@ struct ElementwiseKernels {
   // y = x / sqrt(mean x² + eps) · weight
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y) noexcept;
   // x' = x + rms_norm(h, post), or x + h where post is null; y = rms_norm(x', next)
-  void (*norm_add_norm)(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n,
-                        float* sum, float* y) noexcept;
+  void (*add_norm)(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n,
+                   float* sum, float* y) noexcept;
+  // y = gelu_tanh(gate) · up
   void (*geglu)(const float* gate, const float* up, int64_t n, float* y) noexcept;
   void (*softcap)(float* x, float cap, int64_t n) noexcept;
   // One head of 2 · half elements, in place.

@@ -1,5 +1,5 @@
 // Attention, caches and elementwise kernels: every instruction set that runs here against the scalar one, bit for
-// bit, in whatever pieces and on however many threads. tests/test_native_attention.py compares with NumPy.
+// bit, in whatever pieces and on however many threads. test_native_attention.py compares with NumPy.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -38,6 +38,27 @@ static bool same_bits(const Floats& a, const Floats& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
 }
 
+// What each query sees.
+struct Spans {
+  std::vector<int64_t> first, last;
+
+  // Of the n newest of `length` positions: `window` of them each, or all before it where that is 0.
+  static Spans causal(int64_t n, int64_t length, int64_t window) {
+    Spans spans;
+    for (int64_t end = length - n + 1; end <= length; ++end) {
+      spans.first.push_back(window ? std::max<int64_t>(0, end - window) : 0);
+      spans.last.push_back(end);
+    }
+    return spans;
+  }
+};
+
+static void attend(const KVStore& store, ThreadPool& pool, const float* queries, const Spans& spans, int64_t heads,
+                   float scale, float cap, float* out) {
+  attend(store, pool, queries, static_cast<int64_t>(spans.first.size()), heads, spans.first.data(), spans.last.data(),
+         scale, cap, out);
+}
+
 struct Shape {
   int64_t kv_heads, group, head_dim, length, window;
   float cap;
@@ -55,7 +76,8 @@ static Floats run(const Shape& s, KvType type, const AttentionKernels& kernels, 
   for (int64_t p = 0; p < s.length; p += chunk) {
     const int64_t n = std::min(chunk, s.length - p);
     store.write(p, n, keys.data() + p * kv_row, values.data() + p * kv_row);
-    attend(store, pool, queries.data() + p * row, n, heads, p + n, s.window, 0.25f, s.cap, out.data() + p * row);
+    attend(store, pool, queries.data() + p * row, Spans::causal(n, p + n, s.window), heads, 0.25f, s.cap,
+           out.data() + p * row);
   }
   return out;
 }
@@ -82,6 +104,54 @@ static void isas_agree_in_any_pieces(bool brief) {
           CHECK(same_bits(run(s, type, kernels, ring, chunk, *pools[pool++ % pools.size()]), expected));
         }
     }
+}
+
+// Some see all before them, some a few positions anywhere, some each other whole, as an image's do.
+static void queries_do_not_see_their_neighbours() {
+  constexpr int64_t kLength = 1100, kDim = 40, kHeads = 4, kRow = kHeads * kDim;
+  ThreadPool pool(3);
+  for (const KvType type : kTypes)
+    for (const int64_t n : {5, 170}) {
+      Spans spans = Spans::causal(n, kLength, 0);
+      std::mt19937 rng(static_cast<uint32_t>(n));
+      for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
+        if (i % 3 == 0) {
+          spans.first[i] = static_cast<int64_t>(rng() % kLength);
+          spans.last[i] = spans.first[i] + 1 + static_cast<int64_t>(rng()) % (kLength - spans.first[i]);
+        } else if (i >= 60 && i < 120) {
+          spans.last[i] = kLength - n + 120;
+        }
+      }
+      const Floats keys = random(kLength * 2 * kDim, 14), values = random(kLength * 2 * kDim, 15);
+      const Floats queries = random(static_cast<size_t>(n * kRow), 16, 4.0f);
+      Floats expected(queries.size()), got(queries.size());
+      for (const Isa isa : usable_isas()) {
+        KVStore store(2, kDim, kLength, type, vector_kernels(isa).attention);
+        store.write(0, kLength, keys.data(), values.data());
+        attend(store, pool, queries.data(), spans, kHeads, 0.25f, 50.0f, got.data());
+        if (isa != Isa::scalar) {
+          CHECK(same_bits(got, expected));
+          continue;
+        }
+        expected = got;  // and each query alone
+        for (int64_t i = 0; i < n; ++i)
+          attend(store, pool, queries.data() + i * kRow, {{spans.first[i]}, {spans.last[i]}}, kHeads, 0.25f, 50.0f,
+                 got.data() + i * kRow);
+        CHECK(same_bits(got, expected));
+      }
+    }
+}
+
+static void sizes_are_announced() {
+  const AttentionKernels& kernels = vector_kernels(Isa::scalar).attention;
+  const Floats x(300 * 3 * 40, 1.0f);
+  for (const KvType type : kTypes) {
+    KVStore store(3, 40, 600, type, kernels);
+    for (int64_t end = 0; end <= 2000; end += 250) {
+      CHECK(store.nbytes() == KVStore::bytes_for(3, 40, 600, type, kernels, end));
+      store.write(end, 250, x.data(), x.data());
+    }
+  }
 }
 
 static void stored_rows_come_back() {
@@ -129,11 +199,12 @@ static void unseen_damage_stays_unseen() {
       clean.write(600, 300, x.data(), x.data());
       damaged.write(600, 300, x.data(), x.data());
       Floats a(2 * 64), b(2 * 64);
-      attend(clean, pool, q.data(), 1, 2, 900, 290, 1.0f, 50.0f, a.data());
-      attend(damaged, pool, q.data(), 1, 2, 900, 290, 1.0f, 50.0f, b.data());
+      const Spans spans = Spans::causal(1, 900, 290);
+      attend(clean, pool, q.data(), spans, 2, 1.0f, 50.0f, a.data());
+      attend(damaged, pool, q.data(), spans, 2, 1.0f, 50.0f, b.data());
       CHECK(same_bits(a, b));
       damaged.write(899, 1, bad.data(), bad.data());  // and this one is seen
-      attend(damaged, pool, q.data(), 1, 2, 900, 290, 1.0f, 50.0f, b.data());
+      attend(damaged, pool, q.data(), spans, 2, 1.0f, 50.0f, b.data());
       for (const float v : b) CHECK(std::isnan(v));
     }
 }
@@ -179,8 +250,8 @@ static void elementwise_kernels_agree() {
       scalar.rms_norm(x.data() + 1, w.data(), 1e-6f, n, b.data());
       CHECK(same_bits(a, b));
       for (const float* post : {w.data(), static_cast<const float*>(nullptr)}) {
-        k.norm_add_norm(x.data() + 1, h.data(), post, v.data(), 1e-6f, n, a.data(), b.data());
-        scalar.norm_add_norm(x.data() + 1, h.data(), post, v.data(), 1e-6f, n, c.data(), d.data());
+        k.add_norm(x.data() + 1, h.data(), post, v.data(), 1e-6f, n, a.data(), b.data());
+        scalar.add_norm(x.data() + 1, h.data(), post, v.data(), 1e-6f, n, c.data(), d.data());
         CHECK(same_bits(a, c) && same_bits(b, d));
       }
       k.geglu(x.data() + 1, h.data(), n, a.data());
@@ -223,16 +294,17 @@ static void every_float16() {
 
 static void pools_do_not_change_a_bit() {
   const Floats x = random(40 * 300, 12), w = random(300, 13);
-  Floats expected[4], got[4];
+  std::vector<int64_t> positions;
+  for (int64_t i = 0; i < 40; ++i) positions.push_back(i * i);
+  Floats expected[3], got[3];
   for (const int threads : {1, 2, 4}) {
     ThreadPool pool(threads);
     for (Floats& y : got) y.assign(x.size(), 0.0f);
     rms_norm(x.data(), w.data(), 1e-6f, 40, 300, pool, got[0].data());
-    norm_add_norm(x.data(), got[0].data(), w.data(), w.data(), 1e-6f, 40, 300, pool, got[1].data(), got[2].data());
-    rope(got[2].data(), 40, 5, 60, 1000, 10000.0, pool);
-    geglu(x.data(), got[2].data(), 40 * 300, pool, got[3].data());
-    softcap(got[3].data(), 0.5f, 40 * 300, pool);
-    for (int i = 0; i < 4; ++i) {
+    add_norm(x.data(), got[0].data(), w.data(), w.data(), 1e-6f, 40, 300, pool, got[1].data(), got[2].data());
+    rope(got[2].data(), 40, 5, 60, positions.data(), 10000.0, 8.0f, pool);
+    softcap(got[1].data(), 0.5f, 40 * 300, pool);
+    for (int i = 0; i < 3; ++i) {
       if (threads == 1) expected[i] = got[i];
       CHECK(same_bits(got[i], expected[i]));
     }
@@ -247,6 +319,8 @@ int main(int argc, char**) {
     exp_and_tanh_are_accurate();
     elementwise_kernels_agree();
     stored_rows_come_back();
+    sizes_are_announced();
+    queries_do_not_see_their_neighbours();
     unseen_damage_stays_unseen();
   }
   pools_do_not_change_a_bit();

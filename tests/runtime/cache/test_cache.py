@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bezel.runtime.cache.caches import KV_TYPES, FullCache, KVCache, RingCache, allocated_rows, new_caches, row_bytes
+from bezel.runtime.cache.caches import Caches, FullCache, KVCache, RingCache, bytes_for
+from bezel.runtime.cache.numpy_store import NumpyStore
+from bezel.runtime.cache.store import KV_TYPES
 from bezel.runtime.errors import CacheError, InvalidSession
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families.hf import read_hf_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS
@@ -139,20 +141,17 @@ def test_append_never_pushes_out_what_a_query_sees() -> None:
 @pytest.mark.parametrize("kv", KV_TYPES)
 def test_memory_is_what_is_announced(kv: str) -> None:
     raw = CONFIGS["gemma2-gqa"] | {"max_position_embeddings": 4000, "sliding_window": 300}
-    config = ModelConfig.from_hf(raw)
-    caches = new_caches(config, 4000, kv, 64)
-    x = np.ones((64, config.n_kv_heads, config.head_dim), np.float32)
-    for cache in caches:
+    config = read_hf_config(raw)
+    caches = Caches(config.layers, 4000, kv, 64)
+    for cache, layer in zip(caches, config.layers, strict=True):
+        x = np.ones((64, layer.n_kv_heads, layer.head_dim), np.float32)
         assert cache.nbytes == 0
         while cache.length < 1984:
             cache.append(x, x)
-            rows = allocated_rows(cache.length, cache.capacity)
-            assert (
-                cache.nbytes
-                == sum(a.nbytes for a in cache._store._arrays.values())
-                == rows * row_bytes(config.n_kv_heads, config.head_dim, kv)
-            )
-            assert rows <= min(cache.capacity, cache.length + 255)
+            announced = bytes_for(layer, 4000, kv, 64, True, cache.length, NumpyStore.bytes_for)
+            assert cache.nbytes == sum(a.nbytes for a in cache._store._arrays.values()) == announced
+            assert len(cache._store._arrays["keys"]) <= min(cache.capacity, cache.length + 255)
+    assert caches.nbytes == sum(cache.nbytes for cache in caches)
     assert [cache.capacity for cache in caches] == [363, 4000, 363, 4000]
 
 

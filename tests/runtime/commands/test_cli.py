@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bezel.runtime.cache.caches import KV_TYPES
+from bezel.runtime.cache.store import KV_TYPES
 from tiny import DEMO
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from bezel.quant.recipes import PRESETS
 from bezel.runtime import Model, Sampling, Session, _native
-from bezel.runtime.cache.caches import KV_TYPES, FullCache, RingCache
+from bezel.runtime.cache.caches import FullCache, RingCache
+from bezel.runtime.cache.store import KV_TYPES
 from bezel.runtime.engines.native import NativeStore
 from tiny import CONFIGS, token_ids
 

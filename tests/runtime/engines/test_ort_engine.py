@@ -14,7 +14,7 @@ import pytest
 from bezel.bench.loss.metrics import compare
 from bezel.export.onnx.graph import DIALECTS
 from bezel.runtime import Model, Session, load
-from bezel.runtime.cache.caches import NumpyStore
+from bezel.runtime.cache.numpy_store import NumpyStore
 from bezel.runtime.errors import CacheError, InvalidModelFile, InvalidRequest
 from feedings import ALL, FEEDINGS, golden, random_chunks, whole
 from hypothesis import HealthCheck, given, settings

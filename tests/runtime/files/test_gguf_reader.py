@@ -18,7 +18,8 @@ import pytest
 from bezel.quant.formats import FORMATS
 from bezel.runtime.errors import InvalidConfig, InvalidModelFile, InvalidRequest
 from bezel.runtime.files.gguf import GGUFFile, StringArray
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families.gguf import read_gguf_config
+from bezel.runtime.model.families.hf import read_hf_config
 from gguf_files import (
     ARRAY,
     BOOL,
@@ -296,7 +297,7 @@ _OPTIONAL = [
 
 def _config_or_complaint(metadata: dict[str, object]) -> str | None:
     try:
-        config = ModelConfig.from_gguf(metadata, vocab_size=64, tied_head=True, source="f.gguf")
+        config = read_gguf_config(metadata, vocab_size=64, tied_head=True, source="f.gguf")
     except InvalidConfig as error:
         return str(error)
     factors = [config.query_scale, config.embedding_scale, config.rms_eps, config.layers[0].rope_base]
@@ -369,9 +370,9 @@ def test_config_json_of_wild_values(change: dict[str, object]) -> None:
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
     }
-    ModelConfig.from_hf(raw)
+    read_hf_config(raw)
     with pytest.raises(InvalidConfig, match=next(iter(change))):
-        ModelConfig.from_hf({**raw, **change})
+        read_hf_config({**raw, **change})
 
 
 # Hostile files

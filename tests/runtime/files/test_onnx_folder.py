@@ -19,7 +19,8 @@ from bezel.runtime.errors import BezelError, InvalidConfig, InvalidModelFile
 from bezel.runtime.files.onnx_folder import OnnxFolder
 from bezel.runtime.files.onnx_model import DATA_TYPES
 from bezel.runtime.files.protobuf import varint_bytes
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model.families.gguf import read_gguf_config, write_gguf_config
+from bezel.runtime.model.families.hf import read_hf_config, write_hf_config
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import DATA, external, read_everything, set_external, write_folder, write_manifest, write_model
@@ -49,7 +50,7 @@ def test_reads_what_onnx_reads(folder: Path) -> None:
                 np.testing.assert_array_equal(opened.data(want.name), array.view(np.uint8).reshape(-1))
                 assert not opened.data(want.name).flags.writeable
         assert opened.metadata["general.name"] == "small"
-        assert opened.config() == ModelConfig.from_hf(json.loads((DEMO / "config.json").read_text()))
+        assert opened.config() == read_hf_config(json.loads((DEMO / "config.json").read_text()))
         assert len(opened.vocabulary().pieces) == opened.config().vocab_size
         opened.check_unchanged()
         opened.check_hashes()
@@ -57,16 +58,19 @@ def test_reads_what_onnx_reads(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_json_round_trip(name: str) -> None:
-    config = ModelConfig.from_hf(CONFIGS[name])
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    config = read_hf_config(CONFIGS[name])
+    assert read_hf_config(json.loads(json.dumps(write_hf_config(config)))) == config
 
 
 def test_config_json_of_other_windows_is_refused() -> None:
-    config = ModelConfig.from_hf(CONFIGS["gemma2-gqa"])
-    metadata = config.to_gguf() | {"general.architecture": "gemma2", "bezel.attention.layer_windows": [8, 0, 4, 0]}
-    other = ModelConfig.from_gguf(metadata, vocab_size=4096, tied_head=True, source="x")
+    config = read_hf_config(CONFIGS["gemma2-gqa"])
+    metadata = write_gguf_config(config) | {
+        "general.architecture": "gemma2",
+        "bezel.attention.layer_windows": [8, 0, 4, 0],
+    }
+    other = read_gguf_config(metadata, vocab_size=4096, tied_head=True, source="x")
     with pytest.raises(InvalidConfig, match="layers"):
-        other.to_hf()
+        write_hf_config(other)
 
 
 def test_fingerprint_knows_models_apart(folder: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from bezel.runtime import Model, Session
 from bezel.runtime.cache import caches as cache
 from bezel.runtime.model import ops
-from bezel.runtime.model.config import ModelConfig, family_windows
+from bezel.runtime.model.families import FAMILIES
+from bezel.runtime.model.families.hf import read_hf_config
 from feedings import ALL, FEEDINGS, golden, random_chunks, whole
 from tiny import COLUMNS, CONFIGS, TOLERANCE, checkpoint_folder, token_ids
 
@@ -37,7 +38,7 @@ def test_transformers(name: str, model_of: ModelOf, tmp_path: Path) -> None:
 
 
 def flipped_parity(m: Model, _: pytest.MonkeyPatch) -> None:
-    windows = family_windows(m.config.family, m.config.n_layers + 1, 8)[1:]
+    windows = FAMILIES[m.config.family].windows(m.config.n_layers + 1, 8)[1:]
     m.config = replace(
         m.config, layers=tuple(replace(layer, window=w) for layer, w in zip(m.config.layers, windows, strict=True))
     )
@@ -67,16 +68,16 @@ def no_norm_offset(_: Model, patch: pytest.MonkeyPatch) -> None:
 
 
 def head_dim_query_scale(m: Model, _: pytest.MonkeyPatch) -> None:
-    m.config = replace(m.config, query_pre_attn_scalar=float(m.config.head_dim))
+    m.config = replace(m.config, query_pre_attn_scalar=float(m.config.layers[0].head_dim))
 
 
 def neighbours_in_rope(_: Model, patch: pytest.MonkeyPatch) -> None:
     right = ops.rope
 
-    def paired(x: np.ndarray, first_position: int, base: float) -> np.ndarray:
+    def paired(x: np.ndarray, *arguments: Any) -> np.ndarray:
         d = x.shape[-1]
         order = np.arange(d).reshape(-1, 2).T.reshape(-1)  # evens first, then odds
-        return right(x[..., order], first_position, base)[..., np.argsort(order)]
+        return right(x[..., order], *arguments)[..., np.argsort(order)]
 
     patch.setattr(ops, "rope", paired)
 
@@ -120,7 +121,7 @@ def test_a_full_cache_gives_the_bits_of_a_ring(model_of: ModelOf) -> None:
 def test_config_names_are_the_ones_tested() -> None:
     """The windows above bite: changing them changes which layers are local."""
     for raw in CONFIGS.values():
-        config = ModelConfig.from_hf(raw)
+        config = read_hf_config(raw)
         local = [layer.window is not None for layer in config.layers]
         assert local == [config.family == "gemma2" and i % 2 == 0 for i in range(config.n_layers)]
-        assert cache.default_chunk(config) == min(512, raw.get("sliding_window", 512))
+        assert cache.default_chunk(config.layers) == min(512, raw.get("sliding_window", 512))

@@ -46,6 +46,16 @@ def test_rms_norm(n: int, dim: int, pool: ThreadPool) -> None:
     assert (np.abs(got - expected) <= norm_error(dim) * np.abs(expected)).all()
 
 
+def test_rms_norm_of_each_head(pool: ThreadPool) -> None:
+    rng = np.random.default_rng(2)
+    x, weight = floats(rng, 30, 4, 72), floats(rng, 72)
+    rows = _native.rms_norm(x.reshape(-1, 72), weight, 1e-6, pool)
+    got = _native.rms_norm(x, weight, 1e-6, pool)
+    assert got.shape == x.shape
+    assert got.tobytes() == rows.tobytes()
+    assert _native.rms_norm(x[3, 1], weight, 1e-6, pool).tobytes() == got[3, 1].tobytes()
+
+
 def test_eps_counts(pool: ThreadPool) -> None:
     x = np.full((1, 64), 1e-3, np.float32)
     expected = ops.rms_norm(x.astype(np.float64), np.ones(64), 1e-6)
@@ -55,39 +65,17 @@ def test_eps_counts(pool: ThreadPool) -> None:
 @pytest.mark.parametrize("post", [True, False])
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("dim", SIZES)
-def test_norm_add_norm(n: int, dim: int, post: bool, pool: ThreadPool) -> None:
+def test_add_norm(n: int, dim: int, post: bool, pool: ThreadPool) -> None:
     rng = np.random.default_rng(dim)
     x, h, w1, w2 = floats(rng, n, dim), floats(rng, n, dim), floats(rng, dim), floats(rng, dim)
     added = ops.rms_norm(h.astype(np.float64), w1.astype(np.float64), 1e-6) if post else h
-    total, y = _native.norm_add_norm(x, h, w1 if post else None, w2, 1e-6, pool)
+    total, y = _native.add_norm(x, h, w1 if post else None, w2, 1e-6, pool)
     expected = x.astype(np.float64) + added
     assert (np.abs(total - expected) <= norm_error(dim) * np.abs(added) + 2 * EPS * np.abs(expected)).all()
     normed = ops.rms_norm(total.astype(np.float64), w2.astype(np.float64), 1e-6)
     assert (np.abs(y - normed) <= norm_error(dim) * np.abs(normed)).all()
     if not post:
         assert y.tobytes() == _native.rms_norm(total, w2, 1e-6, pool).tobytes()
-
-
-@pytest.mark.parametrize("n", ROWS)
-@pytest.mark.parametrize("dim", SIZES)
-def test_geglu(n: int, dim: int, pool: ThreadPool) -> None:
-    rng = np.random.default_rng(dim)
-    gate, up = floats(rng, n, dim) * np.float32(4), floats(rng, n, dim)
-    x, u = gate.astype(np.float64), up.astype(np.float64)
-    # Three roundings of the result, and what tanh is off by: its own units in the last place, and five roundings of its
-    # argument a, which tanh' passes on. Where a is near −1.5 that shows a coefficient that is off by a millionth.
-    a = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
-    t = np.tanh(a)
-    tanh_error = 5.2 * np.spacing(np.abs(t).astype(np.float32)) + 5 * EPS * np.abs(a) * (1 - t * t)
-    bound = 1.001 * (0.5 * np.abs(x * u) * tanh_error + 3 * EPS * np.abs(ops.gelu_tanh(x) * u))
-    assert (np.abs(_native.geglu(gate, up, pool) - ops.gelu_tanh(x) * u) <= bound).all()
-
-
-def test_geglu_far_out(pool: ThreadPool) -> None:
-    gate = np.array([[-1e30, -100, -20, -0.0, 0, 20, 100, 1e30, np.inf]], np.float32)
-    got = _native.geglu(gate, np.ones_like(gate), pool)
-    assert got.tolist() == [[0, 0, 0, 0, 0, 20, 100, float(np.float32(1e30)), np.inf]]
-    assert np.isnan(_native.geglu(np.full((1, 1), np.nan, np.float32), np.ones((1, 1), np.float32), pool)).all()
 
 
 @pytest.mark.parametrize("cap", [1.0, 30.0, 50.0])
@@ -115,38 +103,50 @@ def test_tanh_over_the_whole_range(pool: ThreadPool) -> None:
     np.testing.assert_array_equal(damaged, [[np.nan, 2, -2, 0]])
 
 
+def turned(x: np.ndarray, positions: np.ndarray, base: float, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """RoPE with float32 angles, the rest in float64; and a bound of the kernel's three roundings."""
+    half = x.shape[-1] // 2
+    frequency = (base ** -(np.arange(half) / half)).astype(np.float32) / np.float32(factor)
+    angle = (positions.astype(np.float32)[:, None, None] * frequency).astype(np.float64)
+    cos, sin = np.cos(angle), np.sin(angle)
+    a, b = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    bound = np.tile(3 * EPS * (np.abs(a) + np.abs(b)), 2)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1), bound
+
+
 @pytest.mark.parametrize("n", [1, 2, 33])
 @pytest.mark.parametrize("first", [0, 1, 5000, 100_000])
 @pytest.mark.parametrize("head_dim", [2, 8, 24, 80, 256])
 def test_rope(n: int, first: int, head_dim: int, pool: ThreadPool) -> None:
+    """In turn for frequencies, factors and positions that differ in one thing each: no angle is another's."""
     rng = np.random.default_rng(head_dim)
-    for base in (10_000.0, 1_000_000.0, 10_000.0):
-        x = floats(rng, n, 3, head_dim)
-        got = x.copy()
-        _native.rope(got, first, base, pool)
-        half = head_dim // 2
-        inverse_frequency = (base ** -(np.arange(half) / half)).astype(np.float32)
-        angle = np.arange(first, first + n).astype(np.float32)[:, None, None] * inverse_frequency
-        cos, sin = np.cos(angle.astype(np.float64)), np.sin(angle.astype(np.float64))
-        a, b = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
-        expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        bound = np.tile(3 * EPS * (np.abs(a) + np.abs(b)), 2)
-        assert (np.abs(got - expected) <= bound).all()
-        np.testing.assert_allclose(got, ops.rope(x, first, base), atol=1e-5)
+    run = np.arange(first, first + n)
+    for positions in (run, np.r_[run[:1], run[1:] + 7], run, run + 1, run[:-1], rng.integers(0, 100_000, n), run):
+        for base, factor in ((10_000.0, 1.0), (1_000_000.0, 1.0), (1_000_000.0, 8.0), (10_000.0, 1.0)):
+            x = floats(rng, len(positions), 3, head_dim)
+            got = x.copy()
+            _native.rope(got, positions, base, factor, pool)
+            expected, bound = turned(x, positions, base, factor)
+            assert (np.abs(got - expected) <= bound).all()
+    x = floats(rng, n, 3, head_dim)
+    got = x.copy()
+    _native.rope(got, run, 10_000.0, 1.0, pool)
+    np.testing.assert_allclose(got, ops.rope(x, run, 10_000.0, 1.0), atol=1e-5)
 
 
 def test_pieces_and_threads_do_not_change_a_bit() -> None:
     rng = np.random.default_rng(1)
     x, h, weight = floats(rng, 70, 700), floats(rng, 70, 700), floats(rng, 700)
+    positions = rng.integers(0, 10_000, 70)
     one = ThreadPool(1)
 
     def everything(rows: slice, pool: ThreadPool) -> list[np.ndarray]:
         a, b = x[rows], h[rows]
-        capped, turned = a.copy(), a.reshape(-1, 5, 140).copy()
+        capped, rotated = a.copy(), a.reshape(-1, 5, 140).copy()
         _native.softcap(capped, 2.0, pool)
-        _native.rope(turned, rows.start, 10_000.0, pool)
-        pair = _native.norm_add_norm(a, b, weight, weight, 1e-6, pool)
-        return [_native.rms_norm(a, weight, 1e-6, pool), *pair, _native.geglu(a, b, pool), capped, turned]
+        _native.rope(rotated, positions[rows], 10_000.0, 8.0, pool)
+        pair = _native.add_norm(a, b, weight, weight, 1e-6, pool)
+        return [_native.rms_norm(a, weight, 1e-6, pool), *pair, capped, rotated]
 
     whole = everything(slice(0, 70), one)
     for threads in (2, 3, 4):
@@ -159,6 +159,7 @@ def test_pieces_and_threads_do_not_change_a_bit() -> None:
 
 
 X, W = np.zeros((3, 8), np.float32), np.zeros(8, np.float32)
+AT = np.zeros(3, np.int64)
 READ_ONLY = X.copy()
 READ_ONLY.flags.writeable = False
 
@@ -166,19 +167,20 @@ READ_ONLY.flags.writeable = False
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: _native.rms_norm(X[0], W, 1e-6, p), r"x: found float32 \(8,\), expected float32 \(n, cols\)"),
+        (lambda p: _native.rms_norm(W[0:1].reshape(()), W, 1e-6, p), "x: found a single number, expected rows"),
         (
             lambda p: _native.rms_norm(X, W[:7], 1e-6, p),
             r"weight: found float32 \(7,\), expected float32 \(8,\)",
         ),
         (lambda p: _native.rms_norm(X.T, W[:3], 1e-6, p), "not C-contiguous"),
         (lambda p: _native.rms_norm(X.astype("f8"), W, 1e-6, p), "x: found float64"),
-        (lambda p: _native.norm_add_norm(X, X[:2], W, W, 1e-6, p), r"h: found float32 \(2, 8\)"),
-        (lambda p: _native.norm_add_norm(X, X, W[:2], W, 1e-6, p), "post_weight: found"),
-        (lambda p: _native.geglu(X, X[:, :7].copy(), p), r"up: found float32 \(3, 7\)"),
+        (lambda p: _native.add_norm(X, X[:2], W, W, 1e-6, p), r"h: found float32 \(2, 8\)"),
+        (lambda p: _native.add_norm(X, X, W[:2], W, 1e-6, p), "post_weight: found"),
         (lambda p: _native.softcap(X.copy(), 0.0, p), "cap is not a positive number"),
-        (lambda p: _native.rope(np.zeros((1, 2, 3), np.float32), 0, 1e4, p), "head_dim of 3"),
-        (lambda p: _native.rope(np.zeros((1, 2, 4), np.float32), -1, 1e4, p), "first_position is -1"),
+        (lambda p: _native.rope(np.zeros((1, 2, 3), np.float32), AT[:1], 1e4, 1.0, p), "head_dim of 3"),
+        (lambda p: _native.rope(np.zeros((2, 2, 4), np.float32), AT, 1e4, 1.0, p), r"positions: .* \(2,\)"),
+        (lambda p: _native.rope(np.zeros((3, 2, 4), np.float32), AT - 1, 1e4, 1.0, p), "positions: found -1 at 0"),
+        (lambda p: _native.rope(np.zeros((3, 2, 4), np.float32), AT, 1e4, 0.0, p), "factor is not a positive number"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message: str, pool: ThreadPool) -> None:  # type: ignore[no-untyped-def]

@@ -1,7 +1,7 @@
 """The native caches and attention against the NumPy specification.
 
-What a store holds must be what runtime/cache.py holds, bit for bit. Attention is compared with ops.attention in
-float64 on the very values that the store returns, so that only the kernel's own roundings remain.
+What a store holds must be what the NumPy store holds, bit for bit. Attention is compared with its formula in float64 on
+the very values that the store returns, so that only the kernel's own roundings remain.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from bezel.runtime import _native
 from bezel.runtime._native import KVStore, ThreadPool
-from bezel.runtime.cache.caches import NumpyStore
-from bezel.runtime.model import ops
+from bezel.runtime.cache.numpy_store import NumpyStore
 
 KVS = ("f32", "f16", "int8")
 SPLIT = 256  # positions that attention handles together
@@ -41,47 +40,63 @@ def filled(rng: np.random.Generator, kv: str, length: int, heads: int, dim: int,
     return store
 
 
-def specification(
-    store: KVStore, queries: np.ndarray, length: int, window: int | None, scale: float, cap: float | None
+Spans = tuple[np.ndarray, np.ndarray]
+
+
+def causal(n: int, length: int, window: int | None = None) -> Spans:
+    """What the n newest of `length` positions see: `window` each, or all before it."""
+    last = np.arange(length - n + 1, length + 1)
+    return np.zeros_like(last) if window is None else np.maximum(0, last - window), last
+
+
+def formula(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, visible: np.ndarray, scale: float, cap: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ops.attention in float64, and how far the kernel may be from it, an element.
+    """Attention of (n, heads, d) over (m, kv_heads, d), visible (n, m); and the weights (n, heads, m)."""
+    group = queries.shape[1] // keys.shape[1]
+    scores = np.einsum("nhd,mhd->nhm", queries, np.repeat(keys, group, axis=1)) * scale
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
+    scores = np.where(visible[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("nhm,mhd->nhd", weights, np.repeat(values, group, axis=1)), weights
+
+
+def specification(
+    store: KVStore, queries: np.ndarray, spans: Spans, scale: float, cap: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The formula in float64, and how far the kernel may be from it, an element.
 
     Float32 roundings: a score of at most 20 is off by a few of its ulps, its weight by as much relatively, and so
     the result by less than 1e-5 of the largest value. Int8 stores multiply with quantized queries and weights:
     half a step of a query times Σ|key| is what a score may be off; half a step of a split's weights, which are
     quantized with the values' scales, comes 127 times to the result from each position of the split.
     """
-    n = len(queries)
-    first = 0 if window is None else max(0, length - n - window + 1)
-    keys, values = (x.astype(np.float64) for x in store.read(first, length))
+    start, stop = int(spans[0].min()), int(spans[1].max())
+    keys, values = (x.astype(np.float64) for x in store.read(start, stop))
     q = queries.astype(np.float64)
-    positions = np.arange(length - n, length), np.arange(first, length)
-    expected = ops.attention(q, keys, values, *positions, window, scale, cap)
+    positions = np.arange(start, stop)
+    visible = (spans[0][:, None] <= positions) & (positions < spans[1][:, None])
+    expected, weights = formula(q, keys, values, visible, scale, cap)
     bound = np.full(queries.shape[:2], 1e-5 * np.abs(values).max())
-    raw = store.raw(first, length)
+    raw = store.raw(start, stop)
     if "value_scales" in raw:
         group = queries.shape[1] // keys.shape[1]
         score_error = scale * np.abs(q).max(-1) / OPERAND * np.abs(keys).sum(-1).max()
-        scores = np.einsum("nhd,mhd->nhm", q, np.repeat(keys, group, axis=1)) * scale
-        scores = scores if cap is None else ops.softcap(scores, cap)
-        behind = positions[0][:, None] - positions[1]
-        weights = np.exp(scores) * ((behind >= 0) & (behind < (window or length)))[:, None]
-        weights *= np.repeat(raw["value_scales"].T, group, axis=0) / weights.sum(-1, keepdims=True)
-        edges = np.unique(np.r_[0, np.arange(-first % SPLIT, length - first, SPLIT)])
+        weights *= np.repeat(raw["value_scales"].T, group, axis=0)
+        edges = np.unique(np.r_[0, np.arange(-start % SPLIT, stop - start, SPLIT)])
         seen = np.add.reduceat(weights > 0, edges, axis=-1)
         bound += 2 * score_error * np.abs(values).max()
         bound += (seen * np.maximum.reduceat(weights, edges, axis=-1)).sum(-1) * 127 / OPERAND
     return expected, bound[..., None]
 
 
-def check(
-    store: KVStore, queries: np.ndarray, length: int, window: int | None, cap: float | None, pool: ThreadPool
-) -> None:
+def check(store: KVStore, queries: np.ndarray, spans: Spans, cap: float | None, pool: ThreadPool) -> None:
     scale = float(queries.shape[2] ** -0.5)
-    got = store.attend(pool, queries, length, window, scale, cap)
+    got = store.attend(pool, queries, *spans, scale, cap)
     assert got.dtype == np.float32
     assert got.shape == queries.shape
-    expected, bound = specification(store, queries, length, window, scale, cap)
+    expected, bound = specification(store, queries, spans, scale, cap)
     assert (np.abs(got - expected) <= bound).all(), (np.abs(got - expected) / bound).max()
 
 
@@ -112,7 +127,46 @@ def test_attention(kv: str, dim: int, group: int, pool: ThreadPool) -> None:
         (777, 1, 513, 50.0),
     ]:
         store = filled(rng, kv, length, 2, dim)
-        check(store, floats(rng, n, 2 * group, dim), length, window, cap, pool)
+        check(store, floats(rng, n, 2 * group, dim), causal(n, length, window), cap, pool)
+
+
+def image_and_text(length: int, n: int) -> Spans:
+    """The n newest positions: text, an image of a third of them whose rows see each other whole, and text again."""
+    first, last = causal(n, length)
+    image = slice(n // 3, n - n // 3)
+    last[image] = last[image].max()
+    return first, last
+
+
+def anywhere(rng: np.random.Generator, length: int, n: int) -> Spans:
+    first = rng.integers(0, length, n)
+    return first, rng.integers(first, length) + 1
+
+
+@pytest.mark.parametrize("kv", KVS)
+@pytest.mark.parametrize("n", [1, 6, 90, 400])
+def test_each_query_sees_its_own_span(kv: str, n: int, pool: ThreadPool) -> None:
+    """Anywhere, overlapping or apart, and an image among text; each alone has the same bits."""
+    rng = np.random.default_rng(n)
+    store = filled(rng, kv, 900, 2, 64)
+    queries = floats(rng, n, 4, 64)
+    for spans in (anywhere(rng, 900, n), image_and_text(900, n)):
+        check(store, queries, spans, 30.0, pool)
+        together = store.attend(pool, queries, *spans, 0.125, 30.0)
+        for i in rng.permutation(n)[:40]:
+            at = slice(i, i + 1)
+            alone = store.attend(pool, queries[at], spans[0][at], spans[1][at], 0.125, 30.0)
+            assert alone.tobytes() == together[at].tobytes(), i
+
+
+@pytest.mark.parametrize("kv", KVS)
+def test_an_image_changes_no_bit_of_the_text_around_it(kv: str, pool: ThreadPool) -> None:
+    rng = np.random.default_rng(8)
+    store = filled(rng, kv, 700, 1, 64)
+    queries = floats(rng, 300, 4, 64)
+    plain, image = (store.attend(pool, queries, *s, 0.125, None) for s in (causal(300, 700), image_and_text(700, 300)))
+    same = (plain == image).all(axis=(1, 2))
+    assert same.tolist() == [i not in range(100, 199) for i in range(300)]  # the image's last row sees no more
 
 
 @pytest.mark.parametrize("kv", KVS)
@@ -124,7 +178,7 @@ def test_attention_of_large_scores(kv: str, pool: ThreadPool) -> None:
     queries = floats(rng, 5, 2, 64) * np.float32(8)
     values = store.read(0, 600)[1]
     for cap in (50.0, None):
-        got = store.attend(pool, queries, 600, None, 1.0, cap)
+        got = store.attend(pool, queries, *causal(5, 600), 1.0, cap)
         assert (np.abs(got) <= np.abs(values).max() * 1.001).all()
     best = (queries.transpose(1, 0, 2) @ store.read(0, 600)[0][:, 0].T)[:, :, :596].argmax(-1)  # all five see these
     scores = np.sort(queries[0, 0] @ store.read(0, 596)[0][:, 0].T)
@@ -142,12 +196,12 @@ def test_quantized_operands_add_little_to_int8(pool: ThreadPool) -> None:
     )
     store = KVStore(2, 256, 2000, "int8")
     store.write(0, keys, values)
-    positions = np.arange(1992, 2000), np.arange(2000)
-    args = (*positions, None, 0.0625, 50.0)
+    spans = causal(8, 2000)
+    visible = np.arange(2000) < spans[1][:, None]
     q = queries.astype(np.float64)
-    exact = ops.attention(q, keys.astype(np.float64), values.astype(np.float64), *args)
-    stored = ops.attention(q, *(x.astype(np.float64) for x in store.read(0, 2000)), *args)
-    got = store.attend(pool, queries, 2000, None, 0.0625, 50.0)
+    exact = formula(q, keys.astype(np.float64), values.astype(np.float64), visible, 0.0625, 50.0)[0]
+    stored = specification(store, queries, spans, 0.0625, 50.0)[0]
+    got = store.attend(pool, queries, *spans, 0.0625, 50.0)
     assert np.square(got - stored).mean() ** 0.5 <= 0.03 * np.square(stored - exact).mean() ** 0.5
 
 
@@ -163,14 +217,15 @@ def test_a_ring_in_any_chunks_gives_the_bits_of_a_full_cache(kv: str, window: in
     )
     full = KVStore(heads, dim, length, kv)
     full.write(0, keys, values)
-    expected = full.attend(pool, queries, length, window, 0.25, 50.0)
-    assert not np.array_equal(expected, full.attend(pool, queries, length, window + 1, 0.25, 50.0))
+    expected = full.attend(pool, queries, *causal(length, length, window), 0.25, 50.0)
+    wider = full.attend(pool, queries, *causal(length, length, window + 1), 0.25, 50.0)
+    assert not np.array_equal(expected, wider)
     for chunk in (1, 3, 64, 200, 511):
         ring = KVStore(heads, dim, window - 1 + chunk, kv)
         for start in range(0, length, chunk):
-            part = slice(start, start + chunk)
+            part = slice(start, min(start + chunk, length))
             ring.write(start, keys[part], values[part])
-            got = ring.attend(pool, queries[part], min(start + chunk, length), window, 0.25, 50.0)
+            got = ring.attend(pool, queries[part], *causal(part.stop - start, part.stop, window), 0.25, 50.0)
             assert got.tobytes() == expected[part].tobytes(), (chunk, start)
 
 
@@ -187,13 +242,13 @@ def test_small_windows_capacities_and_chunks(kv: str, pool: ThreadPool) -> None:
     full = KVStore(1, dim, length, kv)
     full.write(0, keys, values)
     for window, chunk, extra in itertools.product((1, 2, 3, 5, 8), (1, 2, 3, 5), (0, 1)):
-        expected = full.attend(pool, queries, length, window, 0.5, None)
+        expected = full.attend(pool, queries, *causal(length, length, window), 0.5, None)
         ring = KVStore(1, dim, window - 1 + chunk + extra, kv)
         for start in range(begin, length, chunk):
             part = slice(start, min(start + chunk, length))
             ring.write(start, keys[part], values[part])
             if start - window >= begin:
-                got = ring.attend(pool, queries[part], part.stop, window, 0.5, None)
+                got = ring.attend(pool, queries[part], *causal(part.stop - start, part.stop, window), 0.5, None)
                 assert got.tobytes() == expected[part].tobytes(), (window, chunk, start)
 
 
@@ -204,20 +259,21 @@ def test_threads_do_not_change_a_bit(kv: str, length: int, n: int) -> None:
     store = filled(rng, kv, length, 2, 64)
     queries = floats(rng, n, 4, 64)
     pools = [ThreadPool(threads) for threads in (1, 2, 3, 4)]
-    results = {store.attend(p, queries, length, w, 0.125, 50.0).tobytes() for p in pools for w in (None, 5000)}
-    assert len(results) == 1
+    for spans in (causal(n, length), image_and_text(length, n), anywhere(rng, length, n)):
+        assert len({store.attend(p, queries, *spans, 0.125, 50.0).tobytes() for p in pools}) == 1
 
 
 def test_python_threads_share_a_store() -> None:
     rng = np.random.default_rng(3)
     store, pools = filled(rng, "int8", 700, 1, 64), [ThreadPool(2), ThreadPool(3)]
     queries = floats(rng, 4, 2, 64)
-    expected = store.attend(pools[0], queries, 700, None, 0.125, None).tobytes()
+    spans = causal(4, 700)
+    expected = store.attend(pools[0], queries, *spans, 0.125, None).tobytes()
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(100):
-            if store.attend(pools[i % 2], queries, 700, None, 0.125, None).tobytes() != expected:
+            if store.attend(pools[i % 2], queries, *spans, 0.125, None).tobytes() != expected:
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -255,7 +311,7 @@ def test_raw_goes_into_a_store_of_another_capacity(kv: str, pool: ThreadPool) ->
     other = KVStore(2, 40, 2000, kv)
     other.set_raw(650, store.raw(650, 1000))
     queries = floats(rng, 2, 2, 40)
-    a, b = (s.attend(pool, queries, 1000, 349, 0.2, 30.0) for s in (store, other))
+    a, b = (s.attend(pool, queries, *causal(2, 1000, 349), 0.2, 30.0) for s in (store, other))
     assert a.tobytes() == b.tobytes()
 
 
@@ -278,17 +334,18 @@ def test_damage_shows_where_it_is_seen_and_only_there(kv: str, bad: float, pool:
     keys, values, queries = floats(rng, 400, 1, 32), floats(rng, 400, 1, 32), floats(rng, 400, 1, 32)
     store = KVStore(1, 32, 400, kv)
     store.write(0, keys, values)
-    expected = store.attend(pool, queries, 400, 50, 0.2, None)
+    spans = causal(400, 400, 50)
+    expected = store.attend(pool, queries, *spans, 0.2, None)
     values[100, 0, 3] = bad
     store.write(0, keys, values)
-    got = store.attend(pool, queries, 400, 50, 0.2, None)
+    got = store.attend(pool, queries, *spans, 0.2, None)
     sees = (np.arange(400) >= 100) & (np.arange(400) < 150)
     assert not np.isfinite(got[sees, 0, 3]).any()
     # Queries of a tile share their products with float values, and 0 · NaN is NaN, here as in NumPy.
     beyond = np.arange(400) >= (150 if kv == "int8" else 200)
     assert got[beyond].tobytes() == expected[beyond].tobytes()
     queries[300] = bad
-    assert np.isnan(store.attend(pool, queries, 400, 50, 0.2, None)[300]).all()
+    assert np.isnan(store.attend(pool, queries, *spans, 0.2, None)[300]).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -308,8 +365,24 @@ def test_memory_is_taken_as_it_is_filled() -> None:
     assert resident() - before < taken + (4 << 20) + 2 * x.nbytes  # pages may be of 2 MiB
 
 
+@pytest.mark.parametrize("kv", KVS)
+def test_memory_is_what_is_announced(kv: str) -> None:
+    for capacity, end in ((10, 3), (256, 256), (700, 257), (700, 2000)):
+        store = KVStore(2, 40, capacity, kv)
+        for start in range(0, end, 3):
+            store.write(start, *[np.ones((min(3, end - start), 2, 40), np.float32)] * 2)
+        assert store.nbytes == KVStore.bytes_for(2, 40, capacity, kv, end) > 0
+    assert KVStore.bytes_for(2, 40, capacity, kv, 0) == 0
+
+
 X = np.zeros((3, 2, 8), np.float32)
 Q = np.zeros((3, 4, 8), np.float32)
+SPANS = causal(3, 5)
+
+
+def spans(*pairs: tuple[int, int]) -> Spans:
+    first, last = np.array(pairs, np.int64).T.copy()
+    return first, last
 
 
 @pytest.mark.parametrize(
@@ -330,16 +403,27 @@ Q = np.zeros((3, 4, 8), np.float32)
         (lambda s, _p: s.read(3, 2), "do not fit"),
         (lambda s, _p: s.raw(0, 11), "do not fit"),
         (
-            lambda s, p: s.attend(p, Q[:, :3].copy(), 5, None, 1.0, None),
+            lambda s, p: s.attend(p, Q[:, :3].copy(), *SPANS, 1.0, None),
             "found 3 heads, expected a multiple of",
         ),
-        (lambda s, p: s.attend(p, Q[:, :0].copy(), 5, None, 1.0, None), "found 0 heads"),
-        (lambda s, p: s.attend(p, Q, 2, None, 1.0, None), "length is 2, less than the 3 queries"),
-        (lambda s, p: s.attend(p, Q, 11, None, 1.0, None), "do not fit"),
-        (lambda s, p: s.attend(p, Q, 50, 9, 1.0, None), "positions 39 to 50 do not fit"),
-        (lambda s, p: s.attend(p, Q, 5, -1, 1.0, None), "window is -1"),
-        (lambda s, p: s.attend(p, Q, 5, None, np.nan, None), "scale"),
-        (lambda s, p: s.attend(p, Q, 5, None, 1.0, 0.0), "softcap"),
+        (lambda s, p: s.attend(p, Q[:, :0].copy(), *SPANS, 1.0, None), "found 0 heads"),
+        (
+            lambda s, p: s.attend(p, Q[:2], *SPANS, 1.0, None),
+            r"first: found int64 \(3,\), expected int64 \(2,\)",
+        ),
+        (lambda s, p: s.attend(p, Q, SPANS[0], SPANS[1].astype(np.int32), 1.0, None), "last: found int32"),
+        (
+            lambda s, p: s.attend(p, Q, *spans((0, 4), (5, 5), (0, 6)), 1.0, None),
+            "query 1 sees the positions 5 to 5, expected one at least",
+        ),
+        (lambda s, p: s.attend(p, Q, *spans((0, 4), (0, 5), (6, 5)), 1.0, None), "query 2 sees"),
+        (lambda s, p: s.attend(p, Q, *spans((-1, 4), (0, 5), (0, 6)), 1.0, None), "query 0 sees the positions -1 to"),
+        (lambda s, p: s.attend(p, Q, *causal(3, 11), 1.0, None), "positions 0 to 11 do not fit"),
+        (lambda s, p: s.attend(p, Q, *spans((39, 41), (45, 50), (40, 44)), 1.0, None), "positions 39 to 50 do not"),
+        (lambda s, p: s.attend(p, Q, *spans((0, 1), (0, 1), (0, 2**63 - 1)), 1.0, None), "do not fit"),
+        (lambda s, p: s.attend(p, Q, *spans(*[(2**62, 2**62 + 1)] * 3), 1.0, None), "do not fit"),
+        (lambda s, p: s.attend(p, Q, *SPANS, np.nan, None), "scale"),
+        (lambda s, p: s.attend(p, Q, *SPANS, 1.0, 0.0), "softcap"),
         (lambda s, _p: s.set_raw(0, {}), "keys: found nothing"),
         (
             lambda s, _p: s.set_raw(0, {**s.raw(0, 3), "keys": X}),
@@ -354,6 +438,8 @@ Q = np.zeros((3, 4, 8), np.float32)
         (lambda _s, _p: KVStore(1, 514, 10, "f16"), "head_dim is 514, expected 1 to 512"),
         (lambda _s, _p: KVStore(1, 8, 0, "f16"), "capacity is 0"),
         (lambda _s, _p: KVStore(1, 8, 10, "int4"), "kv is 'int4', expected 'f32', 'f16' or 'int8'"),
+        (lambda _s, _p: KVStore.bytes_for(1, 7, 10, "f16", 5), "head_dim is 7"),
+        (lambda _s, _p: KVStore.bytes_for(1, 8, 10, "f16", -1), "positions is -1"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message: str, pool: ThreadPool) -> None:  # type: ignore[no-untyped-def]

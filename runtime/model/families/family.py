@@ -1,0 +1,51 @@
+"""What sets one family of models apart, as data. `hf.py` and `gguf.py` read and write by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """`name` is the architecture in GGUF, `title` what people call it.
+
+    In config.json the model is of the type `hf_type` and the class `hf_class`, perhaps as "text_config" of the type
+    `hf_outer`; `hf_activation` is the key of the activation, and `hf_activations` are its values that mean gelu_tanh.
+    `hf_defaults` has what published configs leave out, `hf_must_be` the only values of keys that change the result.
+
+    Every `period`-th layer is global, those between are local; None: all are global. `local_rope_base` is RoPE's base
+    in local layers where it is another one than in global layers; those may then have a factor, too.
+    `softcaps` lists what may have one, "attn" and "final": each must be said, if only as none, where `says_softcaps`.
+    `says_query_scalar`: config.json has the number by whose root queries are divided, which is otherwise head_dim. In
+    GGUF it is head_dim, too, but hidden size / heads in models of so many layers as `scales_by_width` holds.
+    `trims_vocabulary`: a checkpoint's embedding may have more rows than its tokenizer has pieces.
+    `chat_templates` are the SHA-256 of the published ones, in the form that `chat.template_is_known` makes of them.
+    """
+
+    name: str
+    title: str
+    hf_type: str
+    hf_class: str
+    hf_outer: str | None = None
+    hf_activation: str = "hidden_activation"
+    hf_activations: tuple[str, ...] = ("gelu_pytorch_tanh",)
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    hf_must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    period: int | None = None
+    rope_base: float = 10000.0
+    local_rope_base: float | None = None
+    post_norms: bool = False
+    qk_norms: bool = False
+    softcaps: tuple[str, ...] = ()
+    says_softcaps: bool = False
+    says_query_scalar: bool = True
+    scales_by_width: frozenset[int] = frozenset()
+    trims_vocabulary: bool = False
+    chat_templates: frozenset[str] = frozenset()
+
+    def windows(self, n_layers: int, window: int | None) -> tuple[int | None, ...]:
+        """The published layer pattern, with `window` in the local layers."""
+        local = (self.period is not None and (i + 1) % self.period != 0 for i in range(n_layers))
+        return tuple(window if is_local else None for is_local in local)

@@ -145,7 +145,7 @@ def export_gguf(
             for p in plan
             if p.format is not p.wanted
         ],
-        warnings=_warnings(checkpoint.config, metadata),
+        warnings=[*checkpoint.warnings, *_warnings(checkpoint.config, metadata)],
         seconds=time.monotonic() - start,
     )
 

@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from ...export.gguf.receipt import check_room, stamp
-from ...runtime.api import ACTIVATIONS, Session
+from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
 from ...runtime.files.atomic import atomic
-from ...runtime.files.gguf import GGUFFile
+from ...runtime.files.gguf_model import GGUFModel
+from ...runtime.session import Session
 from ..loss.measure import measure as run
 from ..loss.passages import CHUNK, PROTOCOLS
 from ..loss.sensitivity import BY, CHUNKS
@@ -208,7 +209,7 @@ def _answer(file: Path, against: Spec | None, specs: list[Spec], threads: int | 
 def _check_receipts(specs: list[Spec]) -> None:
     """Before hours of measuring rather than after them."""
     for spec in specs:
-        with GGUFFile(spec.path) as file:
+        with GGUFModel(spec.path) as file:
             check_room(file)
 
 

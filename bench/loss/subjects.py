@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from ...export.sources.checkpoint import Checkpoint, open_checkpoint
 from ...export.sources.safetensors import ITEM_SIZE
-from ...runtime.api import ACTIVATIONS, Model, Session, default_kv, load
+from ...runtime.api import ACTIVATIONS, Model, load
 from ...runtime.arrays import Floats
 from ...runtime.cache.caches import default_chunk
 from ...runtime.cache.numpy_store import NumpyStore
@@ -23,6 +23,7 @@ from ...runtime.files.model_file import open_model
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights
+from ...runtime.session import Session
 from ...runtime.text.tokenizer import Tokenizer
 
 _OPTION = r"(?:engine|kv|activations|ring|name)=[^,=]+"
@@ -74,7 +75,7 @@ def parse_spec(text: str, default: Spec) -> Spec:
     engine = spec.engine or ("native" if spec.is_gguf else "ort")
     if engine == "ort" and "kv" not in options:
         with open_model(spec.path) as file:
-            spec = replace(spec, kv=default_kv(file, engine))
+            spec = replace(spec, kv=file.kv_types(engine)[0])
     return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
 
 

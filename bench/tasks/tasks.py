@@ -28,8 +28,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.api import Session
 from ...runtime.errors import BezelError, InvalidRequest
+from ...runtime.session import Session
 from .likelihood import Scorer, encode_pair
 
 _CONTEXTS = ("query", "ctx", "context", "question")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import InvalidRequest
-from ...runtime.files.gguf import RECEIPT, GGUFFile
+from ...runtime.files.gguf import RECEIPT
+from ...runtime.files.gguf_model import GGUFModel
 from .header import encode_value
 
 _FIGURES = ("kld_mean", "kld_p999", "top1", "perplexity_ratio")  # with the interval of the first
@@ -36,7 +37,7 @@ PLACEHOLDERS: dict[str, Any] = {
 }
 
 
-def check_room(file: GGUFFile) -> None:
+def check_room(file: GGUFModel) -> None:
     """Raises InvalidRequest unless the file has room for a receipt, empty or filled in."""
     for key, placeholder in PLACEHOLDERS.items():
         found, span = file.metadata.get(key), file.receipt_spans.get(key, slice(0, 0))
@@ -55,7 +56,7 @@ def stamp(path: str | Path, result: Mapping[str, Any], candidate: Mapping[str, A
     """
     path = Path(path)
     values = _values(result, candidate)
-    with GGUFFile(path) as file:
+    with GGUFModel(path) as file:
         check_room(file)
         before, spans = file.fingerprint(), file.receipt_spans
     start, end = min(s.start for s in spans.values()), max(s.stop for s in spans.values())
@@ -73,7 +74,7 @@ def stamp(path: str | Path, result: Mapping[str, Any], candidate: Mapping[str, A
 
         try:
             write(bytes(new))
-            with GGUFFile(path) as file:
+            with GGUFModel(path) as file:
                 if file.fingerprint() != before:
                     raise InvalidRequest(f"{path}: another program changed the file; measure it again")
         except BaseException:  # Ctrl-C too
@@ -121,7 +122,7 @@ def _of_all(hashes: list[str]) -> str:
 def _sha256_of(reference: Path) -> str:
     """A GGUF file's fingerprint; of a folder, the SHA-256 of its weight files."""
     if reference.is_file():
-        with GGUFFile(reference) as file:
+        with GGUFModel(reference) as file:
             return file.fingerprint()
     hashes = []
     for path in sorted([*reference.glob("*.safetensors"), *reference.glob("*.onnx*")]):

@@ -20,6 +20,7 @@ from ..files.onnx_folder import INT8_CHANNEL
 from ..model import ops
 from ..model.config import ModelConfig
 from ..model.ops import Floats
+from .rotation import hadamard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +33,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Store(Protocol):
-    """Keys and values in slots. int8 has a float32 scale, max |x| / 127, per head and position."""
+    """Keys and values in slots. int8 has a float32 scale, max |x| / 127, per head and position, where heads of a power
+    of two are rotated first (rotation.py)."""
 
     def write(self, position: int, keys: Floats, values: Floats) -> None:
         """Store (n, kv_heads, head_dim) for the positions from `position` on."""
@@ -58,13 +60,14 @@ class NumpyStore:
         self._capacity = capacity
         shape = (0, n_kv_heads, head_dim)
         self._arrays: Arrays = {name: np.empty(shape, KV_DTYPES[kv]) for name in ("keys", "values")}
+        self._rotated = kv == "int8" and head_dim.bit_count() == 1
         if kv == "int8":
             self._arrays |= {name: np.empty(shape[:2], np.float32) for name in ("key_scales", "value_scales")}
 
     def write(self, position: int, keys: Floats, values: Floats) -> None:
         self._grow(position + len(keys))
         slots = self._slots(position, position + len(keys))
-        for name, x in (("key", keys), ("value", values)):
+        for name, x in (("key", self._rotate(keys)), ("value", self._rotate(values))):
             if (scales := self._arrays.get(f"{name}_scales")) is not None:
                 scales[slots] = np.abs(x).max(axis=-1) / np.float32(127)
                 x = np.rint(x / np.where(scales[slots] > 0, scales[slots], 1)[..., None])
@@ -73,8 +76,8 @@ class NumpyStore:
     def attend(self, queries: Floats, length: int, window: int | None, scale: float, softcap: float | None) -> Floats:
         first_query = length - len(queries)
         first_key = first_visible(first_query, window)
-        return ops.attention(
-            queries,
+        mixed = ops.attention(
+            self._rotate(queries),
             self.read("key", first_key, length),
             self.read("value", first_key, length),
             np.arange(first_query, length),
@@ -83,9 +86,10 @@ class NumpyStore:
             scale,
             softcap,
         )
+        return self._rotate(mixed)
 
     def read(self, name: str, start: int, stop: int) -> Floats:
-        """The "key" or "value" rows (stop − start, kv_heads, head_dim) as float32."""
+        """The "key" or "value" rows (stop − start, kv_heads, head_dim) as float32, still rotated if they are."""
         slots = self._slots(start, stop)
         rows: Floats = self._arrays[f"{name}s"][slots].astype(np.float32, copy=False)
         scales = self._arrays.get(f"{name}_scales")
@@ -100,6 +104,10 @@ class NumpyStore:
         self._grow(stop)
         for name, array in self._arrays.items():
             array[self._slots(start, stop)] = arrays[name]
+
+    def _rotate(self, x: Floats) -> Floats:
+        """Scores of rotated queries and keys are those of queries and keys; twice is once there and back."""
+        return hadamard(x) if self._rotated else x
 
     def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         return np.arange(start, stop) % self._capacity

@@ -71,6 +71,12 @@ BEZEL_OP I bits(F a) { return _mm512_castps_si512(a); }
 BEZEL_OP F from_bits(I a) { return _mm512_castsi512_ps(a); }
 BEZEL_OP I round(F a) { return _mm512_cvtps_epi32(a); }
 BEZEL_OP F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+BEZEL_OP void store_zipped(float* p, F a, F b) {
+  const I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const I high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  store(p, _mm512_permutex2var_ps(a, low, b));
+  store(p + 16, _mm512_permutex2var_ps(a, high, b));
+}
 
 #elif defined(BEZEL_AVX2)
 
@@ -109,6 +115,11 @@ BEZEL_OP I bits(F a) { return _mm256_castps_si256(a); }
 BEZEL_OP F from_bits(I a) { return _mm256_castsi256_ps(a); }
 BEZEL_OP I round(F a) { return _mm256_cvtps_epi32(a); }
 BEZEL_OP F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+BEZEL_OP void store_zipped(float* p, F a, F b) {
+  const F low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  store(p, _mm256_permute2f128_ps(low, high, 0x20));
+  store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
 
 #elif defined(BEZEL_NEON)
 
@@ -145,6 +156,10 @@ BEZEL_OP I bits(F a) { return vreinterpretq_s32_f32(a); }
 BEZEL_OP F from_bits(I a) { return vreinterpretq_f32_s32(a); }
 BEZEL_OP I round(F a) { return vcvtnq_s32_f32(a); }
 BEZEL_OP F to_float(I a) { return vcvtq_f32_s32(a); }
+BEZEL_OP void store_zipped(float* p, F a, F b) {
+  store(p, vzip1q_f32(a, b));
+  store(p + 4, vzip2q_f32(a, b));
+}
 
 #else
 
@@ -208,6 +223,10 @@ template <int kBits>
 BEZEL_OP I shift_left(I a) { return wrap(static_cast<uint32_t>(a) << kBits); }
 BEZEL_OP I round(F a) { return a >= -0x1p31f && a < 0x1p31f ? static_cast<I>(lrintf(a)) : INT32_MIN; }
 BEZEL_OP F to_float(I a) { return static_cast<F>(a); }
+BEZEL_OP void store_zipped(float* p, F a, F b) {
+  p[0] = a;
+  p[1] = b;
+}
 
 #endif
 
@@ -266,6 +285,11 @@ BEZEL_OP void store(float* x, F a) {
 BEZEL_OP void store(int32_t* x, I a) {
   BEZEL_UNROLL
   for (int i = 0; i < kParts; ++i) part::store(x + i * part::kWidth, a.p[i]);
+}
+// a₀ b₀ a₁ b₁ …, 2 · kLanes floats.
+BEZEL_OP void store_zipped(float* x, F a, F b) {
+  BEZEL_UNROLL
+  for (int i = 0; i < kParts; ++i) part::store_zipped(x + 2 * i * part::kWidth, a.p[i], b.p[i]);
 }
 BEZEL_OP void store_half(uint16_t* x, F a) {
   BEZEL_UNROLL

@@ -10,7 +10,7 @@ def hadamard(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """x (…, n) times the Hadamard matrix over √n, for n a power of two. It is its own inverse and keeps dot products.
 
     The fast Walsh–Hadamard transform: log2 n times the sums and the differences of the two halves, side by side. The
-    native kernel has the same order of operations, and so the same bits.
+    native kernel adds the same numbers in the same order, and so gives the same bits.
     """
     n = x.shape[-1]
     y = x

@@ -136,7 +136,7 @@ class Scratches {
 void pack(const Problem& p, const Tile& tile, const Operands& operands) noexcept {
   const int64_t dim = p.store.dim(), head_dim = p.store.head_dim();
   for (int64_t r = 0; r < tile.count; ++r) {
-    float query[kMaxHeadDim];
+    alignas(64) float query[kMaxHeadDim];
     std::memcpy(query, p.queries + tile.element(p, r), static_cast<size_t>(head_dim) * sizeof *query);
     std::memset(query + head_dim, 0, static_cast<size_t>(dim - head_dim) * sizeof *query);
     if (p.store.rotated()) p.store.kernels().hadamard(query, head_dim);
@@ -193,11 +193,11 @@ void merge(const Problem& p, const Tile& tile, int64_t split, const Partial& par
   }
 }
 
-void finish(const Problem& p, const Tile& tile, const Scratch& s) noexcept {
+void finish(const Problem& p, const Tile& tile, Scratch& s) noexcept {
   for (int64_t r = 0; r < tile.count; ++r) {
-    float* const out = p.out + tile.element(p, r);
-    p.store.kernels().finish(s.total + r * p.store.dim(), s.sum[r], p.store.head_dim(), out);
-    if (p.store.rotated()) p.store.kernels().hadamard(out, p.store.head_dim());
+    float* const total = s.total + r * p.store.dim();
+    if (p.store.rotated()) p.store.kernels().hadamard(total, p.store.head_dim());
+    p.store.kernels().finish(total, s.sum[r], p.store.head_dim(), p.out + tile.element(p, r));
   }
 }
 

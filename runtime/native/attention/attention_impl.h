@@ -464,27 +464,38 @@ static void finish(const float* total, float sum_of_weights, int64_t n, float* o
   for (int64_t i = 0; i < n; i += kLanes) store(out + i, div(load(total + i), all), n - i);
 }
 
+// In place of each two lanes at kDistance their sum and their difference.
+template <int kDistance>
+BEZEL_OP F butterfly(F x) {
+  alignas(64) float signs[kLanes];
+  BEZEL_UNROLL
+  for (int i = 0; i < kLanes; ++i) signs[i] = i & kDistance ? -1.0f : 1.0f;
+  return add(mul(x, load(signs)), swap<kDistance>(x));
+}
+
+// Sums and differences at the distances n / 2, n / 4 … 1, in this order.
 static void hadamard(float* x, int64_t n) noexcept {
-  // Sums and differences of the two halves, side by side: after log2 n times every number has met every other.
-  float other[kMaxHeadDim];
-  float *from = x, *to = other;
-  const int64_t half = n / 2;
-  for (int64_t step = 1; step < n; step *= 2) {
-    int64_t i = 0;
-    for (; i + kLanes <= half; i += kLanes) {
-      const F a = load(from + i), b = load(from + half + i);
-      store_zipped(to + 2 * i, add(a, b), sub(a, b));
-    }
-    for (; i < half; ++i) {
-      to[2 * i] = from[i] + from[half + i];
-      to[2 * i + 1] = from[i] - from[half + i];
-    }
-    float* const done = to;
-    to = from;
-    from = done;
+  const float scale = sqrtf(1.0f / static_cast<float>(n));
+  if (n < kLanes) {
+    for (int64_t distance = n / 2; distance > 0; distance /= 2)
+      for (int64_t i = 0; i < n; ++i) {
+        if (i & distance) continue;
+        const float a = x[i], b = x[i + distance];
+        x[i] = a + b;
+        x[i + distance] = a - b;
+      }
+    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+    return;
   }
-  const F scale = set(sqrtf(1.0f / static_cast<float>(n)));
-  for (int64_t i = 0; i < n; i += kLanes) store(x + i, mul(load(from + i, n - i), scale), n - i);
+  for (int64_t distance = n / 2; distance >= kLanes; distance /= 2)
+    for (int64_t block = 0; block < n; block += 2 * distance)
+      for (int64_t i = block; i < block + distance; i += kLanes) {
+        const F a = load(x + i), b = load(x + i + distance);
+        store(x + i, add(a, b));
+        store(x + i + distance, sub(a, b));
+      }
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(x + i, mul(butterfly<1>(butterfly<2>(butterfly<4>(butterfly<8>(load(x + i))))), set(scale)));
 }
 
 static void quantize(const float* x, int64_t n, int8_t* q, float* scale) noexcept {

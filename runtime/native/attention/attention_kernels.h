@@ -65,7 +65,7 @@ struct AttentionKernels {
                 float mixed_sum, int64_t dim) noexcept;
   void (*finish)(const float* total, float sum, int64_t n, float* out) noexcept;  // out = total / sum
 
-  // x ← x · H / √n for n a power of two up to kMaxHeadDim, H the Hadamard matrix. It is its own inverse.
+  // x ← x · H / √n for n a power of two up to kMaxHeadDim, H the Hadamard matrix: its own inverse.
   void (*hadamard)(float* x, int64_t n) noexcept;
   // q = x / scale to the nearest, ties to even, with scale = max|x| / 127. A scale that is not finite stays so,
   // and the damage shows in whatever reads it.

@@ -143,7 +143,7 @@ void KVStore::write(int64_t position, int64_t n, const float* keys, const float*
           case KvType::f32: std::memcpy(row, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x); break;
           case KvType::f16: kernels_.to_half(x, sizes_.head_dim, reinterpret_cast<uint16_t*>(row)); break;
           case KvType::int8: {
-            float turned[kMaxHeadDim];
+            alignas(64) float turned[kMaxHeadDim];
             std::memcpy(turned, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x);
             if (rotated()) kernels_.hadamard(turned, sizes_.head_dim);
             kernels_.quantize(turned, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(side, h, slot));

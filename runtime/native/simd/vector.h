@@ -71,11 +71,10 @@ BEZEL_OP I bits(F a) { return _mm512_castps_si512(a); }
 BEZEL_OP F from_bits(I a) { return _mm512_castsi512_ps(a); }
 BEZEL_OP I round(F a) { return _mm512_cvtps_epi32(a); }
 BEZEL_OP F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-BEZEL_OP void store_zipped(float* p, F a, F b) {
-  const I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const I high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  store(p, _mm512_permutex2var_ps(a, low, b));
-  store(p + 16, _mm512_permutex2var_ps(a, high, b));
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance >= 4) return _mm512_shuffle_f32x4(a, a, kDistance == 8 ? 0x4E : 0xB1);
+  else return _mm512_permute_ps(a, kDistance == 2 ? 0x4E : 0xB1);
 }
 
 #elif defined(BEZEL_AVX2)
@@ -115,10 +114,10 @@ BEZEL_OP I bits(F a) { return _mm256_castps_si256(a); }
 BEZEL_OP F from_bits(I a) { return _mm256_castsi256_ps(a); }
 BEZEL_OP I round(F a) { return _mm256_cvtps_epi32(a); }
 BEZEL_OP F to_float(I a) { return _mm256_cvtepi32_ps(a); }
-BEZEL_OP void store_zipped(float* p, F a, F b) {
-  const F low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
-  store(p, _mm256_permute2f128_ps(low, high, 0x20));
-  store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance == 4) return _mm256_permute2f128_ps(a, a, 1);
+  else return _mm256_permute_ps(a, kDistance == 2 ? 0x4E : 0xB1);
 }
 
 #elif defined(BEZEL_NEON)
@@ -156,9 +155,10 @@ BEZEL_OP I bits(F a) { return vreinterpretq_s32_f32(a); }
 BEZEL_OP F from_bits(I a) { return vreinterpretq_f32_s32(a); }
 BEZEL_OP I round(F a) { return vcvtnq_s32_f32(a); }
 BEZEL_OP F to_float(I a) { return vcvtq_f32_s32(a); }
-BEZEL_OP void store_zipped(float* p, F a, F b) {
-  store(p, vzip1q_f32(a, b));
-  store(p + 4, vzip2q_f32(a, b));
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance == 2) return vextq_f32(a, a, 2);
+  else return vrev64q_f32(a);
 }
 
 #else
@@ -223,9 +223,9 @@ template <int kBits>
 BEZEL_OP I shift_left(I a) { return wrap(static_cast<uint32_t>(a) << kBits); }
 BEZEL_OP I round(F a) { return a >= -0x1p31f && a < 0x1p31f ? static_cast<I>(lrintf(a)) : INT32_MIN; }
 BEZEL_OP F to_float(I a) { return static_cast<F>(a); }
-BEZEL_OP void store_zipped(float* p, F a, F b) {
-  p[0] = a;
-  p[1] = b;
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  return a;  // one lane: no call has a distance within it
 }
 
 #endif
@@ -276,6 +276,16 @@ BEZEL_OP F from_bits(I a) { BEZEL_EACH(F, part::from_bits(a.p[i])); }
 BEZEL_OP I round(F a) { BEZEL_EACH(I, part::round(a.p[i])); }  // to nearest, ties to even
 BEZEL_OP F to_float(I a) { BEZEL_EACH(F, part::to_float(a.p[i])); }
 
+// Each lane takes the place of the one at kDistance, a power of two: lane i of the result is lane i xor kDistance.
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance >= part::kWidth) {
+    BEZEL_EACH(F, a.p[i ^ (kDistance / part::kWidth)]);
+  } else {
+    BEZEL_EACH(F, part::swap<kDistance>(a.p[i]));
+  }
+}
+
 #undef BEZEL_EACH
 
 BEZEL_OP void store(float* x, F a) {
@@ -285,11 +295,6 @@ BEZEL_OP void store(float* x, F a) {
 BEZEL_OP void store(int32_t* x, I a) {
   BEZEL_UNROLL
   for (int i = 0; i < kParts; ++i) part::store(x + i * part::kWidth, a.p[i]);
-}
-// a₀ b₀ a₁ b₁ …, 2 · kLanes floats.
-BEZEL_OP void store_zipped(float* x, F a, F b) {
-  BEZEL_UNROLL
-  for (int i = 0; i < kParts; ++i) part::store_zipped(x + 2 * i * part::kWidth, a.p[i], b.p[i]);
 }
 BEZEL_OP void store_half(uint16_t* x, F a) {
   BEZEL_UNROLL

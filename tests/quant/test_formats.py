@@ -113,7 +113,7 @@ def test_ids_names_and_sizes_are_ggml_s(f):
 
 
 def test_the_registry_holds_every_format_that_is_promised():
-    assert {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"} <= set(FORMATS)
+    assert {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"} <= set(FORMATS)
     assert len(FORMATS) == len(FORMAT_OF_TYPE)
 
 

@@ -117,6 +117,14 @@ struct Q4_1 {
   }
 };
 
+// The codes of a block of Q5_0 or Q5_1, whose fifth bits begin at `w`; the nibbles follow.
+template <class Sink>
+BEZEL_INLINE void five_bit_codes(int b, const uint8_t* w, int64_t row_bytes, const Sink& sink) {
+  const Rows packed = rows16(w + 4, row_bytes), high = rows16(w, row_bytes);
+  sink(b, each(low_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<0>(h)); }),
+       each(high_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<1>(h)); }));
+}
+
 struct Q5_0 {
   static constexpr int kType = kQ5_0, kBlock = 32, kBytes = 22, kSub = 32, kBits = 5, kZero = 16;
   static constexpr bool kMinimum = false;
@@ -124,12 +132,18 @@ struct Q5_0 {
 
   template <class Sink>
   static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
-    for (int b = 0; b < blocks; ++b) {
-      const uint8_t* block = w + b * kBytes;
-      const Rows packed = rows16(block + 6, row_bytes), high = rows16(block + 2, row_bytes);
-      sink(b, each(low_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<0>(h)); }),
-           each(high_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<1>(h)); }));
-    }
+    for (int b = 0; b < blocks; ++b) five_bit_codes(b, w + b * kBytes + 2, row_bytes, sink);
+  }
+};
+
+struct Q5_1 {
+  static constexpr int kType = kQ5_1, kBlock = 32, kBytes = 24, kSub = 32, kBits = 5, kZero = 0;
+  static constexpr bool kMinimum = true;
+  using Scales = BlockScales<kBytes, kMinimum>;
+
+  template <class Sink>
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
+    for (int b = 0; b < blocks; ++b) five_bit_codes(b, w + b * kBytes + 4, row_bytes, sink);
   }
 };
 

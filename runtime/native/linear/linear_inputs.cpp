@@ -13,6 +13,7 @@ const Layout* layout(int64_t type) {
     t[kQ4_0] = {"q4_0", 32, 18, 32, false};
     t[kQ4_1] = {"q4_1", 32, 20, 32, true};
     t[kQ5_0] = {"q5_0", 32, 22, 32, false};
+    t[kQ5_1] = {"q5_1", 32, 24, 32, true};
     t[kQ8_0] = {"q8_0", 32, 34, 32, false};
     t[kQ4_K] = {"q4_k", 256, 144, 32, true};
     t[kQ5_K] = {"q5_k", 256, 176, 32, true};

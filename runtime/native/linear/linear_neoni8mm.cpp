@@ -130,6 +130,7 @@ void use_neoni8mm(LinearKernels& k) noexcept {
   use_pairs<Q4_0>(k);
   use_pairs<Q4_1>(k);
   use_pairs<Q5_0>(k);
+  use_pairs<Q5_1>(k);
   use_pairs<Q8_0>(k);
   use_pairs<Q4_K>(k);
   use_pairs<Q5_K>(k);

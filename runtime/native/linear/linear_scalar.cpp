@@ -56,12 +56,14 @@ void read(const uint8_t* row, int64_t j, SubBlock& out) {
       out.code[i] = static_cast<int8_t>(low(block[kHead + i]) - (kType == kQ4_0 ? 8 : 0));
       out.code[16 + i] = static_cast<int8_t>(high(block[kHead + i]) - (kType == kQ4_0 ? 8 : 0));
     }
-  } else if constexpr (kType == kQ5_0) {
-    const uint8_t* block = row + j * 22;
+  } else if constexpr (kType == kQ5_0 || kType == kQ5_1) {
+    constexpr int kHead = kType == kQ5_0 ? 2 : 4;
+    const uint8_t* block = row + j * (kHead + 20);
     out.d = half(block);
+    if (kType == kQ5_1) out.m = half(block + 2);
     for (int i = 0; i < 32; ++i) {
-      const int fifth = block[2 + i / 8] >> i % 8 & 1, byte = block[6 + i % 16];
-      out.code[i] = static_cast<int8_t>((i < 16 ? low(byte) : high(byte)) + 16 * fifth - 16);
+      const int fifth = block[kHead + i / 8] >> i % 8 & 1, byte = block[kHead + 4 + i % 16];
+      out.code[i] = static_cast<int8_t>((i < 16 ? low(byte) : high(byte)) + 16 * fifth - (kType == kQ5_0 ? 16 : 0));
     }
   } else if constexpr (kType == kQ8_0) {
     const uint8_t* block = row + j * 34;
@@ -104,7 +106,7 @@ void read(const uint8_t* row, int64_t j, SubBlock& out) {
 }
 
 constexpr int sub_size(int type) { return type == kQ6_K ? 16 : 32; }
-constexpr bool has_minimum(int type) { return type == kQ4_1 || type == kQ4_K || type == kQ5_K; }
+constexpr bool has_minimum(int type) { return type == kQ4_1 || type == kQ5_1 || type == kQ4_K || type == kQ5_K; }
 
 template <int kType>
 float continued(float acc, const SubBlock& w, const int8_t* q, float dx, const float* moment) {
@@ -227,6 +229,7 @@ void use_scalar(LinearKernels& k) noexcept {
   add_format<kQ4_0>(k);
   add_format<kQ4_1>(k);
   add_format<kQ5_0>(k);
+  add_format<kQ5_1>(k);
   add_format<kQ8_0>(k);
   add_format<kQ4_K>(k);
   add_format<kQ5_K>(k);

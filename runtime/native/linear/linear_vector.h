@@ -301,6 +301,7 @@ void fill(LinearKernels& k) noexcept {
   add_format<Q4_0>(k);
   add_format<Q4_1>(k);
   add_format<Q5_0>(k);
+  add_format<Q5_1>(k);
   add_format<Q8_0>(k);
   add_format<Q4_K>(k);
   add_format<Q5_K>(k);

@@ -27,8 +27,9 @@ struct Format {
 const Format kFormats[] = {
     {"f32", kF32, 1, 4, {}},          {"f16", kF16, 1, 2, {0}},          {"bf16", kBF16, 1, 2, {}},
     {"q4_0", kQ4_0, 32, 18, {0}},     {"q4_1", kQ4_1, 32, 20, {0, 2}},   {"q5_0", kQ5_0, 32, 22, {0}},
-    {"q8_0", kQ8_0, 32, 34, {0}},     {"q4_k", kQ4_K, 256, 144, {0, 2}}, {"q5_k", kQ5_K, 256, 176, {0, 2}},
-    {"q6_k", kQ6_K, 256, 210, {208}}, {"iq4_nl", kIQ4_NL, 32, 18, {0}},  {"iq4_xs", kIQ4_XS, 256, 136, {0}},
+    {"q5_1", kQ5_1, 32, 24, {0, 2}},  {"q8_0", kQ8_0, 32, 34, {0}},      {"q4_k", kQ4_K, 256, 144, {0, 2}},
+    {"q5_k", kQ5_K, 256, 176, {0, 2}}, {"q6_k", kQ6_K, 256, 210, {208}}, {"iq4_nl", kIQ4_NL, 32, 18, {0}},
+    {"iq4_xs", kIQ4_XS, 256, 136, {0}},
 };
 
 std::mt19937 rng(1);
@@ -129,7 +130,7 @@ void same_as_the_scalar_twin(ThreadPool& pool) {
 // What threads compute of a gate is put together by blocks of others' tiles.
 void feed_forwards(ThreadPool& pool) {
   constexpr int64_t kCols = 256, kWidth = 1120;
-  const Format &q4_0 = kFormats[3], &q8_0 = kFormats[6];
+  const Format &q4_0 = kFormats[3], &q8_0 = kFormats[7];
   const Weights gate(q4_0, kWidth, kCols, 1), up(q8_0, kWidth, kCols, 2), down(q4_0, 33, kWidth, 3);
   const auto matrix = [](const Weights& w, const Format& f, int64_t rows, int64_t cols) {
     return Matrix(w.data, rows, cols / f.block * f.bytes, f.type, cols);
@@ -154,7 +155,7 @@ void large_calls(ThreadPool& pool) {
   const std::vector<float> x = activations_of(kTokens, kCols);
   std::vector<Weights> weights;
   std::vector<Matrix> matrices;
-  const int64_t rows[] = {40, 7, 64, 16, 50, 33, 1, 48, 20, 19, 31, 32};
+  const int64_t rows[] = {40, 7, 64, 16, 50, 33, 1, 48, 20, 19, 31, 32, 24};
   for (size_t i = 0; i < std::size(kFormats); ++i) {
     const Format& f = kFormats[i];
     weights.emplace_back(f, rows[i], kCols, 1);

@@ -61,6 +61,7 @@ class Format:
 
     name: ClassVar[str]
     gguf_type: ClassVar[int]
+    file_type: ClassVar[int]  # llama.cpp's `llama_ftype` of a file that holds mostly this
     block: ClassVar[int]  # weights in a block
     block_bytes: ClassVar[int]
     layout: ClassVar[np.dtype[Any]]

@@ -36,7 +36,7 @@ _TRIALS_Q5 = (-16.0, -16.5, -17.0, -15.5, -15.0, -14.5, -14.0, -13.2, 15.0, 15.5
 
 
 class F32(Format):
-    name, gguf_type, block = "f32", 0, 1
+    name, gguf_type, file_type, block = "f32", 0, 0, 1
     layout: ClassVar[np.dtype[Any]] = np.dtype("<f4")
     largest = float(np.finfo(np.float32).max)
     tolerance = 0.0
@@ -51,7 +51,7 @@ class F32(Format):
 
 
 class F16(F32):
-    name, gguf_type = "f16", 1
+    name, gguf_type, file_type = "f16", 1, 1
     layout = np.dtype("<f2")
     largest = HALF_MAX
     tolerance = 2.0**-11
@@ -60,7 +60,7 @@ class F16(F32):
 class BF16(Format):
     """The upper half of a float32, rounded to nearest even."""
 
-    name, gguf_type, block = "bf16", 30, 1
+    name, gguf_type, file_type, block = "bf16", 30, 32, 1
     layout = np.dtype("<u2")
     largest = float(np.uint32(0x7F7F0000).view(np.float32))
     tolerance = 2.0**-8
@@ -78,7 +78,7 @@ class BF16(Format):
 class Q8_0(Format):
     """w = d·q, q in −127 … 127."""
 
-    name, gguf_type, block = "q8_0", 8, 32
+    name, gguf_type, file_type, block = "q8_0", 8, 7, 32
     layout = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
     codebook = integers(-127, 127)
     largest = HALF_MAX * 127
@@ -112,7 +112,7 @@ class Q8_0(Format):
 class Q4_0(Format):
     """w = d·(q − 8). The weight of largest magnitude, of either sign, becomes −8."""
 
-    name, gguf_type, block = "q4_0", 2, 32
+    name, gguf_type, file_type, block = "q4_0", 2, 2, 32
     layout = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
     codebook = integers(-8, 7)
     largest = HALF_MAX * 8
@@ -144,7 +144,7 @@ class Q4_0(Format):
 class Q5_0(Format):
     """w = d·(q − 16), as Q4_0; bit i of qh is the fifth bit of weight i."""
 
-    name, gguf_type, block = "q5_0", 6, 32
+    name, gguf_type, file_type, block = "q5_0", 6, 8, 32
     layout = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
     codebook = integers(-16, 15)
     largest = HALF_MAX * 16
@@ -175,7 +175,7 @@ class Q5_0(Format):
 class Q4_1(Format):
     """w = d·q + m."""
 
-    name, gguf_type, block = "q4_1", 3, 32
+    name, gguf_type, file_type, block = "q4_1", 3, 3, 32
     layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
     codebook = integers(0, 15)
     largest = HALF_MAX
@@ -207,7 +207,7 @@ class Q4_1(Format):
 class Q5_1(Format):
     """w = d·q + m, as Q4_1, with the fifth bits of Q5_0."""
 
-    name, gguf_type, block = "q5_1", 7, 32
+    name, gguf_type, file_type, block = "q5_1", 7, 9, 32
     layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
     codebook = integers(0, 31)
     largest = HALF_MAX

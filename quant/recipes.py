@@ -11,7 +11,13 @@ from .formats import F16, F32, FORMATS, IQ4_XS, Q4_K, Q5_K, Q6_K, Q8_0, Format
 
 HEAD_ROLES = ("token_embd", "output")  # a tied token_embd is also the head
 
-PLAIN = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_1", "q5_0", "q5_k", "q4_1", "q4_k", "q4_0", "iq4_nl", "iq4_xs")
+
+def bits(form: type[Format]) -> float:
+    """Bits a weight."""
+    return 8 * form.block_bytes / form.block
+
+
+PLAIN = tuple(form.name for form in sorted(FORMATS.values(), key=bits, reverse=True))
 _MIXED = {"q5_k_m": Q5_K, "q4_k_m": Q4_K, "int4": IQ4_XS}
 PRESETS: tuple[str, ...] = (*PLAIN, *_MIXED)
 
@@ -102,11 +108,6 @@ def preset(name: str, n_layers: int, embedding: str | None = None) -> Recipe:
     if name.endswith("_k_m"):
         rules.append(Rule(Q6_K, frozenset({"attn_v", "ffn_down"}), _more_bits(n_layers)))
     return Recipe(name, default, tuple(rules))
-
-
-def bits(form: type[Format]) -> float:
-    """Bits a weight."""
-    return 8 * form.block_bytes / form.block
 
 
 def _more_bits(n_layers: int) -> frozenset[int]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import EVEN, Format
+from ...quant.formats import EVEN, FORMATS, Format
 from ...quant.recipes import PRESETS, Recipe
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
@@ -37,8 +37,7 @@ CALIBRATION = "bezel.provenance.calibration"  # the key of a calibrated file; ot
 CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its temporaries stay in a core's cache
 
 # llama.cpp's `llama_ftype`, by preset or by the format of most matrices.
-_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q4_k_m": 15}
-_FILE_TYPES |= {"q5_k": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "bf16": 32}
+_FILE_TYPES = {form.name: form.file_type for form in FORMATS.values()} | {"q4_k_m": 15, "q5_k_m": 17}
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Format:
     block: ClassVar[int]  # weights in a block
     block_bytes: ClassVar[int]
     layout: ClassVar[np.dtype[Any]]
+    fallback: ClassVar[type[Format] | None] = None  # which llama.cpp puts in its place where rows are not whole blocks
     codebook: ClassVar[F32Array]
     largest: ClassVar[float]
     tolerance: ClassVar[float]

@@ -75,7 +75,7 @@ class Calibrated(Protocol):
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What was written. `formats` counts tensors, `fallbacks` names those that could not have theirs."""
+    """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs."""
 
     path: str
     file_bytes: int
@@ -137,12 +137,7 @@ def export_gguf(
         weights=total,
         bits_per_weight=sum(p.n_rows * p.row_bytes for p in plan) * 8 / total,
         formats=dict(Counter(p.format.name for p in plan)),
-        fallbacks=[
-            f"{p.spec.gguf}: {p.format.name} instead of {p.wanted.name}, because rows of "
-            f"{p.spec.shape[-1]} are not a multiple of {p.wanted.block}"
-            for p in plan
-            if p.format is not p.wanted
-        ],
+        fallbacks=_fallbacks(plan),
         warnings=_warnings(checkpoint.config, metadata),
         seconds=time.monotonic() - start,
     )
@@ -156,6 +151,19 @@ def plan_tensors(config: ModelConfig, recipe: Recipe) -> list[PlannedTensor]:
         plan.append(PlannedTensor(spec, choice.format, choice.wanted, offset))
         offset += aligned(plan[-1].n_rows * plan[-1].row_bytes)
     return plan
+
+
+def _fallbacks(plan: Sequence[PlannedTensor]) -> list[str]:
+    """A line for each format that took another's place, and length of rows."""
+    roles: dict[tuple[type[Format], type[Format], int], dict[str, None]] = {}
+    for p in plan:
+        if p.format is not p.wanted:
+            roles.setdefault((p.format, p.wanted, p.spec.shape[-1]), {})[p.spec.role] = None
+    return [
+        f"{', '.join(found)}: {form.name} instead of {wanted.name}, because rows of {n} are not a multiple of "
+        f"{wanted.block}"
+        for (form, wanted, n), found in roles.items()
+    ]
 
 
 def data_size(plan: Sequence[PlannedTensor]) -> int:

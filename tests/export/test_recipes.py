@@ -99,7 +99,7 @@ def test_int4_of_a_model_that_is_mostly_embedding(layers: int, hidden: int, inne
     """Rows are not whole blocks of Q5_K, and a head in Q5_1 would make more than 4.6 bits: layers get what is left."""
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "vocab_size": 262144}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
-    config = ModelConfig.from_hf(SHAPES["gemma-2-2b"] | sizes | heads)
+    config = read_hf_config(SHAPES["gemma-2-2b"] | sizes | heads)
 
     def bits_of(recipe: Recipe) -> float:
         specs = [(spec, int(np.prod(spec.shape))) for spec in tensor_specs(config)]

@@ -17,4 +17,5 @@ def hadamard(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     for _ in range(n.bit_length() - 1):
         first, second = np.split(y, 2, axis=-1)
         y = np.stack([first + second, first - second], axis=-1).reshape(x.shape)
-    return y * np.sqrt(x.dtype.type(1 / n))
+    rotated: npt.NDArray[np.float32] = y * np.sqrt(x.dtype.type(1 / n))
+    return rotated

@@ -18,7 +18,7 @@ from ...runtime.arrays import Floats
 from ...runtime.engines.protocol import Engine
 from ...runtime.errors import BezelError, InvalidRequest
 from ...runtime.model.config import ModelConfig
-from ..speed.machine import bezel_version
+from ...runtime.version import bezel_version
 from .metrics import NotFinite, Records, compare
 from .passages import CHUNK, Passage, Text, cut, read_texts
 from .state import Arrays, State

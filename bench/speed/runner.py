@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ...runtime.errors import BezelError
+from ...runtime.version import bezel_version
 
 
 class NotMeasured(BezelError):
@@ -36,7 +37,6 @@ class BezelRunner:
 
     def __init__(self, model: str, context: int, threads: int, engine: str, kv: str) -> None:
         from ...runtime import load
-        from .machine import bezel_version
 
         self._session = load(model, engine=engine, context=context, kv=kv, threads=threads).session()
         self.vocab_size, self.kv, self.version = self._session.model.config.vocab_size, kv, bezel_version()

@@ -10,16 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...export.calibration.state import Arrays
-from ...export.calibration.state import State as KeptArrays
+from ...export.calibration.state import Arrays, State
 from ..speed.machine import cache_folder
 
-__all__ = ["Arrays", "State", "state_folder"]
+__all__ = ["Arrays", "KeptResults", "state_folder"]
 
 _KEPT_DAYS = 30
 
 
-class State(KeptArrays):
+class KeptResults(State):
     """Arrays by number, for one `key` and this version of the code, another one of which may compute something else."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> 
 @click.option(
     "--sensitivity",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What each tensor loses in each format, measured: `bezel measure --sensitivity … --sensitivity-out FILE`.",
+    help="What each tensor loses in each format, measured: `bezel sensitivity CHECKPOINT … -o FILE`.",
 )
 @click.option(
     "--calibration",
@@ -170,8 +170,8 @@ def export(
         raise click.UsageError("Give --target-bpw or --target-size, not both.")
     if targets and sensitivity is None:
         raise click.UsageError(
-            "--target-bpw and --target-size need --sensitivity; the file is written by `bezel measure --reference "
-            f"{checkpoint} --text FILE --sensitivity q4_k,iq4_xs,q5_k,q6_k --sensitivity-out sens.json`."
+            "--target-bpw and --target-size need --sensitivity; the file is written by `bezel sensitivity "
+            f"{checkpoint} --text FILE --formats q4_k,iq4_xs,q5_k,q6_k -o sens.json`."
         )
     if sensitivity is not None and not targets:
         raise click.UsageError("--sensitivity needs --target-bpw or --target-size.")

@@ -457,7 +457,7 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel measure --reference"),
+        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel sensitivity "),
         (["--target-bpw", "5", "--target-size", "1GB"], "not both"),
         (["--sensitivity", "s.json"], "--sensitivity needs --target-bpw or --target-size"),
         (["--target-bpw", "5", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),

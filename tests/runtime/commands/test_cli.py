@@ -16,7 +16,8 @@ from bezel.runtime.cache.store import KV_TYPES
 from tiny import DEMO
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
-VERBS = ("export", "run", "chat", "inspect", "verify", "check", "bench", "demo")
+VERBS = ("export", "calibrate", "run", "chat", "inspect", "verify", "check", "bench", "measure", "sensitivity", "tasks")
+VERBS += ("demo",)
 
 
 def bezel(*args: object, stdin: str = "", ok: bool = True) -> subprocess.CompletedProcess[str]:

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,17 @@ def state_folder() -> Path:
     folder = cache_folder() / "measure"
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
-        if time.time() - (old / "key.json" if old.is_dir() else old).stat().st_mtime > _KEPT_DAYS * 86400:
+        if time.time() - _last_use(old) > _KEPT_DAYS * 86400:
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _last_use(kept: Path) -> float:
+    """When the key was written, as every use does; if it never was, when the folder was made; now, if that is gone."""
+    for path in (kept / "key.json", kept):
+        with suppress(OSError):  # another process makes and removes folders too
+            return path.stat().st_mtime
+    return time.time()
 
 
 @cache

@@ -152,10 +152,7 @@ def _read_costs(path: Path, specs: Mapping[str, TensorSpec]) -> dict[tuple[str, 
     found = _read(path)
 
     def fail(what: str) -> InvalidRequest:
-        return InvalidRequest(
-            f"{path}: {what}; expected a file that `bezel measure --sensitivity … --sensitivity-out` wrote of this "
-            "model"
-        )
+        return InvalidRequest(f"{path}: {what}; expected a file that `bezel sensitivity --out` wrote of this model")
 
     if found.get("bezel_sensitivity") != 1 or not isinstance(found.get("entries"), list):
         raise fail(f"key 'bezel_sensitivity': found {found.get('bezel_sensitivity')!r}")

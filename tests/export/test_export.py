@@ -360,7 +360,7 @@ def test_the_commands(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> No
     assert result.exit_code == 0, result.output
     assert left(tmp_path) == ["tiny-q4_0.gguf"]  # named after the checkpoint
     assert "28 × q4_0" in result.output
-    result = run(cli.verify, tmp_path / "tiny-q4_0.gguf", "--checkpoint", tiny)
+    result = run(main, "verify", tmp_path / "tiny-q4_0.gguf", "--source", tiny)
     assert result.exit_code == 0, result.output
     assert "46 tensors, all as expected" in result.output
 
@@ -369,7 +369,7 @@ def test_the_commands_in_json(tiny: Path, tmp_path: Path, run: Callable[..., Any
     summary = json.loads(run(cli.export, tiny, tmp_path / "out.gguf", "--json").stdout)
     assert summary["path"] == str(tmp_path / "out.gguf")
     assert summary["formats"] == {"q8_0": 29, "f32": 17}  # the default is q8_0
-    reports = json.loads(run(cli.verify, tmp_path / "out.gguf", "--checkpoint", tiny, "--json").stdout)
+    reports = json.loads(run(main, "verify", tmp_path / "out.gguf", "--source", tiny, "--json").stdout)["tensors"]
     assert len(reports) == 46
     assert all(report["ok"] for report in reports)
     assert {r["sqnr_db"] is None for r in reports if r["format"] == "f32"} == {True}  # infinite
@@ -378,7 +378,7 @@ def test_the_commands_in_json(tiny: Path, tmp_path: Path, run: Callable[..., Any
 def test_verify_exits_with_one_if_a_tensor_is_off(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     other = write_checkpoint(tmp_path / "other", "tiny-gemma-2", seed=1)
     export(other, tmp_path / "other.gguf")
-    result = run(cli.verify, tmp_path / "other.gguf", "--checkpoint", tiny)
+    result = run(main, "verify", tmp_path / "other.gguf", "--source", tiny)
     assert result.exit_code == 1
     assert "46 tensors, 46 off" in result.output
 
@@ -459,7 +459,7 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel measure --reference"),
+        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel sensitivity "),
         (["--target-bpw", "5", "--target-size", "1GB"], "not both"),
         (["--sensitivity", "s.json"], "--sensitivity needs --target-bpw or --target-size"),
         (["--target-bpw", "5", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),

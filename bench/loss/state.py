@@ -12,7 +12,7 @@ from typing import Any
 
 from ...export.calibration.state import Arrays
 from ...export.calibration.state import State as KeptArrays
-from ..speed.machine import cache_folder
+from ...runtime.files.user_cache import cache_folder
 
 __all__ = ["Arrays", "State", "state_folder"]
 

@@ -78,20 +78,6 @@ def bezel_version() -> str:
         return "unknown"
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again; created if need be."""
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    folder = base / "bezel"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _cpu() -> str:
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()

@@ -58,8 +58,8 @@ def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> 
 @click.option(
     "--embedding",
     type=click.Choice((*PLAIN, *_ONNX_QUANTS)),
-    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k (int4: q5_k), "
-    "or int8 for ONNX.",
+    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k (int4: q5_k, "
+    "where that fits), or int8 for ONNX.",
 )
 @click.option(
     "--target-bpw",

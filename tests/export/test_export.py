@@ -183,15 +183,17 @@ def test_an_embedding_format_of_its_own(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit_fall_back_and_say_so(tmp_path: Path) -> None:
-    shape = SHAPES["tiny-gemma-2"] | {"hidden_size": 288, "num_hidden_layers": 1}
+    shape = SHAPES["tiny-gemma-2"] | {"hidden_size": 288, "num_hidden_layers": 2}
     summary = export(write_checkpoint(tmp_path / "folder", shape), tmp_path / "out.gguf", "q4_k")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
-    assert kinds["blk.0.attn_q.weight"] == "Q8_0"  # 288 inputs
-    assert kinds["blk.0.ffn_down.weight"] == "Q4_K"  # 512 inputs
-    assert "blk.0.attn_q.weight: q8_0 instead of q4_k, because rows of 288 are not a multiple of 256" in (
-        summary.fallbacks
-    )
-    assert len(summary.fallbacks) == sum(kind == "Q8_0" for kind in kinds.values())
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.1.attn_q.weight"] == "Q5_0"  # 288 inputs
+    assert kinds["blk.1.ffn_down.weight"] == "Q4_K"  # 512 inputs
+    because = "because rows of 288 are not a multiple of 256"
+    assert summary.fallbacks == [
+        f"token_embd: q8_0 instead of q6_k, {because}",
+        f"attn_q, attn_k, attn_v, ffn_gate, ffn_up: q5_0 instead of q4_k, {because}",
+    ]
 
 
 def test_tensors_of_odd_sizes_stay_aligned(tmp_path: Path) -> None:

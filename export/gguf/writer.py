@@ -139,7 +139,7 @@ def export_gguf(
         bits_per_weight=sum(p.n_rows * p.row_bytes for p in plan) * 8 / total,
         formats=dict(Counter(p.format.name for p in plan)),
         fallbacks=_fallbacks(plan),
-        warnings=_warnings(checkpoint.config, metadata),
+        warnings=[*checkpoint.warnings, *_warnings(checkpoint.config, metadata)],
         seconds=time.monotonic() - start,
     )
 

@@ -119,7 +119,7 @@ def export_onnx(
         bits_per_weight=sum(tensor.nbytes for tensor in tensors) * 8 / weights,
         formats=dict(Counter(_describe(storage[spec.gguf]) for spec in specs)),
         fallbacks=[],
-        warnings=[],
+        warnings=list(source.warnings),
         seconds=time.monotonic() - start,
     )
 

@@ -110,7 +110,6 @@ def test_the_metadata_that_loaders_of_gemma2_read(demo_q4: gguf.GGUFReader) -> N
         "tokenizer.ggml.add_bos_token": ("BOOL", True),
         "tokenizer.ggml.add_eos_token": ("BOOL", False),
         "tokenizer.ggml.add_space_prefix": ("BOOL", False),
-        "bezel.attention.query_pre_attn_scalar": ("FLOAT32", 64.0),
         "bezel.provenance.recipe": ("STRING", "q4_0"),
         "bezel.provenance.embedding_format": ("STRING", "q6_k"),
     }
@@ -119,12 +118,12 @@ def test_the_metadata_that_loaders_of_gemma2_read(demo_q4: gguf.GGUFReader) -> N
         assert [t.name for t in field.types] == [kind], key
         assert kinds[kind](field.contents()) == value, key
     arrays = {
-        "bezel.attention.layer_windows": ("UINT32", [64, 0, 64, 0]),
         "bezel.generation.stop_token_ids": ("UINT32", [1, 5]),
     }
     for key, (kind, values) in arrays.items():
         assert [t.name for t in demo_q4.fields[key].types] == ["ARRAY", kind]
         assert demo_q4.fields[key].contents() == values
+    assert not any(key.startswith("bezel.attention.") for key in demo_q4.fields)  # all as Gemma 2 has it
     template = json.loads((DEMO / "tokenizer_config.json").read_text())["chat_template"]
     assert demo_q4.fields["tokenizer.chat_template"].contents() == template
 
@@ -225,6 +224,10 @@ def test_what_llama_cpp_would_read_differently_is_said(tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / f"folder{i}", base | change)
         warnings = export(folder, tmp_path / f"{i}.gguf").warnings
         assert [word in warning for warning in warnings] == ([True] if word else []), (change, warnings)
+    patterned, scaled = (gguf.GGUFReader(tmp_path / f"{i}.gguf").fields for i in (0, 1))
+    assert patterned["bezel.attention.layer_windows"].types[1].name == "UINT32"
+    assert patterned["bezel.attention.layer_windows"].contents() == [0, 8, 0, 8]
+    assert scaled["bezel.attention.query_pre_attn_scalar"].contents() == 60.0
 
 
 def test_sampling_defaults_and_stop_tokens(tmp_path: Path) -> None:

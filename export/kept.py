@@ -28,7 +28,8 @@ class KeptWork:
         text = json.dumps(key, sort_keys=True)
         self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "key.json").write_text(text, encoding="utf-8")
+        with atomic(self._folder / "key.json") as file:
+            file.write(text.encode())
 
     def load(self, number: int) -> dict[str, npt.NDArray[Any]] | None:
         try:

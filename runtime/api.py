@@ -301,7 +301,7 @@ class Session:
     def _identity(self) -> dict[str, str]:
         model = self.model
         return {
-            "bezel_session": "1",
+            "bezel_session": "2",
             "model": model.file.fingerprint(),
             "engine": model.engine,  # another one would go on with other bits
             "kv": model.kv,

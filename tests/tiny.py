@@ -44,12 +44,28 @@ _GEMMA2 = _COMMON | {
     "query_pre_attn_scalar": 20,
     "sliding_window": 8,
 }
+# Gemma 3 as the first configs spell it; its last layer is local.
+_GEMMA3 = _COMMON | {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 32,
+    "num_hidden_layers": 7,
+    "query_pre_attn_scalar": 20,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "sliding_window": 8,
+    "sliding_window_pattern": 3,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2-gqa": _GEMMA2,
     "gemma2-mqa-wide-heads": _GEMMA2 | {"num_key_value_heads": 1, "head_dim": 32},
     "gemma2-mha-odd-layers": _GEMMA2 | {"num_key_value_heads": 4, "num_hidden_layers": 3, "head_dim": 8},
     "gemma2-one-head-window-1": _GEMMA2
     | {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 5, "sliding_window": 1},
+    "gemma3-gqa": _GEMMA3,
+    "gemma3-mqa-no-factor": _GEMMA3
+    | {"num_key_value_heads": 1, "head_dim": 24, "sliding_window_pattern": 6, "rope_scaling": None},
     "gemma1-mqa": _GEMMA1 | {"num_key_value_heads": 1},
     "gemma1-mha-odd-layers": _GEMMA1 | {"num_key_value_heads": 4, "num_hidden_layers": 3, "head_dim": 24},
 }

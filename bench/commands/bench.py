@@ -21,6 +21,7 @@ from ...runtime.api import ENGINES, default_kv, load
 from ...runtime.cache.store import KV_TYPES
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import ModelFile, open_model
+from ...runtime.files.user_cache import cache_folder
 from ..speed import machine
 from ..speed.peers import OWN_FILE, SETTINGS
 from ..speed.profiling import profile
@@ -121,7 +122,7 @@ def bench(
 
 
 def _random_model(shape: str, quant: str, embedding: str | None, progress: Callable[[str], None]) -> Path:
-    path = machine.cache_folder() / f"random-{shape}-{quant}{f'-{embedding}' if embedding else ''}.gguf"
+    path = cache_folder() / f"random-{shape}-{quant}{f'-{embedding}' if embedding else ''}.gguf"
     if not path.exists():
         progress(f"writing {path}")
         write_gguf(path, shape, quant, embedding)
@@ -206,7 +207,7 @@ def _profile(facts: dict[str, Any], as_json: bool, progress: Callable[[str], Non
 
 def _keep(record: dict[str, Any], save: Path | None) -> None:
     usual = Path("bench/results")
-    folder = save or (usual if usual.is_dir() else machine.cache_folder() / "results")
+    folder = save or (usual if usual.is_dir() else cache_folder() / "results")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "-", Path(record["model"]["file"]).stem)
     path = folder / f"speed-{name}-{record['time'].replace(':', '')}.json"

@@ -13,7 +13,7 @@ from ...runtime.cache.numpy_store import NumpyStore
 from ...runtime.files.model_file import ModelFile
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import tensor_specs
-from .worker import NotMeasured
+from .runner import NotMeasured
 
 PREFILL = (128, 512, 4096, 7000)  # lengths of prompts
 DECODE = (16, 128, 512, 2048, 4200, 7000)  # tokens held; 4200 is past Gemma 2's window

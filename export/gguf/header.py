@@ -16,7 +16,7 @@ import numpy as np
 ALIGNMENT = 32
 
 _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9
-_ARRAY_TYPES = {"uint32": _UINT32, "int32": 5, "float32": _FLOAT32}
+_ARRAY_TYPES = {"uint32": _UINT32, "int32": 5, "float32": _FLOAT32, "bool": _BOOL}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def aligned(n: int) -> int:
 def encode_header(metadata: Mapping[str, Any], tensors: Sequence[TensorRecord]) -> bytes:
     """Everything before the data. Its length depends on the metadata's lengths only, not on their content.
 
-    int → uint32, float → float32, bool, str; lists of str, int, float → arrays of the same; NumPy arrays of
-    uint32, int32 and float32 → arrays of their type.
+    int → uint32, float → float32, bool, str; lists of str, int, float, bool → arrays of the same; NumPy arrays of
+    uint32, int32, float32 and bool → arrays of their type.
     """
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -72,7 +72,8 @@ def encode_value(key: str, value: Any) -> bytes:
         value = list(value)
         if all(isinstance(item, (str, bytes)) for item in value):
             return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
-        value = np.array(value, np.float32 if isinstance(value[0], float) else np.uint32)
+        kind = np.array(value).dtype.kind
+        value = np.array(value, {"f": np.float32, "b": np.bool_}.get(kind, np.uint32))
     if value.dtype.name not in _ARRAY_TYPES:
         raise TypeError(f"metadata key '{key}': an array of {value.dtype}")
     array_type = _ARRAY_TYPES[value.dtype.name]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files.gguf import GGUFFile
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.families.hf import read_hf_config
+from ...runtime.model.families import FAMILIES
+from ...runtime.model.families.hf import read_hf_config, text_name
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import Vocabulary
 from .safetensors import ITEM_SIZE, StoredTensor, read_header, read_json, to_float32
@@ -46,7 +49,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 class Checkpoint:
-    """An opened checkpoint. `stored` maps GGUF tensor names to places; `files` is all that was read."""
+    """An opened checkpoint. `stored` maps GGUF tensor names to places; `files` is all that was read.
+
+    `warnings` say what of it is left out.
+    """
 
     def __init__(
         self,
@@ -60,11 +66,12 @@ class Checkpoint:
         norm_offset: float,
         generation_config: Mapping[str, Any],
         chat_template: str | None,
+        warnings: tuple[str, ...] = (),
     ) -> None:
         self.path, self.name, self.config, self.stored, self.files = path, name, config, stored, files
-        self.generation_config, self.chat_template = generation_config, chat_template
+        self.generation_config, self.chat_template, self.warnings = generation_config, chat_template, warnings
         self.specs = tuple(tensor_specs(config))
-        self._load_vocabulary, self._norm_offset = load_vocabulary, np.float32(norm_offset)
+        self._load_vocabulary, self._norm_offset = cache(load_vocabulary), np.float32(norm_offset)
         self._open: dict[Path, FileIO] = {}
         self._lock = threading.Lock()
 
@@ -142,8 +149,20 @@ def _open_folder(folder: Path) -> Checkpoint:
     tokenizer_file = _required(folder / "tokenizer.model")
     raw_config = read_json(config_file)
     config = read_hf_config(raw_config, str(config_file))
-    weights, weight_files = _read_weights(folder)
+    found, weight_files = _read_weights(folder)
     files = [*weight_files, config_file, tokenizer_file]
+    weights = _of_text(raw_config, found)
+    stored = _match(folder, config, weights)
+    load_vocabulary = cache(lambda: Vocabulary.from_model_file(tokenizer_file))
+    warnings = ["pictures are left out: bezel runs the text part of this model"] if len(weights) < len(found) else []
+    if FAMILIES[config.family].trims_vocabulary:
+        pieces = len(load_vocabulary().pieces)
+        if pieces < config.vocab_size:
+            rows = config.vocab_size - pieces
+            warnings.append(f"{rows} rows of the embedding are left out: the tokenizer has no pieces for them")
+            config = replace(config, vocab_size=pieces)
+            for spec in tensor_specs(config):
+                stored[spec.gguf] = replace(stored[spec.gguf], shape=spec.shape)
 
     def optional_json(name: str) -> dict[str, Any]:
         if not (folder / name).exists():
@@ -163,12 +182,13 @@ def _open_folder(folder: Path) -> Checkpoint:
         folder,
         _folder_name(folder),
         config,
-        _match(folder, config, weights),
+        stored,
         tuple(files),
-        lambda: Vocabulary.from_model_file(tokenizer_file),
+        load_vocabulary,
         norm_offset=1.0,
         generation_config=generation_config,
         chat_template=template,
+        warnings=tuple(warnings),
     )
     if config.tied_head and _HEAD in weights:
         _check_tied_head(checkpoint, weights[_HEAD], weights[_EMBEDDING])
@@ -214,6 +234,18 @@ def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
                 f"{folder / shard}: tensor {name[:200]!r} is missing, though {index.name} lists it here"
             )
     return weights, files
+
+
+def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors that are not of pictures, under the names that a text model's have."""
+    weights: dict[str, StoredTensor] = {}
+    for name, stored in found.items():
+        plain = text_name(name, raw_config)
+        if plain in weights:
+            raise InvalidCheckpoint(f"{stored.file}: tensor {name[:200]!r}: found '{plain}' under another name too")
+        if plain is not None:
+            weights[plain] = stored
+    return weights
 
 
 def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -38,6 +38,8 @@ class Source(Protocol):
     def quant(self) -> str: ...
     @property
     def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
 
     def vocabulary(self) -> Vocabulary: ...
 
@@ -62,7 +64,7 @@ class QuantizedCheckpoint:
             embedding = "int8" if quant == "int4" else quant
         self.path, self.files, self.config = checkpoint.path, checkpoint.files, checkpoint.config
         self.quant = quant if embedding == quant else f"{quant}, embedding {embedding}"
-        self._checkpoint = checkpoint
+        self._checkpoint, self.warnings = checkpoint, checkpoint.warnings
         recipe = preset(QUANTS[quant], checkpoint.config.n_layers, QUANTS[embedding])
         self._formats = {
             spec.gguf: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format for spec in checkpoint.specs
@@ -99,7 +101,7 @@ class QuantizedFile:
     def __init__(self, file: GGUFFile, as_f32: bool = False) -> None:
         self.path, self.files, self.config = file.path, (file.path,), file.config()
         file.check_tensors(self.config)
-        self._file, self._as_f32 = file, as_f32
+        self._file, self._as_f32, self.warnings = file, as_f32, ()
         specs = [spec for spec in tensor_specs(self.config) if spec.is_matrix]
         self.quant = "f32" if as_f32 else ", ".join(dict.fromkeys(file.tensors[s.gguf].format.name for s in specs[1:]))
         for spec in specs:

@@ -12,10 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InvalidRequest
+from ..model.families import FAMILIES
 from .tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
-
-# SHA-256 of the published templates, in the form that `template_is_known` makes of them. Gemma 2's.
-_KNOWN_TEMPLATES = frozenset({"1e51d5c0fec2f83da1953fb850b7b532b7da02d0dc35f9201e671e0b9a35a123"})
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class Message:
 def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> list[int]:
     """The ids of a chat, one <bos> included; with `reply`, the model's turn is opened at the end.
 
-    As Gemma's template does it: `<start_of_turn>{role}\\n{text}<end_of_turn>\\n` for each turn, text trimmed.
-    That template refuses a system message; here it opens the first user turn, before a blank line.
+    As Gemma's templates do it: `<start_of_turn>{role}\\n{text}<end_of_turn>\\n` for each turn, text trimmed. A system
+    message opens the first user turn, before a blank line, as Gemma 3's has it; those before refuse one.
     Raises InvalidRequest unless user and model take turns, the user first (and last, where a reply is due).
     """
     start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
@@ -106,9 +104,13 @@ def show(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 def template_is_known(template: str | None) -> bool:
     """Whether a model's chat template is one of Gemma's, which `render` follows; layout does not count."""
-    if template is None:
-        return False
+    known = {known for family in FAMILIES.values() for known in family.chat_templates}
+    return template is not None and template_hash(template) in known
+
+
+def template_hash(template: str) -> str:
+    """SHA-256 (hex) of a template, whose layout does not count."""
     # A newline in a string may stand as itself or as \n; a line break between tags means nothing.
-    form = re.sub(r"%\}\s*\n\s*\{%", "%}{%", template.replace("\n'", "\\n'"))
-    form = " ".join(form.split())
-    return hashlib.sha256(form.encode(errors="replace")).hexdigest() in _KNOWN_TEMPLATES
+    form = re.sub(r"\n+'", lambda found: "\\n" * (len(found[0]) - 1) + "'", template)
+    form = re.sub(r"%\}\s*\n\s*\{%", "%}{%", form)
+    return hashlib.sha256(" ".join(form.split()).encode(errors="replace")).hexdigest()

@@ -139,6 +139,8 @@ class Vocabulary:
         _undo_conversion(pieces, scores, types)
         bos_id, eos_id = special("bos_token_id"), special("eos_token_id")
         pad_id, unk_id = special("padding_token_id", False), special("unknown_token_id", False)
+        if unk_id is not None and types[unk_id] == CONTROL and UNKNOWN not in types:  # as llama.cpp's converter has it
+            types[unk_id] = UNKNOWN
         vocabulary = _checked(pieces, scores, types, bos_id, eos_id, pad_id, fail)
         if unk_id not in (None, vocabulary.unk_id):
             want = f"{vocabulary.unk_id}, the token of the type unknown"

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from bezel.bench.speed import speed
+from bezel.bench.speed.child import process_memory
 from bezel.bench.speed.machine import Machine
 from bezel.bench.speed.profiling import Timed, profile
+from bezel.bench.speed.runner import NotMeasured
 from bezel.bench.speed.speed import Comparison, Measurement, Samples, Work, compare, comparisons, figures
-from bezel.bench.speed.worker import NotMeasured, Worker, process_memory
+from bezel.bench.speed.worker import Worker
 from bezel.bench.synthetic import SHAPES, write_gguf
 from bezel.export.gguf.writer import plan_tensors
 from bezel.export.recipe import find_recipe

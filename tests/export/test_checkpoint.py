@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bezel.runtime.errors import BezelError, InvalidCheckpoint, InvalidConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tiny import DEMO
+from tiny import DEMO, write_tiny
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -133,6 +134,93 @@ def test_a_quantized_gguf_source_is_refused(sound: Path, tmp_path: Path) -> None
         export_gguf(source, tmp_path / "q.gguf", "q8_0")
     with pytest.raises(InvalidCheckpoint, match=r"token_embd.weight' is Q8_0, .*quantized already"):
         open_checkpoint(tmp_path / "q.gguf")
+
+
+# --- checkpoints with pictures
+
+
+def nest(plain: Path, out: Path, prefix: str, head: str | None, rows: int = 0) -> Path:
+    """The plain Gemma 3 as the text part of a model that sees pictures, its vocabulary longer by `rows`.
+
+    `prefix` takes the place of "model."; with a `head`, the model has one of its own, of that name.
+    """
+    shutil.copytree(plain, out)
+    text = json.loads((plain / "config.json").read_text())
+    text["vocab_size"] += rows
+    raw = {"model_type": "gemma3", "text_config": text, "vision_config": {}, "tie_word_embeddings": head is None}
+    (out / "config.json").write_text(json.dumps(raw))
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        embedding = tensors[EMBEDDING] = np.concatenate([tensors[EMBEDDING], np.ones((rows, 64), np.float32)])
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        if head:
+            tensors[head] = embedding[:, ::-1].copy()
+        for name in ("vision_tower.vision_model.post_layernorm.bias", "multi_modal_projector.mm_soft_emb_norm.weight"):
+            tensors[name] = np.ones(4, np.float32)
+
+    change_tensors(out, change)
+    return out
+
+
+NESTED = (
+    ("language_model.model.", None),
+    ("model.language_model.", None),
+    ("language_model.model.", "language_model.lm_head.weight"),
+    ("model.language_model.", "lm_head.weight"),
+)
+
+
+@pytest.mark.parametrize("rows", [0, 64])
+@pytest.mark.parametrize(("prefix", "head"), NESTED)
+def test_the_text_part_of_a_model_with_pictures(prefix: str, head: str | None, rows: int, tmp_path: Path) -> None:
+    plain = write_tiny(tmp_path / "plain", "gemma3-gqa")
+    nested = nest(plain, tmp_path / "nested", prefix, head, rows)
+    with open_checkpoint(plain) as one, open_checkpoint(nested) as other:
+        assert other.config == replace(one.config, tied_head=head is None)
+        expected, found = all_tensors(one), all_tensors(other)
+        if head:
+            assert np.array_equal(found.pop(HEAD), expected[EMBEDDING][:, ::-1])
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert len(other.vocabulary().pieces) == 4096
+        assert one.warnings == ()
+        assert ["pictures" in words for words in other.warnings] == [True, *[False] * (rows > 0)]
+        assert not rows or other.warnings[1].startswith("64 rows of the embedding are left out")
+        summary = export_gguf(other, tmp_path / "out.gguf", "f32")
+        assert tuple(summary.warnings[: len(other.warnings)]) == other.warnings
+
+
+def test_rows_without_pieces_are_cut_in_text_models_too(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "tiny", "gemma3-gqa")
+    change_config(folder, vocab_size=4100)
+    change_tensors(folder, lambda t: t.update({EMBEDDING: np.pad(t[EMBEDDING], ((0, 4), (0, 0)))}))
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.config.vocab_size == 4096
+        assert checkpoint.tensor(checkpoint.specs[0]).shape == (4096, 64)
+        assert len(checkpoint.warnings) == 1
+
+
+def test_an_embedding_that_is_too_short(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "tiny", "gemma3-gqa")
+    change_config(folder, vocab_size=4000)
+    change_tensors(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:4000]}))
+    with open_checkpoint(folder) as checkpoint, pytest.raises(InvalidCheckpoint, match=r"4096 pieces .* 4000 rows"):
+        checkpoint.vocabulary()
+
+
+def test_a_name_in_both_spellings(tmp_path: Path) -> None:
+    nested = nest(write_tiny(tmp_path / "plain", "gemma3-gqa"), tmp_path / "nested", "language_model.model.", None)
+    change_tensors(nested, lambda t: t.update({"model.language_model.norm.weight": np.ones(64, np.float32)}))
+    with pytest.raises(InvalidCheckpoint, match=r"found 'model\.norm\.weight' under another name too"):
+        open_checkpoint(nested)
+
+
+def test_pictures_belong_to_models_that_see_them(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "tiny", "gemma3-gqa")
+    change_tensors(folder, lambda t: t.update({"vision_tower.x": np.ones(4, np.float32)}))
+    with pytest.raises(InvalidCheckpoint, match=r"'vision_tower\.x': .*no such tensor in a gemma3 model"):
+        open_checkpoint(folder)
 
 
 # --- tensors

@@ -110,7 +110,6 @@ def test_the_metadata_that_loaders_of_gemma2_read(demo_q4: gguf.GGUFReader) -> N
         "tokenizer.ggml.add_bos_token": ("BOOL", True),
         "tokenizer.ggml.add_eos_token": ("BOOL", False),
         "tokenizer.ggml.add_space_prefix": ("BOOL", False),
-        "bezel.attention.query_pre_attn_scalar": ("FLOAT32", 64.0),
         "bezel.provenance.recipe": ("STRING", "q4_0"),
         "bezel.provenance.embedding_format": ("STRING", "q6_k"),
     }
@@ -119,12 +118,12 @@ def test_the_metadata_that_loaders_of_gemma2_read(demo_q4: gguf.GGUFReader) -> N
         assert [t.name for t in field.types] == [kind], key
         assert kinds[kind](field.contents()) == value, key
     arrays = {
-        "bezel.attention.layer_windows": ("UINT32", [64, 0, 64, 0]),
         "bezel.generation.stop_token_ids": ("UINT32", [1, 5]),
     }
     for key, (kind, values) in arrays.items():
         assert [t.name for t in demo_q4.fields[key].types] == ["ARRAY", kind]
         assert demo_q4.fields[key].contents() == values
+    assert not any(key.startswith("bezel.attention.") for key in demo_q4.fields)  # all as Gemma 2 has it
     template = json.loads((DEMO / "tokenizer_config.json").read_text())["chat_template"]
     assert demo_q4.fields["tokenizer.chat_template"].contents() == template
 
@@ -183,15 +182,17 @@ def test_an_embedding_format_of_its_own(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit_fall_back_and_say_so(tmp_path: Path) -> None:
-    shape = SHAPES["tiny-gemma-2"] | {"hidden_size": 288, "num_hidden_layers": 1}
+    shape = SHAPES["tiny-gemma-2"] | {"hidden_size": 288, "num_hidden_layers": 2}
     summary = export(write_checkpoint(tmp_path / "folder", shape), tmp_path / "out.gguf", "q4_k")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
-    assert kinds["blk.0.attn_q.weight"] == "Q8_0"  # 288 inputs
-    assert kinds["blk.0.ffn_down.weight"] == "Q4_K"  # 512 inputs
-    assert "blk.0.attn_q.weight: q8_0 instead of q4_k, because rows of 288 are not a multiple of 256" in (
-        summary.fallbacks
-    )
-    assert len(summary.fallbacks) == sum(kind == "Q8_0" for kind in kinds.values())
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.1.attn_q.weight"] == "Q5_0"  # 288 inputs
+    assert kinds["blk.1.ffn_down.weight"] == "Q4_K"  # 512 inputs
+    because = "because rows of 288 are not a multiple of 256"
+    assert summary.fallbacks == [
+        f"token_embd: q8_0 instead of q6_k, {because}",
+        f"attn_q, attn_k, attn_v, ffn_gate, ffn_up: q5_0 instead of q4_k, {because}",
+    ]
 
 
 def test_tensors_of_odd_sizes_stay_aligned(tmp_path: Path) -> None:
@@ -223,6 +224,10 @@ def test_what_llama_cpp_would_read_differently_is_said(tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / f"folder{i}", base | change)
         warnings = export(folder, tmp_path / f"{i}.gguf").warnings
         assert [word in warning for warning in warnings] == ([True] if word else []), (change, warnings)
+    patterned, scaled = (gguf.GGUFReader(tmp_path / f"{i}.gguf").fields for i in (0, 1))
+    assert patterned["bezel.attention.layer_windows"].types[1].name == "UINT32"
+    assert patterned["bezel.attention.layer_windows"].contents() == [0, 8, 0, 8]
+    assert scaled["bezel.attention.query_pre_attn_scalar"].contents() == 60.0
 
 
 def test_sampling_defaults_and_stop_tokens(tmp_path: Path) -> None:
@@ -358,7 +363,7 @@ def test_the_commands(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> No
     assert result.exit_code == 0, result.output
     assert left(tmp_path) == ["tiny-q4_0.gguf"]  # named after the checkpoint
     assert "28 × q4_0" in result.output
-    result = run(cli.verify, tmp_path / "tiny-q4_0.gguf", "--checkpoint", tiny)
+    result = run(main, "verify", tmp_path / "tiny-q4_0.gguf", "--source", tiny)
     assert result.exit_code == 0, result.output
     assert "46 tensors, all as expected" in result.output
 
@@ -367,7 +372,7 @@ def test_the_commands_in_json(tiny: Path, tmp_path: Path, run: Callable[..., Any
     summary = json.loads(run(cli.export, tiny, tmp_path / "out.gguf", "--json").stdout)
     assert summary["path"] == str(tmp_path / "out.gguf")
     assert summary["formats"] == {"q8_0": 29, "f32": 17}  # the default is q8_0
-    reports = json.loads(run(cli.verify, tmp_path / "out.gguf", "--checkpoint", tiny, "--json").stdout)
+    reports = json.loads(run(main, "verify", tmp_path / "out.gguf", "--source", tiny, "--json").stdout)["tensors"]
     assert len(reports) == 46
     assert all(report["ok"] for report in reports)
     assert {r["sqnr_db"] is None for r in reports if r["format"] == "f32"} == {True}  # infinite
@@ -376,7 +381,7 @@ def test_the_commands_in_json(tiny: Path, tmp_path: Path, run: Callable[..., Any
 def test_verify_exits_with_one_if_a_tensor_is_off(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     other = write_checkpoint(tmp_path / "other", "tiny-gemma-2", seed=1)
     export(other, tmp_path / "other.gguf")
-    result = run(cli.verify, tmp_path / "other.gguf", "--checkpoint", tiny)
+    result = run(main, "verify", tmp_path / "other.gguf", "--source", tiny)
     assert result.exit_code == 1
     assert "46 tensors, 46 off" in result.output
 
@@ -457,7 +462,7 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel measure --reference"),
+        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel sensitivity "),
         (["--target-bpw", "5", "--target-size", "1GB"], "not both"),
         (["--sensitivity", "s.json"], "--sensitivity needs --target-bpw or --target-size"),
         (["--target-bpw", "5", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),

@@ -21,7 +21,7 @@ class Family:
     `says_query_scalar`: config.json has the number by whose root queries are divided, which is otherwise head_dim. In
     GGUF it is head_dim, too, but hidden size / heads in models of so many layers as `scales_by_width` holds.
     `trims_vocabulary`: a checkpoint's embedding may have more rows than its tokenizer has pieces.
-    `chat_templates` are the SHA-256 of the published ones, in the form that `chat.template_is_known` makes of them.
+    `chat_templates` are the published ones, as `chat.template_hash` makes them.
     """
 
     name: str

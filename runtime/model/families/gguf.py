@@ -98,7 +98,7 @@ def _ropes(keys: Keys, family: Family) -> dict[bool, tuple[float, float]]:
         keys.must_be(scaling, ("none",), ": this family scales no RoPE")
         return dict.fromkeys((False, True), (base("rope.freq_base"), 1.0))
     keys.must_be(scaling, ("none", "linear"), ": bezel knows no other scaling here")
-    for key in (f"{family.name}.rope.scaling.factor", f"{family.name}.rope.scale_linear"):
+    for key in (f"{family.name}.rope.scale_linear", f"{family.name}.rope.scaling.factor"):  # the second is the newer
         if key in keys.raw:
             factor = keys.positive(key)
     if keys.raw.get(scaling) == "none":
@@ -110,7 +110,8 @@ def _windows(keys: Keys, family: Family, n_layers: int) -> tuple[int | None, ...
     """bezel's own list, else the file's pattern, which llama.cpp writes as flags or a period, else the family's."""
     window, pattern = None, f"{family.name}.attention.sliding_window_pattern"
     key = f"{family.name}.attention.sliding_window"
-    if family.period is not None and (family.local_rope_base is None or keys.raw.get(key, 0) != 0):
+    silent = key not in keys.raw or (is_int(keys.raw[key]) and keys.raw[key] == 0)
+    if family.period is not None and not (silent and family.local_rope_base is not None):
         window = keys.count(key)
     keys.used.add(key)
     windows = family.windows(n_layers, window)
@@ -128,14 +129,17 @@ def _windows(keys: Keys, family: Family, n_layers: int) -> tuple[int | None, ...
     return windows
 
 
-def write_gguf_config(config: ModelConfig) -> dict[str, int | float | str | list[int]]:
-    """The metadata that `read_gguf_config` reads: ints are uint32, floats float32, lists arrays of uint32.
+Metadata = dict[str, int | float | str | list[int] | list[bool]]
 
-    Raises InvalidConfig for a model whose layers differ in what GGUF has one key for.
+
+def write_gguf_config(config: ModelConfig) -> Metadata:
+    """The metadata that `read_gguf_config` reads: ints are uint32, floats float32, lists arrays of uint32 or of bool.
+
+    Raises InvalidConfig for a model that GGUF has no keys for: one whose layers differ in what has one key, say.
     """
     family, layer, arch = FAMILIES[config.family], config.layers[0], config.family
-    windows = [layer.window or 0 for layer in config.layers]
-    out: dict[str, int | float | str | list[int]] = {
+    windows = tuple(layer.window for layer in config.layers)
+    out: Metadata = {
         f"{arch}.context_length": config.context_length,
         f"{arch}.embedding_length": config.hidden_size,
         f"{arch}.block_count": config.n_layers,
@@ -146,21 +150,30 @@ def write_gguf_config(config: ModelConfig) -> dict[str, int | float | str | list
         f"{arch}.attention.value_length": layer.head_dim,
         f"{arch}.attention.layer_norm_rms_epsilon": config.rms_eps,
         **_written_ropes(config, family),
-        _SCALAR: config.query_pre_attn_scalar,
-        _WINDOWS: windows,
     }
     for what, cap in (("attn", config.attn_softcap), ("final", config.final_softcap)):
         if what in family.softcaps and (family.says_softcaps or cap is not None):
             out[f"{arch}.{what}_logit_softcapping"] = cap or 0.0
-    if family.period is not None:
-        out[f"{arch}.attention.sliding_window"] = max(windows) or config.context_length
-    uniform = {replace(each, window=None, rope_base=0, rope_factor=1) for each in config.layers}
-    if len(uniform) != 1:
-        raise InvalidConfig(f"GGUF has no keys for {family.title} layers of several shapes")
+    window = max(window or 0 for window in windows)
+    if family.period is not None and (window or family.local_rope_base is None):
+        out[f"{arch}.attention.sliding_window"] = window or config.context_length
+        if family.local_rope_base is not None and windows != family.windows(config.n_layers, window):
+            out[f"{arch}.attention.sliding_window_pattern"] = [window is not None for window in windows]
+
+    def read() -> ModelConfig:
+        metadata = {"general.architecture": arch, **out}
+        return read_gguf_config(metadata, vocab_size=config.vocab_size, tied_head=config.tied_head, source="metadata")
+
+    if read().query_pre_attn_scalar != config.query_pre_attn_scalar:
+        out[_SCALAR] = config.query_pre_attn_scalar
+    if tuple(layer.window for layer in read().layers) != windows:
+        out[_WINDOWS] = [window or 0 for window in windows]
+    if read() != config:
+        raise InvalidConfig(f"GGUF has no keys for such a {family.title} model: layers of several shapes, perhaps")
     return out
 
 
-def _written_ropes(config: ModelConfig, family: Family) -> dict[str, int | float | str | list[int]]:
+def _written_ropes(config: ModelConfig, family: Family) -> Metadata:
     arch = family.name
     if family.local_rope_base is None:
         return {f"{arch}.rope.freq_base": config.layers[0].rope_base}
@@ -168,5 +181,7 @@ def _written_ropes(config: ModelConfig, family: Family) -> dict[str, int | float
     for layer in config.layers:
         bases[layer.window is not None] = layer.rope_base, layer.rope_factor
     (base, factor), (local_base, _) = bases[False], bases[True]
-    scaling = {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": factor} if factor != 1 else {}
-    return {f"{arch}.rope.freq_base": base, f"{arch}.rope.freq_base_swa": local_base, **scaling}
+    out: Metadata = {f"{arch}.rope.freq_base": base, f"{arch}.rope.freq_base_swa": local_base}
+    if factor != 1:
+        out |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": factor}
+    return out

@@ -41,17 +41,25 @@ def read_hf_config(raw: Mapping[str, Any], source: str = "config.json") -> Model
     """From a parsed config.json; `source` names it in errors. Raises InvalidConfig."""
     keys = Keys(raw, source)
     types = {name: f for f in FAMILIES.values() for name in (f.hf_type, f.hf_outer) if name}
-    kind = raw.get("model_type")
-    family = types[keys.get("model_type", f"one of {', '.join(types)}: {other_model(kind)}", lambda v: v in types)]
+    want = f"one of {', '.join(types)}: {other_model(raw.get('model_type'))}"
+    kind = keys.get("model_type", want, lambda v: isinstance(v, str) and v in types)
+    family = types[kind]
     if kind == family.hf_outer:
         keys = _text_config(keys, family)
     return _read(Keys({**family.hf_defaults, **keys.raw}, keys.source), family)
 
 
-def hf_prefixes(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """What may stand before the names of a checkpoint's tensors: the text model in a larger one has a prefix."""
-    outer = raw.get("model_type") in {f.hf_outer for f in FAMILIES.values()} - {None}
-    return ("language_model.", "model.language_model.") if outer else ("",)
+def text_name(name: str, raw: Mapping[str, Any]) -> str | None:
+    """What a tensor of a checkpoint with this config.json is called where there is text only; None: it is of pictures.
+
+    Versions of transformers name the parts of a model that sees pictures in two ways.
+    """
+    if raw.get("model_type") not in {f.hf_outer for f in FAMILIES.values()} - {None}:
+        return name
+    if name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector.")):
+        return None
+    nested = "model.language_model."
+    return f"model.{name.removeprefix(nested)}" if name.startswith(nested) else name.removeprefix("language_model.")
 
 
 def _text_config(keys: Keys, family: Family) -> Keys:

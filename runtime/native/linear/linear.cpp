@@ -260,45 +260,11 @@ void Linear::collect(const Item& item, const float* acc, float* to) const noexce
   if (left > 0) std::memcpy(to + full * k_.rows, acc, sizeof(float) * static_cast<size_t>(left));
 }
 
-const LinearKernels& linear_kernels(Isa isa) {
-  static const auto make = [](void (*use)(LinearKernels&) noexcept) {
-    LinearKernels k{};
-    use(k);
-    return k;
-  };
-  switch (isa) {
-#if defined(__x86_64__) || defined(_M_X64)
-    case Isa::avx2: {
-      static const LinearKernels k = make(use_avx2);
-      return k;
-    }
-    case Isa::avxvnni: {
-      static const LinearKernels k = make(use_avxvnni);
-      return k;
-    }
-    case Isa::avx512vnni: {
-      static const LinearKernels k = make(use_avx512vnni);
-      return k;
-    }
-#elif defined(__aarch64__) || defined(_M_ARM64)
-    case Isa::neon: {
-      static const LinearKernels k = make(use_neon);
-      return k;
-    }
-    case Isa::neondot: {
-      static const LinearKernels k = make(use_neondot);
-      return k;
-    }
-    case Isa::neoni8mm: {
-      static const LinearKernels k = make(use_neoni8mm);
-      return k;
-    }
-#endif
-    default: {
-      static const LinearKernels k = make(use_scalar);
-      return k;
-    }
-  }
+const LinearKernels& linear_kernels(Isa isa) noexcept {
+#define BEZEL_KERNELS(isa) linear_##isa,
+  static constexpr decltype(&linear_scalar) of[] = {BEZEL_ISAS(BEZEL_KERNELS)};
+#undef BEZEL_KERNELS
+  return of[static_cast<int>(isa)]();
 }
 
 // Two, because the activations of a gate and those of what it feeds are there at the same time.

@@ -140,6 +140,9 @@ void quantize(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, i
 #include "linear/linear_vector.h"
 
 namespace bezel {
-void use_avx512vnni(LinearKernels& kernels) noexcept { fill(kernels); }
+const LinearKernels& linear_avx512vnni() noexcept {
+  static constexpr LinearKernels kernels = vector_table();
+  return kernels;
+}
 }  // namespace bezel
 #endif

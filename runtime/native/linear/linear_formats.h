@@ -77,22 +77,21 @@ struct Halves {
   BEZEL_INLINE F get(int b) const { return halves(value[b]); }
 };
 
-template <int kBytes, bool kMinimum>
+template <class Facts>
 struct BlockScales {
   Halves scale, minimum;
 
   BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int blocks) {
-    scale.collect(w, row_bytes, kBytes, blocks);
-    if constexpr (kMinimum) minimum.collect(w + 2, row_bytes, kBytes, blocks);
+    scale.collect(w, row_bytes, Facts::kBytes, blocks);
+    if constexpr (Facts::kMinimum) minimum.collect(w + 2, row_bytes, Facts::kBytes, blocks);
   }
   BEZEL_INLINE F d(int j) const { return scale.get(j); }
   BEZEL_INLINE F m(int j) const { return minimum.get(j); }
 };
 
-struct Q4_0 {
-  static constexpr int kType = kQ4_0, kBlock = 32, kBytes = 18, kSub = 32, kBits = 4, kZero = 8;
-  static constexpr bool kMinimum = false;
-  using Scales = BlockScales<kBytes, kMinimum>;
+struct Q4_0 : formats::Q4_0 {
+  static constexpr int kBits = 4, kZero = 8;
+  using Scales = BlockScales<formats::Q4_0>;
 
   template <class Sink>
   static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
@@ -103,10 +102,9 @@ struct Q4_0 {
   }
 };
 
-struct Q4_1 {
-  static constexpr int kType = kQ4_1, kBlock = 32, kBytes = 20, kSub = 32, kBits = 4, kZero = 0;
-  static constexpr bool kMinimum = true;
-  using Scales = BlockScales<kBytes, kMinimum>;
+struct Q4_1 : formats::Q4_1 {
+  static constexpr int kBits = 4, kZero = 0;
+  using Scales = BlockScales<formats::Q4_1>;
 
   template <class Sink>
   static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
@@ -117,27 +115,37 @@ struct Q4_1 {
   }
 };
 
-struct Q5_0 {
-  static constexpr int kType = kQ5_0, kBlock = 32, kBytes = 22, kSub = 32, kBits = 5, kZero = 16;
-  static constexpr bool kMinimum = false;
-  using Scales = BlockScales<kBytes, kMinimum>;
+// The codes of a block of Q5_0 or Q5_1, whose fifth bits begin at `w`; the nibbles follow.
+template <class Sink>
+BEZEL_INLINE void five_bit_codes(int b, const uint8_t* w, int64_t row_bytes, const Sink& sink) {
+  const Rows packed = rows16(w + 4, row_bytes), high = rows16(w, row_bytes);
+  sink(b, each(low_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<0>(h)); }),
+       each(high_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<1>(h)); }));
+}
+
+struct Q5_0 : formats::Q5_0 {
+  static constexpr int kBits = 5, kZero = 16;
+  using Scales = BlockScales<formats::Q5_0>;
 
   template <class Sink>
   static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
-    for (int b = 0; b < blocks; ++b) {
-      const uint8_t* block = w + b * kBytes;
-      const Rows packed = rows16(block + 6, row_bytes), high = rows16(block + 2, row_bytes);
-      sink(b, each(low_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<0>(h)); }),
-           each(high_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<1>(h)); }));
-    }
+    for (int b = 0; b < blocks; ++b) five_bit_codes(b, w + b * kBytes + 2, row_bytes, sink);
   }
 };
 
-struct Q8_0 {
-  static constexpr int kType = kQ8_0, kBlock = 32, kBytes = 34, kSub = 32, kBits = 8;
-  static constexpr int kZero = kSignedCodes ? 0 : 128;
-  static constexpr bool kMinimum = false;
-  using Scales = BlockScales<kBytes, kMinimum>;
+struct Q5_1 : formats::Q5_1 {
+  static constexpr int kBits = 5, kZero = 0;
+  using Scales = BlockScales<formats::Q5_1>;
+
+  template <class Sink>
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
+    for (int b = 0; b < blocks; ++b) five_bit_codes(b, w + b * kBytes + 4, row_bytes, sink);
+  }
+};
+
+struct Q8_0 : formats::Q8_0 {
+  static constexpr int kBits = 8, kZero = kSignedCodes ? 0 : 128;
+  using Scales = BlockScales<formats::Q8_0>;
 
   template <class Sink>
   static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
@@ -174,9 +182,8 @@ struct AffineKScales {
   BEZEL_INLINE F m(int j) const { return minimum[j]; }
 };
 
-struct Q4_K {
-  static constexpr int kType = kQ4_K, kBlock = 256, kBytes = 144, kSub = 32, kBits = 4, kZero = 0;
-  static constexpr bool kMinimum = true;
+struct Q4_K : formats::Q4_K {
+  static constexpr int kBits = 4, kZero = 0;
   using Scales = AffineKScales;
 
   template <class Sink>
@@ -189,9 +196,8 @@ struct Q4_K {
   }
 };
 
-struct Q5_K {
-  static constexpr int kType = kQ5_K, kBlock = 256, kBytes = 176, kSub = 32, kBits = 5, kZero = 0;
-  static constexpr bool kMinimum = true;
+struct Q5_K : formats::Q5_K {
+  static constexpr int kBits = 5, kZero = 0;
   using Scales = AffineKScales;
 
   template <class Sink>
@@ -211,9 +217,8 @@ struct Q5_K {
   }
 };
 
-struct Q6_K {
-  static constexpr int kType = kQ6_K, kBlock = 256, kBytes = 210, kSub = 16, kBits = 6, kZero = 32;
-  static constexpr bool kMinimum = false;
+struct Q6_K : formats::Q6_K {
+  static constexpr int kBits = 6, kZero = 32;
 
   struct Scales {
     F scale[16];
@@ -271,10 +276,9 @@ BEZEL_INLINE void iq4_codes(int j, const uint8_t* w, int64_t row_bytes, const Si
   sink(j, each(low_nibbles(packed), value), each(high_nibbles(packed), value));
 }
 
-struct IQ4_NL {
-  static constexpr int kType = kIQ4_NL, kBlock = 32, kBytes = 18, kSub = 32, kBits = 8, kZero = kIQ4Zero;
-  static constexpr bool kMinimum = false;
-  using Scales = BlockScales<kBytes, kMinimum>;
+struct IQ4_NL : formats::IQ4_NL {
+  static constexpr int kBits = 8, kZero = kIQ4Zero;
+  using Scales = BlockScales<formats::IQ4_NL>;
 
   template <class Sink>
   static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
@@ -282,9 +286,8 @@ struct IQ4_NL {
   }
 };
 
-struct IQ4_XS {
-  static constexpr int kType = kIQ4_XS, kBlock = 256, kBytes = 136, kSub = 32, kBits = 8, kZero = kIQ4Zero;
-  static constexpr bool kMinimum = false;
+struct IQ4_XS : formats::IQ4_XS {
+  static constexpr int kBits = 8, kZero = kIQ4Zero;
 
   // Before the codes lie d, the top two bits of the eight scales and the low four.
   struct Scales {

@@ -287,30 +287,26 @@ void gemm_float(const float* panel, int64_t cols, const float* x, int tokens, fl
 }
 
 template <class W>
-void add_format(LinearKernels& k) noexcept {
+constexpr void add_format(LinearKernels& k) {
   constexpr int kBits =
       kNarrowSums ? W::kBits : 8;  // where the width makes no difference, formats share a kernel
   k.of[W::kType] = {W::kZero, gemv<W>, unpack<W>, gemm<kBits, W::kSub, W::kMinimum>};
   k.dequantize[W::kType] = dequantize<W>;
 }
 
-void fill(LinearKernels& k) noexcept {
+constexpr LinearKernels vector_table() {
+  LinearKernels k{};
   k.rows = kRows;
   k.tokens = kTileTokens;
   k.quantize = quantize;
-  add_format<Q4_0>(k);
-  add_format<Q4_1>(k);
-  add_format<Q5_0>(k);
-  add_format<Q8_0>(k);
-  add_format<Q4_K>(k);
-  add_format<Q5_K>(k);
-  add_format<Q6_K>(k);
-  add_format<IQ4_NL>(k);
-  add_format<IQ4_XS>(k);
-  k.dequantize[kF32] = dequantize_f32;
-  k.dequantize[kF16] = dequantize_f16;
-  k.dequantize[kBF16] = dequantize_bf16;
+#define BEZEL_ADD(format, ...) add_format<format>(k);
+  BEZEL_BLOCK_FORMATS(BEZEL_ADD)
+#undef BEZEL_ADD
+  k.dequantize[formats::F32::kType] = dequantize_f32;
+  k.dequantize[formats::F16::kType] = dequantize_f16;
+  k.dequantize[formats::BF16::kType] = dequantize_bf16;
   k.gemm_float = gemm_float;
+  return k;
 }
 
 }  // namespace

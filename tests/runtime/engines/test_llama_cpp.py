@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,26 +11,26 @@ import pytest
 from bezel.export.calibration.rounding import export_calibrated
 from bezel.export.sources.checkpoint import open_checkpoint
 from bezel.runtime import Model, load
-from tiny import DEMO, token_ids
+from tiny import CONFIGS, DEMO, export, token_ids, write_tiny
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
 # llama.cpp rounds keys and values to float16 and, for Q8_0, activations to int8 with a step of 1/127 of a block's
 # largest; bezel's reference engine does neither. Both errors are noise in the residual stream: over L layers they
 # add up to about √(2 L) · step · (logit spread), with a factor of 5 for the largest of a million logits.
-LAYERS, SPREAD = 4, 4.0
+SPREAD = 4.0
 STEP = {"f32": 2.0**-11, "q8_0": 2.0**-11 + 0.5 / 127}
 STEP["q4_0"] = STEP["q8_0"]  # its activations are Q8_0, too
 
 
-def assert_same_logits(path: Path, preset: str) -> None:
-    ids = token_ids("demo")
+def assert_same_logits(path: Path, preset: str, name: str = "demo") -> None:
+    ids = token_ids(name)
     llama = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, verbose=False, n_threads=2)
     llama.eval(ids)
     theirs = np.array(llama.scores[: len(ids)], np.float32)
-    ours = load(path, engine="reference", kv="f32").logits(ids)
-    bound = 5 * np.sqrt(2 * LAYERS) * STEP[preset] * SPREAD
-    difference = np.abs(ours - theirs)
+    model = load(path, engine="reference", kv="f32")
+    bound = 5 * np.sqrt(2 * model.config.n_layers) * STEP[preset] * SPREAD
+    difference = np.abs(model.logits(ids) - theirs)
     print(f"{preset}: largest difference {difference.max():.2g}, mean {difference.mean():.2g}, bound {bound:.2g}")
     assert difference.max() < bound
 
@@ -37,6 +38,14 @@ def assert_same_logits(path: Path, preset: str) -> None:
 @pytest.mark.parametrize("preset", ["f32", "q8_0"])
 def test_same_logits(preset: str, gguf_of: Callable[..., Path]) -> None:
     assert_same_logits(gguf_of("demo", preset), preset)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("gemma3")])
+def test_same_logits_of_gemma3(name: str, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path, name)
+    raw = CONFIGS[name] | {"query_pre_attn_scalar": CONFIGS[name]["head_dim"]}  # llama.cpp knows no other
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert_same_logits(export(folder, tmp_path / "tiny.gguf"), "f32", name)
 
 
 def test_same_logits_of_a_calibrated_file(tmp_path: Path) -> None:

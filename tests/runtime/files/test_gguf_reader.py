@@ -284,15 +284,23 @@ _WILD = [
     *_NUMBER_ARRAY,
 ]
 _OPTIONAL = [
-    "gemma2.rope.freq_base",
-    "gemma2.rope.dimension_count",
-    "gemma2.rope.scaling.type",
-    "gemma2.vocab_size",
-    "bezel.attention.query_pre_attn_scalar",
-    "bezel.attention.layer_windows",
-    "gemma2.unheard_of",
-    "gemma2.\x1b[2Junheard_of" + 65000 * "f",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "vocab_size",
+    "unheard_of",
+    "\x1b[2Junheard_of" + 65000 * "f",
 ]
+_SOUND: dict[str, dict[str, object]] = {
+    "gemma2": GEMMA2,
+    "gemma3": {
+        **{key.replace("gemma2", "gemma3"): value for key, value in GEMMA2.items() if "softcapping" not in key},
+        "gemma3.rope.freq_base_swa": 1e4,
+        "gemma3.rope.scaling.factor": 8.0,
+        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.final_logit_softcapping": 30.0,
+    },
+}
 
 
 def _config_or_complaint(metadata: dict[str, object]) -> str | None:
@@ -307,18 +315,21 @@ def _config_or_complaint(metadata: dict[str, object]) -> str | None:
     return None
 
 
-def test_config_of_wild_metadata(tmp_path: Path) -> None:
-    sound = {"general.architecture": "gemma2", **GEMMA2}
+@pytest.mark.parametrize("arch", _SOUND)
+def test_config_of_wild_metadata(arch: str, tmp_path: Path) -> None:
+    sound = {"general.architecture": arch, **_SOUND[arch]}
     assert _config_or_complaint(sound) is None
     strings = write(tmp_path / "f", pack([key("strings", ARRAY, string_array([b"gemma2", b"\xff"]))]))
     wild = [*_WILD, GGUFFile(strings).metadata["strings"]]
     # A complaint about these may name what they contradict instead.
     indirect = {
         "general.architecture",
-        *(f"gemma2.attention.{k}" for k in ("head_count", "head_count_kv", "key_length")),
+        *(f"{arch}.attention.{k}" for k in ("head_count", "head_count_kv", "key_length")),
     }
+    optional = [f"{arch}.{key}" for key in _OPTIONAL]
+    optional += ["bezel.attention.query_pre_attn_scalar", "bezel.attention.layer_windows"]
     refused = 0
-    for name in [*sound, *_OPTIONAL]:
+    for name in [*sound, *optional]:
         for value in wild:
             complaint = _config_or_complaint({**sound, name: value})
             if complaint is not None:
@@ -328,7 +339,7 @@ def test_config_of_wild_metadata(tmp_path: Path) -> None:
                 assert "\x1b" not in complaint
         if name in GEMMA2:
             assert name in str(_config_or_complaint({k: v for k, v in sound.items() if k != name}))
-    assert refused > 0.8 * len(wild) * (len(sound) + len(_OPTIONAL))
+    assert refused > 0.8 * len(wild) * (len(sound) + len(optional))
 
 
 def test_query_scale_of_the_27b_rule_is_never_infinite() -> None:

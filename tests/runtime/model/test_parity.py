@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bezel.runtime import Model, Session
+from bezel.runtime import Model, Session, load
 from bezel.runtime.cache import caches as cache
 from bezel.runtime.model import ops
-from bezel.runtime.model.families import FAMILIES
+from bezel.runtime.model.config import LayerConfig
 from bezel.runtime.model.families.hf import read_hf_config
 from feedings import ALL, FEEDINGS, golden, random_chunks, whole
-from tiny import COLUMNS, CONFIGS, TOLERANCE, checkpoint_folder, token_ids
+from tiny import COLUMNS, CONFIGS, DEMO, TOLERANCE, checkpoint_folder, export, token_ids
 
 ModelOf = Callable[..., Model]
 
@@ -37,21 +38,58 @@ def test_transformers(name: str, model_of: ModelOf, tmp_path: Path) -> None:
     assert np.abs(model_of(name).logits(ids) - hf_logits(checkpoint_folder(name, tmp_path), ids)).max() < TOLERANCE
 
 
-def flipped_parity(m: Model, _: pytest.MonkeyPatch) -> None:
-    windows = FAMILIES[m.config.family].windows(m.config.n_layers + 1, 8)[1:]
-    m.config = replace(
-        m.config, layers=tuple(replace(layer, window=w) for layer, w in zip(m.config.layers, windows, strict=True))
+def test_transformers_with_pictures(tmp_path: Path) -> None:
+    """The text part of a model that sees pictures, as transformers saves it."""
+    torch = pytest.importorskip("torch")
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+    torch.manual_seed(0)
+    text = CONFIGS["gemma3-gqa"] | {"vocab_size": 4096 + 64, "initializer_range": 0.3}
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=28
     )
+    theirs = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision.to_dict()))
+    theirs.save_pretrained(tmp_path / "nested")
+    shutil.copy(DEMO / "tokenizer.model", tmp_path / "nested")
+    ids = token_ids("gemma3-gqa")
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0, :, :4096].numpy()
+    found = load(export(tmp_path / "nested", tmp_path / "nested.gguf"), engine="reference", kv="f32").logits(ids)
+    assert np.abs(expected).max() > 5
+    assert np.abs(found - expected).max() < TOLERANCE
+
+
+def change_layers(m: Model, change: Callable[[LayerConfig], LayerConfig]) -> None:
+    m.config = replace(m.config, layers=tuple(map(change, m.config.layers)))
+
+
+def shifted_pattern(m: Model, _: pytest.MonkeyPatch) -> None:
+    layers = m.config.layers
+    m.config = replace(m.config, layers=(*layers[1:], layers[0]))
 
 
 def wider_window(m: Model, _: pytest.MonkeyPatch) -> None:
-    layers = tuple(replace(layer, window=layer.window and layer.window + 1) for layer in m.config.layers)
-    m.config = replace(m.config, layers=layers)
+    change_layers(m, lambda layer: replace(layer, window=layer.window and layer.window + 1))
 
 
 def narrower_window(m: Model, _: pytest.MonkeyPatch) -> None:
-    layers = tuple(replace(layer, window=layer.window and layer.window - 1) for layer in m.config.layers)
-    m.config = replace(m.config, layers=layers)
+    change_layers(m, lambda layer: replace(layer, window=layer.window and layer.window - 1))
+
+
+def no_qk_norms(m: Model, _: pytest.MonkeyPatch) -> None:
+    change_layers(m, lambda layer: replace(layer, qk_norms=False))
+
+
+def local_base_in_global_layers(m: Model, _: pytest.MonkeyPatch) -> None:
+    change_layers(m, lambda layer: replace(layer, rope_base=10000.0))
+
+
+def no_factor(m: Model, _: pytest.MonkeyPatch) -> None:
+    change_layers(m, lambda layer: replace(layer, rope_factor=1.0))
+
+
+def factor_in_local_layers(m: Model, _: pytest.MonkeyPatch) -> None:
+    change_layers(m, lambda layer: replace(layer, rope_factor=8.0))
 
 
 def no_attention_softcap(m: Model, _: pytest.MonkeyPatch) -> None:
@@ -82,25 +120,27 @@ def neighbours_in_rope(_: Model, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ops, "rope", paired)
 
 
-FAULTS = (
-    flipped_parity,
+OF_EVERY_FAMILY = (
+    shifted_pattern,
     wider_window,
     narrower_window,
-    no_attention_softcap,
-    no_final_softcap,
     no_norm_offset,
     head_dim_query_scale,
     neighbours_in_rope,
 )
+FAULTS = {
+    "gemma2-gqa": (*OF_EVERY_FAMILY, no_attention_softcap, no_final_softcap),
+    "gemma3-gqa": (*OF_EVERY_FAMILY, no_qk_norms, local_base_in_global_layers, no_factor, factor_in_local_layers),
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_seen(fault: Any, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    m = model_of("gemma2-gqa")
+@pytest.mark.parametrize(("name", "fault"), [(name, fault) for name in FAULTS for fault in FAULTS[name]])
+def test_a_planted_fault_is_seen(name: str, fault: Any, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model_of(name)
     fault(m, monkeypatch)
     m.backend.config = m.config  # type: ignore[attr-defined]
-    logits = whole(m.session(), token_ids("gemma2-gqa"))
-    assert np.abs(logits[:, ::COLUMNS] - golden("gemma2-gqa")).max() > 50 * TOLERANCE
+    logits = whole(m.session(), token_ids(name))
+    assert np.abs(logits[:, ::COLUMNS] - golden(name)).max() > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])
@@ -123,5 +163,6 @@ def test_config_names_are_the_ones_tested() -> None:
     for raw in CONFIGS.values():
         config = read_hf_config(raw)
         local = [layer.window is not None for layer in config.layers]
-        assert local == [config.family == "gemma2" and i % 2 == 0 for i in range(config.n_layers)]
+        period = {"gemma": 1, "gemma2": 2}.get(config.family) or raw["sliding_window_pattern"]
+        assert local == [(i + 1) % period != 0 for i in range(config.n_layers)]
         assert cache.default_chunk(config.layers) == min(512, raw.get("sliding_window", 512))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.text.chat import Message, render, show, template_is_known
+from bezel.runtime.model.families import FAMILIES
+from bezel.runtime.text.chat import Message, render, show, template_hash, template_is_known
 from bezel.runtime.text.tokenizer import CONTROL, Tokenizer, Vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
@@ -156,3 +158,17 @@ def test_known_templates() -> None:
         "\ud800",
     ):
         assert not template_is_known(other)
+
+
+@pytest.mark.parametrize("title", FAMILIES)
+def test_every_chat_family_has_a_template(title: str) -> None:
+    assert all(re.fullmatch("[0-9a-f]{64}", known) for known in FAMILIES[title].chat_templates)
+    assert bool(FAMILIES[title].chat_templates) == (title != "gemma")
+
+
+def test_layout_of_a_template_does_not_count() -> None:
+    template = "{{ 'a' + '\n\n' }}\n{%- if b -%}\n    {%- set c = '\n' -%}\n{%- endif -%}\n"
+    escaped = "{{ 'a' + '\\n\\n' }}\n{%- if b -%}{%- set c = '\\n' -%}{%- endif -%}"
+    assert template_hash(template) == template_hash(escaped)
+    others = [template.replace("'\n\n'", other) for other in ("'\n\n'", "'\n'", "'\n\n\n'", "''")]
+    assert len(set(map(template_hash, others))) == 4

@@ -312,7 +312,11 @@ HOSTILE = {
     "eos is a word": (changed(eos_token_id=271), "the eos token is 271"),
     "padding out of range": (changed(padding_token_id=N), "padding_token_id': found 4096"),
     "another unknown": (changed(unknown_token_id=2), "unknown_token_id': found 2, expected 3"),
-    "nothing is unknown": (changed(token_type={3: CONTROL}), "0 tokens are of the type unknown"),
+    "nothing is unknown": (changed(token_type={3: NORMAL}), "0 tokens are of the type unknown"),
+    "an unknown of another type without its id": (
+        changed(token_type={3: CONTROL}, unknown_token_id=None),
+        "0 tokens are of the type unknown",
+    ),
     "two are unknown": (changed(token_type={300: UNKNOWN}), "2 tokens are of the type unknown"),
     "duplicate": (changed(tokens={300: "he"}), "token 300 is 'he', and so is token 268"),
     "duplicate control": (changed(tokens={300: "<bos>"}), "token 300 is '<bos>', and so is token 2"),
@@ -348,6 +352,13 @@ def test_optional_ids_may_be_absent() -> None:
     vocabulary = Vocabulary.from_gguf(changed(padding_token_id=None, unknown_token_id=None), "x")
     assert (vocabulary.pad_id, vocabulary.unk_id) == (None, 3)
     assert "tokenizer.ggml.padding_token_id" not in vocabulary.to_gguf()
+
+
+def test_unk_may_be_typed_control() -> None:
+    """llama.cpp's files of Gemma 3."""
+    vocabulary = Vocabulary.from_gguf(changed(token_type={3: CONTROL}), "x")
+    assert vocabulary.unk_id == 3
+    assert np.array_equal(vocabulary.types, VOCABULARY.types)
 
 
 def test_a_vocabulary_that_sentencepiece_refuses() -> None:

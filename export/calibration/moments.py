@@ -118,9 +118,9 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
             found = {site: moments(note.inputs, note.weight)[0] for site, note in ops.taken()}
             if i == config.n_layers - 1:
                 found[HEAD] = moments(h)[0]
-            yield {"x": x}, found
             if progress:
                 progress(i + 1, config.n_layers)
+            yield {"x": x}, found
 
     with work_on(out, {"moments": 2, **asdict(origin)}) as kept, atomic(out) as file:
         header, places = _header(sites, origin)

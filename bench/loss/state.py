@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...export.calibration.state import Arrays
-from ...export.calibration.state import State as KeptArrays
+from ...export.kept import KeptWork as KeptArrays
+from ...runtime.arrays import Arrays
 from ...runtime.files.user_cache import cache_folder
 
 __all__ = ["Arrays", "State", "state_folder"]

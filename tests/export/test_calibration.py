@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 from bezel.bench.synthetic import SHAPES
-from bezel.export.calibration.layers import IN_LAYER
 from bezel.export.calibration.moments import Calibration, calibrate, default_tokens, read_text
+from bezel.export.calibration.noting import HEAD, site_of
 from bezel.export.calibration.rounding import export_calibrated
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.checkpoint import open_checkpoint
@@ -94,16 +94,15 @@ def test_moments_are_those_of_the_engine_s_inputs(name, text, tmp_path):
         calibration = Calibration(tmp_path / "x.calib", checkpoint)
         expected = caught_moments(model, read.sequences)
         for spec in checkpoint.specs:
-            if spec.is_norm:
-                assert calibration.importance(spec) is None
-                continue
-            want = expected["head" if spec.layer is None else f"{spec.layer}.{spec.role}"]
-            site = next((s for s in IN_LAYER if spec.role in s.roles), None)
+            site = site_of(spec, checkpoint.config)
             if site is not None:
-                found = calibration.moments(spec.layer, site)
+                found, want = (
+                    calibration.moments(site),
+                    expected["head" if site == HEAD else f"{spec.layer}.{spec.role}"],
+                )
                 assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max(), spec.gguf
-            diagonal = calibration.importance(spec)
-            np.testing.assert_allclose(diagonal, np.diag(want), rtol=1e-3, atol=1e-5 * np.diag(want).max())
+                diagonals = np.diag(found), np.diag(want)
+                np.testing.assert_allclose(*diagonals, rtol=1e-3, atol=1e-5 * diagonals[1].max())
 
 
 def test_a_text_is_cut_evenly_and_begins_with_bos(text):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,14 @@ import numpy.typing as npt
 
 from ..export.gguf.writer import export_gguf
 from ..export.sources.checkpoint import Checkpoint, open_checkpoint
+from ..export.whole import WholeOps, WholeSequences, run_layers
 from ..quant.formats import Format
 from ..runtime.arrays import Floats, Ints
-from ..runtime.engines.protocol import ModelBackend
 from ..runtime.errors import BezelError, InvalidRequest
 from ..runtime.files.gguf_model import GGUFModel
-from ..runtime.model import ops
+from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import Tokenizer
 from .loss.passages import CHUNK, cut, read_texts
-from .loss.subjects import FloatBackend
 
 TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
 TYPES |= {"iq4_nl": 25, "iq4_xs": 30}
@@ -99,36 +98,20 @@ def _silence(callback: Any) -> Any:
     return callback(lambda *_: None)
 
 
-def importance_of(checkpoint: Checkpoint, sequences: Iterable[Ints]) -> dict[str, Floats]:
+def importance_of(checkpoint: Checkpoint, sequences: Sequence[Ints]) -> dict[str, Floats]:
     """What llama.cpp's imatrix tool finds: of every matrix in a layer; nothing of a head that is the embedding."""
-    backend = FloatBackend(checkpoint)
-    names = {
-        id(w): f"blk.{i}.{role}.weight" for i, layer in enumerate(backend.weights.layers) for role, w in layer.items()
-    }
-    sums: dict[str, npt.NDArray[np.float64]] = {}
-    tokens = 0
+    found: dict[str, Floats] = {}
 
-    class Watching:
-        """The ops, which remember what goes into a matrix."""
+    class Watching(WholeOps):
+        def matrices(self, x: Floats, weights: Sequence[TensorSpec]) -> Sequence[Floats]:
+            squares = np.einsum("ij,ij->j", x, x, dtype=np.float64) / len(x)
+            found.update((weight.gguf, squares.astype(np.float32)) for weight in weights)
+            return super().matrices(x, weights)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(ops, name)
-
-        def linear(self, x: Floats, *weights: Floats) -> list[Floats]:
-            square = np.square(x, dtype=np.float64).sum(axis=0)
-            for name in (names[id(w)] for w in weights if id(w) in names):
-                sums[name] = sums.get(name, 0) + square
-            return ops.linear(x, *weights)
-
-        def feed_forward(self, x: Floats, gate: Floats, up: Floats, down: Floats) -> Floats:
-            gated, upped = self.linear(x, gate, up)
-            return self.linear(ops.gelu_tanh(gated) * upped, down)[0]
-
-    watched = ModelBackend(backend.config, Watching(), backend.weights, backend.new_store)
-    for ids in sequences:
-        watched.engine(len(ids), "f32", len(ids), False).forward(ids, len(ids))
-        tokens += len(ids)
-    return {name: (total / tokens).astype(np.float32) for name, total in sums.items()}
+    config = checkpoint.config
+    for _ in run_layers(config, Watching(checkpoint.rows), WholeSequences(config.layers, sequences)):
+        pass
+    return found
 
 
 @click.command()

@@ -17,7 +17,8 @@ from ..runtime.files.strict_json import parse_json
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.tensors import TensorSpec, tensor_specs
 
-_INT4_BITS = 4.58  # of 4.6 over the whole file; the vocabulary of Gemma 2 2B takes .02
+_INT4_MOST = 4.6  # bits a weight that int4 promises
+_INT4_BITS = 4.58  # that it fills up: in Gemma 2 2B the vocabulary takes .02
 # Where int4 spends the bits that IQ4_XS and a head in Q5_K leave: the most loss a bit takes off first.
 _MORE = (("attn_v", Q5_K), ("attn_k", Q5_K), ("ffn_down", Q5_K))
 
@@ -30,7 +31,11 @@ def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -
     if given in PRESETS or not (Path(given).exists() or given.endswith(".json")):
         try:
             recipe = preset(given, config.n_layers, embedding)
-            return _filled(recipe, config) if given == "int4" else recipe
+            if given != "int4":
+                return recipe
+            if embedding is None and _bits(recipe, config) > _INT4_MOST:  # the head is too much of the model
+                recipe = replace(recipe, rules=())
+            return _filled(recipe, config)
         except ValueError as error:
             raise InvalidRequest(f"{error}{'' if given in PRESETS else ', or the path of a recipe file'}") from None
     if embedding is not None:
@@ -54,22 +59,28 @@ def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -
 def _filled(recipe: Recipe, config: ModelConfig) -> Recipe:
     """The recipe with `_MORE` for as many layers as fit in _INT4_BITS."""
     specs = list(tensor_specs(config))
-
-    def size(spec: TensorSpec, recipe: Recipe) -> int:
-        return matrix_bytes(spec, recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format)
-
-    room = _INT4_BITS / 8 * sum(math.prod(spec.shape) for spec in specs) - sum(size(spec, recipe) for spec in specs)
+    room = (_INT4_BITS - _bits(recipe, config)) / 8 * sum(math.prod(spec.shape) for spec in specs)
     rules = []
     for role, form in _MORE:
         layers: set[int] = set()
         for spec in specs:
-            more = size(spec, Recipe("", form)) - size(spec, recipe)
+            more = _size(spec, Recipe("", form)) - _size(spec, recipe)
             if spec.role == role and spec.layer is not None and 0 < more <= room:
                 room -= more
                 layers.add(spec.layer)
         if layers:
             rules.append(Rule(form, frozenset({role}), frozenset(layers)))
     return replace(recipe, rules=(*rules, *recipe.rules))
+
+
+def _bits(recipe: Recipe, config: ModelConfig) -> float:
+    """Bits a weight, over all tensors."""
+    specs = list(tensor_specs(config))
+    return 8 * sum(_size(spec, recipe) for spec in specs) / sum(math.prod(spec.shape) for spec in specs)
+
+
+def _size(spec: TensorSpec, recipe: Recipe) -> int:
+    return matrix_bytes(spec, recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format)
 
 
 def solve(sensitivities: Path, config: ModelConfig, budget: int, name: str) -> Recipe:
@@ -141,10 +152,7 @@ def _read_costs(path: Path, specs: Mapping[str, TensorSpec]) -> dict[tuple[str, 
     found = _read(path)
 
     def fail(what: str) -> InvalidRequest:
-        return InvalidRequest(
-            f"{path}: {what}; expected a file that `bezel measure --sensitivity … --sensitivity-out` wrote of this "
-            "model"
-        )
+        return InvalidRequest(f"{path}: {what}; expected a file that `bezel sensitivity --out` wrote of this model")
 
     if found.get("bezel_sensitivity") != 1 or not isinstance(found.get("entries"), list):
         raise fail(f"key 'bezel_sensitivity': found {found.get('bezel_sensitivity')!r}")

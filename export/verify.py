@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -93,8 +93,12 @@ def open_source(path: Path) -> Iterator[Source]:
             yield checkpoint
 
 
-def verify(path: str | Path, source: Source) -> list[TensorReport]:
+def verify(
+    path: str | Path, source: Source, progress: Callable[[int, int], None] = lambda *_: None
+) -> list[TensorReport]:
     """A report for each tensor of the GGUF file or the ONNX folder, in the model's order.
+
+    `progress` is called with (tensors done, tensors in all).
 
     Raises InvalidModelFile where comparing makes no sense or the text would differ: another config, other
     tensors, another vocabulary; and where a file of a folder is not what was written.
@@ -111,7 +115,12 @@ def verify(path: str | Path, source: Source) -> list[TensorReport]:
         file.check_tensors(config)
         file.check_hashes()
         _check_vocabulary(file, source)
-        return [_compare(file, spec, source) for spec in source.specs]
+        reports: list[TensorReport] = []
+        for spec in source.specs:
+            progress(len(reports), len(source.specs))
+            reports.append(_compare(file, spec, source))
+        progress(len(reports), len(source.specs))
+        return reports
 
 
 def _check_vocabulary(file: ModelFile, source: Source) -> None:

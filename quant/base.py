@@ -61,9 +61,11 @@ class Format:
 
     name: ClassVar[str]
     gguf_type: ClassVar[int]
+    file_type: ClassVar[int]  # llama.cpp's `llama_ftype` of a file that holds mostly this
     block: ClassVar[int]  # weights in a block
     block_bytes: ClassVar[int]
     layout: ClassVar[np.dtype[Any]]
+    fallback: ClassVar[type[Format] | None] = None  # which llama.cpp puts in its place where rows are not whole blocks
     codebook: ClassVar[F32Array]
     largest: ClassVar[float]
     tolerance: ClassVar[float]

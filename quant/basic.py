@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from .base import (
     signed_peak,
     unpack_nibbles,
 )
-from .search import AFFINE_TRIALS_15, normalized, search_affine
+from .search import AFFINE_TRIALS_15, AFFINE_TRIALS_31, normalized, search_affine
 
 _TRIALS_Q8 = (-127.0, -126.5, 126.5, 126.0, -125.5)
 _TRIALS_Q4 = (-8.0, -8.4, -8.8, -7.6, -7.2, -6.8, 6.6, 7.0, 7.4, 7.8)
@@ -36,7 +36,7 @@ _TRIALS_Q5 = (-16.0, -16.5, -17.0, -15.5, -15.0, -14.5, -14.0, -13.2, 15.0, 15.5
 
 
 class F32(Format):
-    name, gguf_type, block = "f32", 0, 1
+    name, gguf_type, file_type, block = "f32", 0, 0, 1
     layout: ClassVar[np.dtype[Any]] = np.dtype("<f4")
     largest = float(np.finfo(np.float32).max)
     tolerance = 0.0
@@ -51,7 +51,7 @@ class F32(Format):
 
 
 class F16(F32):
-    name, gguf_type = "f16", 1
+    name, gguf_type, file_type = "f16", 1, 1
     layout = np.dtype("<f2")
     largest = HALF_MAX
     tolerance = 2.0**-11
@@ -60,7 +60,7 @@ class F16(F32):
 class BF16(Format):
     """The upper half of a float32, rounded to nearest even."""
 
-    name, gguf_type, block = "bf16", 30, 1
+    name, gguf_type, file_type, block = "bf16", 30, 32, 1
     layout = np.dtype("<u2")
     largest = float(np.uint32(0x7F7F0000).view(np.float32))
     tolerance = 2.0**-8
@@ -78,7 +78,7 @@ class BF16(Format):
 class Q8_0(Format):
     """w = d·q, q in −127 … 127."""
 
-    name, gguf_type, block = "q8_0", 8, 32
+    name, gguf_type, file_type, block = "q8_0", 8, 7, 32
     layout = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
     codebook = integers(-127, 127)
     largest = HALF_MAX * 127
@@ -112,7 +112,7 @@ class Q8_0(Format):
 class Q4_0(Format):
     """w = d·(q − 8). The weight of largest magnitude, of either sign, becomes −8."""
 
-    name, gguf_type, block = "q4_0", 2, 32
+    name, gguf_type, file_type, block = "q4_0", 2, 2, 32
     layout = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
     codebook = integers(-8, 7)
     largest = HALF_MAX * 8
@@ -144,7 +144,7 @@ class Q4_0(Format):
 class Q5_0(Format):
     """w = d·(q − 16), as Q4_0; bit i of qh is the fifth bit of weight i."""
 
-    name, gguf_type, block = "q5_0", 6, 32
+    name, gguf_type, file_type, block = "q5_0", 6, 8, 32
     layout = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
     codebook = integers(-16, 15)
     largest = HALF_MAX * 16
@@ -156,8 +156,7 @@ class Q5_0(Format):
 
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
-        out["qh"] = np.packbits(codes >> 4, axis=1, bitorder="little")
-        out["qs"] = pack_nibbles((codes & LOW).reshape(-1, 2, 16))
+        _put_five_bits(codes, out)
 
     @classmethod
     def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
@@ -170,15 +169,13 @@ class Q5_0(Format):
 
     @classmethod
     def _decode(cls, blocks: Blocks, out: F32Array) -> None:
-        q = unpack_nibbles(blocks["qs"]).reshape(-1, 32)
-        q |= np.unpackbits(blocks["qh"], axis=1, bitorder="little") << 4
-        np.multiply(q.view(np.int8) - np.int8(16), column(blocks["d"]), out=out)
+        np.multiply(_five_bits(blocks).view(np.int8) - np.int8(16), column(blocks["d"]), out=out)
 
 
 class Q4_1(Format):
     """w = d·q + m."""
 
-    name, gguf_type, block = "q4_1", 3, 32
+    name, gguf_type, file_type, block = "q4_1", 3, 3, 32
     layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
     codebook = integers(0, 15)
     largest = HALF_MAX
@@ -194,25 +191,48 @@ class Q4_1(Format):
 
     @classmethod
     def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
-        unit, peak = normalized(x)
-        scale, offset = search_affine(unit, w, 15, AFFINE_TRIALS_15, signed=True)
-        out = np.zeros(len(x), cls.layout)
-        out["d"], out["m"] = scale * peak[:, 0], offset * peak[:, 0]
-        yield out
+        yield _search_affine(x, w, AFFINE_TRIALS_15, cls.layout)
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
-        low = x.min(axis=1)
-        d = (x.max(axis=1) - low) / np.float32(15)
-        q = (x - low[:, None]) * inverse(d)[:, None]
-        q += np.float32(0.5)
-        out["d"], out["m"] = d, low
-        cls.put_codes(q.astype(np.uint8), out)
+        out["d"], out["m"], codes = _round_affine(x, 15)
+        cls.put_codes(codes, out)
 
     @classmethod
     def _decode(cls, blocks: Blocks, out: F32Array) -> None:
-        q = unpack_nibbles(blocks["qs"]).reshape(-1, 32)
-        np.multiply(q, column(blocks["d"]), out=out)
+        np.multiply(unpack_nibbles(blocks["qs"]).reshape(-1, 32), column(blocks["d"]), out=out)
+        out += column(blocks["m"])
+
+
+class Q5_1(Format):
+    """w = d·q + m, as Q4_1, with the fifth bits of Q5_0."""
+
+    name, gguf_type, file_type, block = "q5_1", 7, 9, 32
+    layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
+    codebook = integers(0, 31)
+    largest = HALF_MAX
+    tolerance = rounding_tolerance(RANGE_32, 31)
+
+    @classmethod
+    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
+        return column(blocks["d"]), column(blocks["m"])
+
+    @classmethod
+    def put_codes(cls, codes: Bytes, out: Blocks) -> None:
+        _put_five_bits(codes, out)
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        yield _search_affine(x, w, AFFINE_TRIALS_31, cls.layout)
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        out["d"], out["m"], codes = _round_affine(x, 31)
+        cls.put_codes(codes, out)
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        np.multiply(_five_bits(blocks), column(blocks["d"]), out=out)
         out += column(blocks["m"])
 
 
@@ -222,3 +242,33 @@ def _round_symmetric(x: F32Array, steps: int) -> tuple[F32Array, Bytes]:
     q = x * inverse(d)[:, None]
     q += np.float32(steps + 0.5)
     return d, np.minimum(q.astype(np.uint8), np.uint8(2 * steps - 1))
+
+
+def _round_affine(x: F32Array, top: int) -> tuple[F32Array, F32Array, Bytes]:
+    """Scales and minima (blocks,) and codes 0 … top of x (blocks, 32)."""
+    low = x.min(axis=1)
+    d = (x.max(axis=1) - low) / np.float32(top)
+    q = (x - low[:, None]) * inverse(d)[:, None]
+    q += np.float32(0.5)
+    return d, low, q.astype(np.uint8)
+
+
+def _search_affine(x: F32Array, w: F32Array, trials: Sequence[float], layout: np.dtype[Any]) -> Blocks:
+    """Blocks of scales "d" and minima "m", for x (b, 32) of importance w; the first trial is the largest code."""
+    unit, peak = normalized(x)
+    scale, offset = search_affine(unit, w, int(trials[0]), trials, signed=True)
+    out = np.zeros(len(x), layout)
+    out["d"], out["m"] = scale * peak[:, 0], offset * peak[:, 0]
+    return out
+
+
+def _put_five_bits(codes: Bytes, out: Blocks) -> None:
+    out["qh"] = np.packbits(codes >> 4, axis=1, bitorder="little")
+    out["qs"] = pack_nibbles((codes & LOW).reshape(-1, 2, 16))
+
+
+def _five_bits(blocks: Blocks) -> Bytes:
+    """Codes (blocks, 32)."""
+    q = unpack_nibbles(blocks["qs"]).reshape(-1, 32)
+    q |= np.unpackbits(blocks["qh"], axis=1, bitorder="little") << 4
+    return q

@@ -1,28 +1,23 @@
 """The number formats of a model file, all of them registered in FORMATS."""
 
-from .base import EVEN, FORMAT_OF_TYPE, FORMATS, Blocks, Bytes, F32Array, Format
-from .basic import BF16, F16, F32, Q4_0, Q4_1, Q5_0, Q8_0
-from .iq4 import IQ4_NL, IQ4_XS
-from .k_quants import Q4_K, Q5_K, Q6_K
-
-__all__ = [
-    "BF16",
-    "EVEN",
-    "F16",
-    "F32",
-    "FORMATS",
-    "FORMAT_OF_TYPE",
-    "IQ4_NL",
-    "IQ4_XS",
-    "Q4_0",
-    "Q4_1",
-    "Q4_K",
-    "Q5_0",
-    "Q5_K",
-    "Q6_K",
-    "Q8_0",
-    "Blocks",
-    "Bytes",
-    "F32Array",
-    "Format",
-]
+# "as" because others import them from here
+from .base import EVEN as EVEN
+from .base import FORMAT_OF_TYPE as FORMAT_OF_TYPE
+from .base import FORMATS as FORMATS
+from .base import Blocks as Blocks
+from .base import Bytes as Bytes
+from .base import F32Array as F32Array
+from .base import Format as Format
+from .basic import BF16 as BF16
+from .basic import F16 as F16
+from .basic import F32 as F32
+from .basic import Q4_0 as Q4_0
+from .basic import Q4_1 as Q4_1
+from .basic import Q5_0 as Q5_0
+from .basic import Q5_1 as Q5_1
+from .basic import Q8_0 as Q8_0
+from .iq4 import IQ4_NL as IQ4_NL
+from .iq4 import IQ4_XS as IQ4_XS
+from .k_quants import Q4_K as Q4_K
+from .k_quants import Q5_K as Q5_K
+from .k_quants import Q6_K as Q6_K

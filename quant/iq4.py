@@ -44,7 +44,7 @@ _HIGH = np.arange(0, 16, 2, dtype=np.uint16)  # where a scale's high bits lie
 class IQ4_NL(Format):
     """w = d·value(q). The weight of largest magnitude, of either sign, becomes −127."""
 
-    name, gguf_type, block = "iq4_nl", 20, 32
+    name, gguf_type, file_type, block = "iq4_nl", 20, 25, 32
     layout = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
     codebook = VALUES.astype(np.float32)
     largest = HALF_MAX * 127
@@ -87,7 +87,7 @@ class IQ4_XS(Format):
     A scale is kept plus 32: its low four bits in scales_l, two to a byte, its high two bits in scales_h.
     """
 
-    name, gguf_type, block = "iq4_xs", 23, 256
+    name, gguf_type, file_type, block, fallback = "iq4_xs", 23, 30, 256, IQ4_NL
     layout = np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", (8, 16))])
     codebook = VALUES.astype(np.float32)
     largest = HALF_MAX * 127 * 32

@@ -29,6 +29,7 @@ from .base import (
     signed_peak,
     unpack_nibbles,
 )
+from .basic import Q5_0, Q5_1, Q8_0
 from .search import AFFINE_TRIALS_15, AFFINE_TRIALS_31, AffineSums, normalized, ratio, search_affine, search_two_levels
 
 _TRIALS_Q6 = (-32.0, -31.5, -31.0, 31.0, 30.5)
@@ -38,7 +39,7 @@ _TURNS = 2  # of integers and super-scales after codes
 class Q4_K(Format):
     """w = d·scale·q − dmin·min: 8 sub-blocks of 32, with 6-bit scales and minima."""
 
-    name, gguf_type, block = "q4_k", 12, 256
+    name, gguf_type, file_type, block, fallback = "q4_k", 12, 14, 256, Q5_0
     layout = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", (4, 32))])
     largest = HALF_MAX * 62
     codebook = integers(0, 15)
@@ -68,7 +69,7 @@ class Q4_K(Format):
 class Q5_K(Format):
     """As Q4_K; bit i of the bytes of qh is the fifth bit of sub-block i."""
 
-    name, gguf_type, block = "q5_k", 13, 256
+    name, gguf_type, file_type, block, fallback = "q5_k", 13, 16, 256, Q5_1
     layout = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", (4, 32))])
     largest = HALF_MAX * 62
     codebook = integers(0, 31)
@@ -104,7 +105,7 @@ class Q6_K(Format):
     Each half of a block keeps the low four bits of its 128 weights in 64 bytes, the high two bits in 32.
     """
 
-    name, gguf_type, block = "q6_k", 14, 256
+    name, gguf_type, file_type, block, fallback = "q6_k", 14, 18, 256, Q8_0
     layout = np.dtype([("ql", "u1", (2, 64)), ("qh", "u1", (2, 32)), ("scales", "i1", 16), ("d", "<f2")])
     codebook = integers(-32, 31)
     largest = HALF_MAX * 128 * 32

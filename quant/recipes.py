@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .formats import F16, F32, FORMATS, IQ4_XS, Q4_K, Q5_K, Q6_K, Q8_0, Format
+from .formats import F16, F32, FORMATS, IQ4_XS, Q4_K, Q5_K, Q6_K, Format
 
 HEAD_ROLES = ("token_embd", "output")  # a tied token_embd is also the head
 
-PLAIN = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_1", "q4_k", "q4_0", "iq4_nl", "iq4_xs")
+
+def bits(form: type[Format]) -> float:
+    """Bits a weight."""
+    return 8 * form.block_bytes / form.block
+
+
+PLAIN = tuple(form.name for form in sorted(FORMATS.values(), key=bits, reverse=True))
 _MIXED = {"q5_k_m": Q5_K, "q4_k_m": Q4_K, "int4": IQ4_XS}
 PRESETS: tuple[str, ...] = (*PLAIN, *_MIXED)
 
@@ -60,12 +66,12 @@ class Recipe:
         """The format for a tensor of this name in GGUF, role ("attn_q", "token_embd", …) and shape (outputs, inputs).
 
         One-dimensional tensors, Gemma's norms, are always F32. Where a row is not whole blocks of the wanted format,
-        Q8_0 takes its place if the row is whole blocks of that, else F16: larger, never coarser. Callers announce it.
+        that format's fallback takes its place, else F16, as in llama.cpp: larger, never coarser. Callers announce it.
         """
         if len(shape) == 1:
             return Choice(F32, F32)
         wanted = next((rule.format for rule in self.rules if rule.matches(name, role, layer)), self.default)
-        fits = next(f for f in (wanted, Q8_0, F16) if shape[-1] % f.block == 0)
+        fits = next(f for f in (wanted, wanted.fallback, F16) if f is not None and shape[-1] % f.block == 0)
         return Choice(fits, wanted)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +90,8 @@ def preset(name: str, n_layers: int, embedding: str | None = None) -> Recipe:
 
     A plain preset is one format; embedding and head are Q6_K where that is larger, because the head is the matrix
     that suffers most from quantizing. "q4_k_m" and "q5_k_m" are llama.cpp's mixes for Gemma: half of `attn_v` and
-    `ffn_down` are Q6_K. "int4" is bezel's own; here it is what every model gets, to which the exporter adds what fits.
+    `ffn_down` are Q6_K. "int4" is bezel's own: the exporter adds what fits, or gives the head no more where even that
+    does not.
 
     Raises ValueError for an unknown preset or embedding format.
     """
@@ -102,11 +109,6 @@ def preset(name: str, n_layers: int, embedding: str | None = None) -> Recipe:
     if name.endswith("_k_m"):
         rules.append(Rule(Q6_K, frozenset({"attn_v", "ffn_down"}), _more_bits(n_layers)))
     return Recipe(name, default, tuple(rules))
-
-
-def bits(form: type[Format]) -> float:
-    """Bits a weight."""
-    return 8 * form.block_bytes / form.block
 
 
 def _more_bits(n_layers: int) -> frozenset[int]:

@@ -86,8 +86,9 @@ class KVStore:
     """Keys and values of one layer, for `capacity` positions; position p takes the place of p − capacity or of an
     earlier one. Memory is reserved at once and taken as it is filled.
 
-    `kv` is "f32", "f16", or "int8" with a float32 scale per head and position, max|x| / 127. A store knows no length:
-    the caller says which positions it holds. Not to be written while another thread reads it.
+    `kv` is "f32", "f16", or "int8" with a float32 scale per head and position, max|x| / 127, of the head rotated by
+    `cache.rotation.hadamard` where head_dim is a power of two. A store knows no length: the caller says which positions
+    it holds. Not to be written while another thread reads it.
     """
 
     def __init__(self, kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
@@ -117,16 +118,15 @@ class KVStore:
 
         Same shape back. All positions from the smallest first to the largest last must have been written, and fit the
         capacity. Where their keys and values are finite, a query's result is the same bits among any other queries, in
-        any store that holds what it sees, and on any number of threads. With int8, queries and softmax weights are
-        quantized to 16 bits (the weights, times the values' scales, per 256 positions). Raises ValueError for another
-        dtype, shape or memory order, and for spans that are empty or do not fit.
+        any store that holds what it sees, and on any number of threads. With int8, queries are rotated as the keys are,
+        and they and the softmax weights are quantized to 16 bits (the weights, times the values' scales, per 256
+        positions). Raises ValueError for another dtype, shape or memory order, and for spans that are empty or do not
+        fit.
         """
 
-    def read(self, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Keys and values (stop − start, kv_heads, head_dim) of positions start … stop − 1."""
-
     def raw(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
-        """The rows as they are stored, "keys" and "values"; for int8 also "key_scales", "value_scales"."""
+        """Positions start … stop − 1 as they are stored, rotated too: "keys" and "values" (n, kv_heads, head_dim), and
+        for int8 "key_scales" and "value_scales" (n, kv_heads)."""
 
     def set_raw(self, start: int, arrays: dict[str, NDArray[Any]]) -> None:
         """What `raw` returned, to the positions from `start` on. Raises ValueError if it does not fit."""

@@ -1,8 +1,27 @@
-"""A measurement result as `bezel measure` gives it, small and with round figures."""
+"""A measurement and a sensitivity as their commands find them, small and with round figures."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+from bezel.bench.loss.intervals import Interval
+from bezel.bench.loss.result import (
+    ByPosition,
+    Candidate,
+    Effect,
+    Histogram,
+    LayerError,
+    MeasuredText,
+    Measurement,
+    Metrics,
+    Pair,
+    Quantiles,
+    Reference,
+    Sensitivity,
+    SensitivityEntry,
+    WorstToken,
+)
 
 METRICS = {
     "kld_mean": 0.0123456,
@@ -20,91 +39,86 @@ METRICS = {
 }
 
 
-def candidate(name: str, times: float = 1.0, file_bytes: int = 1_500_000_000) -> dict[str, Any]:
-    """A candidate whose KLD figures are `times` those of METRICS."""
+def metrics(times: float = 1.0) -> Metrics:
+    """METRICS with intervals, the KLD figures times `times`."""
     scaled = {k: v * times if k.startswith("kld") else v for k, v in METRICS.items()}
-    return {
-        "name": name,
-        "path": f"/models/{name}.gguf",
-        "engine": "native",
-        "kv": "f16",
-        "activations": "int8",
-        "file_bytes": file_bytes,
-        "bits_per_weight": 4.5625,
-        "formats": {"q4_0": 182, "q6_k": 1},
-        "metrics": {k: {"value": v, "low": v * 0.97, "high": v * 1.04} for k, v in scaled.items()},
-        "by_position": {
-            "edges": [256, 320, 384, 512],
-            "kld_mean": [0.011 * times, 0.012 * times, 0.014 * times],
-            "low": [0.01 * times] * 3,
-            "high": [0.016 * times] * 3,
-            "count": [640, 640, 1280],
-        },
-        "histogram": {"log10_edges": [-5, -4, -3, -2, -1, 0, 1], "counts": [0, 100, 900, 1200, 350, 10]},
-        "quantiles": {"p": [0.5, 0.9, 0.99, 0.999], "kld": [v * times for v in (0.004, 0.03, 0.12, 0.31)]},
-        "worst": [
-            {
-                "kld": 1.5 * times,
-                "text": "/texts/tales.txt",
-                "position": 1234,
-                "before": "Once upon a time there was a king who had three",
-                "token": " sons",
-                "reference_top": [[" sons", 0.71], [" daughters", 0.2], ["\n", 0.02], [",", 0.01], ["", 0.001]],
-                "candidate_top": [[" daughters", 0.55], [" sons", 0.31], ["\n", 0.03], [",", 0.02], ["\u202e", 0.001]],
-            }
-        ],
-        "by_layer": [{"layer": i, "error": 0.01 * times * (i + 1)} for i in range(4)],
-    }
+    return Metrics(**{k: Interval(v, v * 0.97, v * 1.04) for k, v in scaled.items()})
 
 
-def result(**changes: Any) -> dict[str, Any]:
+def without_intervals(found: Metrics) -> Metrics:
+    return Metrics(**{name: Interval(figure.value, None, None) for name, figure in vars(found).items()})
+
+
+def candidate(name: str, times: float = 1.0, file_bytes: int = 1_500_000_000) -> Candidate:
+    """A candidate whose KLD figures are `times` those of METRICS."""
+    klds = [v * times for v in (0.011, 0.012, 0.014)]
+    expected = [(" sons", 0.71), (" daughters", 0.2), ("\n", 0.02), (",", 0.01), ("", 0.001)]
+    found = [(" daughters", 0.55), (" sons", 0.31), ("\n", 0.03), (",", 0.02), ("\u202e", 0.001)]
+    before = "Once upon a time there was a king who had three"
+    return Candidate(
+        name=name,
+        path=f"/models/{name}.gguf",
+        engine="native",
+        kv="f16",
+        activations="int8",
+        file_bytes=file_bytes,
+        bits_per_weight=4.5625,
+        formats={"q4_0": 182, "q6_k": 1},
+        metrics=metrics(times),
+        by_position=ByPosition(
+            [256, 320, 384, 512], [*klds], [0.01 * times] * 3, [0.016 * times] * 3, [640, 640, 1280]
+        ),
+        histogram=Histogram([-5, -4, -3, -2, -1, 0, 1], [0, 100, 900, 1200, 350, 10]),
+        quantiles=Quantiles([0.5, 0.9, 0.99, 0.999], [v * times for v in (0.004, 0.03, 0.12, 0.31)]),
+        worst=[WorstToken(1.5 * times, "/texts/tales.txt", 1234, before, " sons", expected, found)],
+        by_layer=[LayerError(i, 0.01 * times * (i + 1)) for i in range(4)],
+    )
+
+
+def effect(cause: str, kld: float) -> Effect:
+    return Effect("small", cause, replace(metrics(), kld_mean=Interval(kld, kld * 0.9, kld * 1.1)))
+
+
+def result(**changes: Any) -> Measurement:
     """Two candidates, with every optional part."""
-    entries = [
-        {
-            "tensors": [f"blk.{layer}.{role}.weight"],
-            "role": role,
-            "layer": layer,
-            "format": "q4_0",
-            "kld": 0.001 * (1 + layer + 3 * i),
-            "low": 0.0009 * (1 + layer + 3 * i),
-            "high": 0.0012 * (1 + layer + 3 * i),
-        }
-        for layer in range(4)
-        for i, role in enumerate(("attn_q", "attn_v", "ffn_down"))
-    ]
-    head = {"tensors": ["token_embd.weight"], "role": "token_embd", "layer": None, "format": "q4_0", "kld": 0.02}
-    return {
-        "bezel_measure": 1,
-        "time": "2026-01-02T03:04:05Z",
-        "tool": "bezel 0.1.0",
-        "protocol": "chunks",
-        "chunk": 512,
-        "texts": [{"path": "/texts/tales.txt", "sha256": "0123456789abcdef" * 4, "tokens": 5120}],
-        "chunks": 10,
-        "scored": 2560,
-        "confidence": 0.95,
-        "reference": {
-            "name": "exact",
-            "path": "/models/exact",
-            "engine": "reference",
-            "kv": "f32",
-            "activations": "f32",
-            "file_bytes": 5_200_000_000,
-            "bits_per_weight": 16.0,
-            "perplexity": {"value": 8.389, "low": 8.1, "high": 8.7},
-        },
-        "candidates": [candidate("small"), candidate("large", 0.1, 2_700_000_000)],
-        "pairs": [
-            {"a": "small", "b": "large", "metric": "kld_mean", "difference": 0.0111, "low": 0.0105, "high": 0.0117}
-        ],
-        "effects": [
-            {
-                "candidate": "small",
-                "effect": effect,
-                "metrics": {"kld_mean": {"value": v, "low": v * 0.9, "high": v * 1.1}},
-            }
-            for effect, v in (("weights", 0.011), ("activations int8", 0.0012), ("kv int8", 0.0003))
-        ],
-        "sensitivity": {"format": "q4_0", "by": "tensor", "entries": [*entries, {**head, "low": 0.018, "high": 0.022}]},
-        **changes,
-    }
+    made = Measurement(
+        time="2026-01-02T03:04:05Z",
+        tool="bezel 0.1.0",
+        protocol="chunks",
+        chunk=512,
+        texts=[MeasuredText("/texts/tales.txt", "0123456789abcdef" * 4, 5120)],
+        chunks=10,
+        scored=2560,
+        confidence=0.95,
+        warnings=[],
+        reference=Reference(
+            name="exact",
+            path="/models/exact",
+            engine="reference",
+            kv="f32",
+            activations="f32",
+            file_bytes=5_200_000_000,
+            bits_per_weight=16.0,
+            formats={"bf16": 183},
+            perplexity=Interval(8.389, 8.1, 8.7),
+        ),
+        candidates=[candidate("small"), candidate("large", 0.1, 2_700_000_000)],
+        pairs=[Pair("small", "large", "kld_mean", 0.0111, 0.0105, 0.0117)],
+        effects=[effect("weights", 0.011), effect("activations int8", 0.0012), effect("kv int8", 0.0003)],
+    )
+    return replace(made, **changes)
+
+
+def sensitivity() -> Sensitivity:
+    """Of three matrices of four layers and of the embedding, the worst first, each in two formats."""
+    entries = []
+    for form, times in (("q4_0", 1.0), ("q8_0", 0.01)):
+        head = SensitivityEntry(["token_embd.weight"], "token_embd", None, form, 0.02 * times, 0.018 * times, None)
+        entries.append(replace(head, high=0.022 * times))
+        for i, role in enumerate(("attn_q", "attn_v", "ffn_down")):
+            for layer in range(4):
+                kld = 0.001 * (1 + layer + 3 * i) * times
+                tensors = [f"blk.{layer}.{role}.weight"]
+                entries.append(SensitivityEntry(tensors, role, layer, form, kld, 0.9 * kld, 1.2 * kld))
+    entries.sort(key=lambda entry: -entry.kld)
+    return Sensitivity("exact", "0123456789abcdef" * 4, 5120, "tensor", 0.95, entries)

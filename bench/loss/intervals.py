@@ -8,7 +8,8 @@ units the percentile and the BCa intervals cover too seldom (simulated with log-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ Values = NDArray[np.floating[Any]] | NDArray[np.bool_]
 Units = NDArray[np.integer[Any]]
 
 
-class Interval(NamedTuple):
+@dataclass(frozen=True)
+class Interval:
     """A figure and its confidence interval; low and high are None where there is none to be had."""
 
     value: float
@@ -31,7 +33,8 @@ class Interval(NamedTuple):
 
     def map(self, function: Callable[[float], float]) -> Interval:
         """The interval of an increasing function of the figure."""
-        return Interval(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+        low, high = (None if x is None else function(x) for x in (self.low, self.high))
+        return Interval(function(self.value), low, high)
 
 
 class Bootstrap:

@@ -5,7 +5,7 @@ Nothing but a few figures of each position is kept: a piece of logits of all mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,18 +18,17 @@ from ...runtime.arrays import Floats
 from ...runtime.engines.protocol import Engine
 from ...runtime.errors import BezelError, InvalidRequest
 from ...runtime.model.config import ModelConfig
-from ..speed.machine import bezel_version
+from ...runtime.version import bezel_version
+from ..progress import Progress, silent
 from .metrics import NotFinite, Records, compare
-from .passages import CHUNK, Passage, Text, cut, read_texts
-from .state import Arrays, State
+from .passages import Passage, cut, read_texts, sequence_length
+from .result import Effect, MeasuredText, Measurement, Reference
+from .state import Arrays, KeptResults
 from .subjects import Opener, Spec, Subject, key_of, unique_names
-from .summary import Pooled, describe, pairs, reference_perplexity
+from .summary import Pooled, describe, pairs
 
 _ROWS = 64  # positions compared at a time …
 _LOGIT_BYTES = 512 << 20  # … or fewer, so that the logits of all models take no more than this
-
-Progress = Callable[[int, int, str], None]
-"""Called with passages done, passages in all, and a word on what has been found so far."""
 
 
 @dataclass(frozen=True)
@@ -54,54 +53,50 @@ def measure(
     confidence: float = 0.95,
     threads: int | None = None,
     states: Path,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Compare every candidate with the reference over the texts; the result is what `bezel measure --json` prints.
+    progress: Progress = silent,
+) -> Measurement:
+    """Compare every candidate, of which there is at least one, with the reference over the texts.
 
     `chunk` is the tokens in a sequence (default: 512, or for "long" as many as every model takes) and `limit` the
     most sequences. `effects` also measures weights, activations and keys and values apart. What has been computed is
     kept in the folder `states`, and not computed again.
     Raises InvalidRequest, and what opening the models raises.
     """
-    work = _Work(candidates, reference, effects, Opener(threads))
-    context = min(subject.config.context_length for subject in work.subjects)
-    chunk = chunk or (context if protocol == "long" else min(CHUNK, context))
-    if not 4 <= chunk <= context:
-        raise InvalidRequest(f"--chunk: found {chunk}, expected 4 to {context}, what all of the models were made for")
+    work = _Subjects(candidates, reference, effects, Opener(threads))
+    chunk = sequence_length(chunk, protocol, min(subject.config.context_length for subject in work.subjects))
     read = read_texts(texts, work.subjects[0].tokenizer)
-    passages = cut(read, protocol, chunk, limit)
-    found = _compute(work, read, passages, protocol, states, progress or (lambda *_: None))
-    pooled = [Pooled(arrays, passages, protocol, confidence) for arrays in found]
-    # The result takes its candidates in the order of the command line.
-    main = [(c, p) for c, p in zip(work.comparisons, pooled, strict=True) if c.effect is None]
-    tokenizer = work.subjects[0].tokenizer
-    described = [
-        work.subjects[c.candidate].facts | describe(p, passages, read, tokenizer, protocol, chunk) for c, p in main
-    ]
-    return {
-        "bezel_measure": 1,
-        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "tool": f"bezel {bezel_version()}",
+    passages = cut(read, protocol, chunk)
+    key = {
+        "texts": [text.sha256 for text in read],
         "protocol": protocol,
         "chunk": chunk,
-        "texts": [{"path": str(t.path), "sha256": t.sha256, "tokens": len(t.ids)} for t in read],
-        "chunks": len(passages),
-        "scored": sum(passage.scored for passage in passages),
-        "confidence": confidence,
-        "warnings": pooled[0].warnings() if pooled else [],
-        "reference": work.subjects[0].facts | {"perplexity": reference_perplexity(pooled[0]) if pooled else None},
-        "candidates": described,
-        "pairs": pairs([(work.subjects[c.candidate].name, p) for c, p in main]),
-        "effects": [
-            {"candidate": c.of, "effect": c.effect, "metrics": p.metrics()}
-            for c, p in zip(work.comparisons, pooled, strict=True)
-            if c.effect is not None
-        ],
-        "sensitivity": None,
+        "passages": [(passage.text, passage.start, len(passage.ids)) for passage in passages],
     }
+    passages = passages[:limit]
+    found = _compute(work, passages, key, states, progress)
+    pooled = [Pooled(arrays, passages, protocol, confidence) for arrays in found]
+    compared = list(zip(work.comparisons, pooled, strict=True))
+    # The result takes its candidates in the order of the command line.
+    main = [(work.subjects[c.candidate], p) for c, p in compared if c.effect is None]
+    tokenizer = work.subjects[0].tokenizer
+    return Measurement(
+        time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        tool=f"bezel {bezel_version()}",
+        protocol=protocol,
+        chunk=chunk,
+        texts=[MeasuredText(str(text.path), text.sha256, len(text.ids)) for text in read],
+        chunks=len(passages),
+        scored=sum(passage.scored for passage in passages),
+        confidence=confidence,
+        warnings=pooled[0].warnings(),
+        reference=Reference(**vars(work.subjects[0].facts), perplexity=pooled[0].reference_perplexity()),
+        candidates=[describe(s.facts, p, passages, read, tokenizer, protocol, chunk) for s, p in main],
+        pairs=pairs([(subject.name, p) for subject, p in main]),
+        effects=[Effect(c.of, c.effect, p.metrics()) for c, p in compared if c.effect is not None],
+    )
 
 
-class _Work:
+class _Subjects:
     """The subjects, the reference first, each only once; and which is compared with which."""
 
     def __init__(self, candidates: Sequence[Spec], reference: Spec, effects: bool, opener: Opener) -> None:
@@ -126,8 +121,10 @@ class _Work:
 
     def _find(self, spec: Spec, name: str) -> int:
         """The subject for an effect: one that is there already, or a new one."""
-        same = (i for i, s in enumerate(self.subjects) if replace(s.spec, name=None) == replace(spec, name=None))
-        return next(same, None) or self._add(spec, name)
+        for i, subject in enumerate(self.subjects):
+            if replace(subject.spec, name=None) == replace(spec, name=None):
+                return i
+        return self._add(spec, name)
 
     def _add_effects(self, spec: Spec, name: str) -> None:
         if spec.engine == "ort":  # its graph fixes how it computes
@@ -146,7 +143,7 @@ class _Work:
 def _check_same_model(reference: Subject, candidate: Subject) -> None:
     """Logits can be compared only where a token is the same token."""
     a, b = reference.tokenizer, candidate.tokenizer
-    if a.vocab_size != b.vocab_size or any(a.piece(i) != b.piece(i) for i in range(0, a.vocab_size, 97)):
+    if a.vocab_size != b.vocab_size or any(a.piece(i) != b.piece(i) for i in range(a.vocab_size)):
         raise InvalidRequest(
             f"{candidate.spec.path}: its vocabulary is not that of the reference, {reference.spec.path}; they belong "
             "to different models"
@@ -154,17 +151,16 @@ def _check_same_model(reference: Subject, candidate: Subject) -> None:
 
 
 def _compute(
-    work: _Work, texts: Sequence[Text], passages: Sequence[Passage], protocol: str, folder: Path, progress: Progress
+    work: _Subjects, passages: Sequence[Passage], key: Mapping[str, Any], folder: Path, progress: Progress
 ) -> list[list[Arrays]]:
     """For each comparison the arrays of each passage, computed or loaded."""
     keys = [key_of(subject.spec) for subject in work.subjects]
-    common = {"texts": [t.sha256 for t in texts], "protocol": protocol, "chunk": len(passages[0].ids)}
     states = [
-        State(folder, common | {"reference": keys[c.reference], "candidate": keys[c.candidate]})
+        KeptResults(folder, {**key, "reference": keys[c.reference], "candidate": keys[c.candidate]})
         for c in work.comparisons
     ]
     out: list[list[Arrays]] = [[] for _ in work.comparisons]
-    for number, passage in enumerate(passages if out else []):
+    for number, passage in enumerate(passages):
         progress(number, len(passages), _so_far(work, out))
         found: dict[int, Arrays] = {i: a for i, state in enumerate(states) if (a := state.load(number)) is not None}
         missing = [i for i in range(len(states)) if i not in found]
@@ -174,8 +170,7 @@ def _compute(
             found[i] = arrays
         for i, kept in enumerate(out):
             kept.append(found[i])
-    if out:
-        progress(len(passages), len(passages), _so_far(work, out))
+    progress(len(passages), len(passages), _so_far(work, out))
     return out
 
 
@@ -242,7 +237,7 @@ class _LayerErrors:
                 self.sums[:, i] += np.square(y[-len(x) :] - x).sum(), np.square(x).sum()
 
 
-def _so_far(work: _Work, found: Sequence[Sequence[Arrays]]) -> str:
+def _so_far(work: _Subjects, found: Sequence[Sequence[Arrays]]) -> str:
     if not found[0]:
         return ""
     means = (np.concatenate([a["records"]["kld"] for a in arrays]).mean() for arrays in found[:3])

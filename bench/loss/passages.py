@@ -62,6 +62,17 @@ def read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Text]:
     return texts
 
 
+def sequence_length(asked: int | None, protocol: str, context: int) -> int:
+    """Tokens in a sequence: what was asked for, or CHUNK, or for "long" the whole `context` of the models.
+
+    Raises InvalidRequest for what no model was made for.
+    """
+    chunk = (context if protocol == "long" else min(CHUNK, context)) if asked is None else asked
+    if not 4 <= chunk <= context:
+        raise InvalidRequest(f"--chunk: found {chunk}, expected 4 to {context}, what all of the models were made for")
+    return chunk
+
+
 def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = None) -> list[Passage]:
     """The passages of the texts, at most `limit` of them.
 

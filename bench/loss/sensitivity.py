@@ -27,17 +27,17 @@ from ...runtime.model import ops
 from ...runtime.model.forward import Weights
 from ...runtime.model.tensors import TensorSpec
 from ...runtime.text.tokenizer import Tokenizer
+from ..progress import Progress, silent
 from .intervals import FEW_UNITS, Bootstrap
 from .metrics import compare
-from .passages import CHUNK, Passage, cut, read_texts
-from .state import State
+from .passages import Passage, cut, read_texts, sequence_length
+from .result import Sensitivity, SensitivityEntry
+from .state import KeptResults
 from .subjects import FloatBackend, Spec, key_of
 
 BY = ("tensor", "role", "layer")
 CHUNKS = FEW_UNITS  # enough to rank by: what is compared reads the same text
 _PIECE = 1 << 18  # weights that a thread rounds at a time
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -67,48 +67,42 @@ def sensitivity(
     limit: int = CHUNKS,
     confidence: float = 0.95,
     states: Path,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    progress: Progress = silent,
+) -> Sensitivity:
     """The mean KLD, nats per token, that rounding each tensor (or role, or layer) to each format costs.
 
-    `model` is a checkpoint folder or a GGUF file that is not quantized; it is held in memory in float32. The result is
-    what a sensitivity file holds, the worst entries first. What a format does not fit, for want of whole blocks, is
-    left out. Raises InvalidRequest, InvalidCheckpoint, InvalidModelFile.
+    `model` is a checkpoint folder or a GGUF file that is not quantized; it is held in memory in float32. What a format
+    does not fit, for want of whole blocks, is left out. What has been computed is kept in the folder `states`, and not
+    computed again. Raises InvalidRequest, InvalidCheckpoint, InvalidModelFile.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise InvalidRequest(
-            f"--sensitivity: found {', '.join(unknown) or 'no format'}, expected of {', '.join(FORMATS)}"
-        )
+        raise InvalidRequest(f"--formats: found {', '.join(unknown) or 'none'}, expected of {', '.join(FORMATS)}")
     with open_checkpoint(model) as checkpoint:
-        config = checkpoint.config
-        chunk = chunk or min(CHUNK, config.context_length)
+        chunk = sequence_length(chunk, "chunks", checkpoint.config.context_length)
         read = read_texts(texts, Tokenizer(checkpoint.vocabulary(), str(model)))
         passages = cut(read, "chunks", chunk, limit)
         groups = _groups(checkpoint, by)
         work = [(group, FORMATS[name]) for name in formats for group in groups if _fits(group, FORMATS[name])]
         key = {"texts": [t.sha256 for t in read], "chunk": chunk, "model": key_of(Spec(model)), "by": by}
-        kept = {name: State(states, key | {"format": name}) for name in formats}
-        klds = _compute(checkpoint, passages, work, len(groups), kept, progress or (lambda *_: None))
+        kept = {name: KeptResults(states, key | {"format": name}) for name in formats}
+        klds = _compute(checkpoint, passages, work, len(groups), kept, progress)
     bootstrap, units = Bootstrap(len(passages), confidence), np.repeat(range(len(passages)), passages[0].scored)
-    entries: list[dict[str, Any]] = []
+    entries = []
     for (group, form), kld in zip(work, klds, strict=True):
         found = bootstrap.mean(kld, units, least=0)
         tensors = [spec.gguf for spec in group.specs]
         entries.append(
-            {"tensors": tensors, "role": group.role, "layer": group.layer, "format": form.name}
-            | {"kld": found.value, "low": found.low, "high": found.high}
+            SensitivityEntry(tensors, group.role, group.layer, form.name, found.value, found.low, found.high)
         )
-    entries.sort(key=lambda entry: -entry["kld"])
-    return {
-        "bezel_sensitivity": 1,
-        "model": checkpoint.name,
-        "text_sha256": ",".join(text.sha256 for text in read),
-        "tokens": sum(len(passage.ids) for passage in passages),
-        "by": by,
-        "confidence": confidence,
-        "entries": entries,
-    }
+    return Sensitivity(
+        model=checkpoint.name,
+        text_sha256=",".join(text.sha256 for text in read),
+        tokens=sum(len(passage.ids) for passage in passages),
+        by=by,
+        confidence=confidence,
+        entries=sorted(entries, key=lambda entry: -entry.kld),
+    )
 
 
 def _groups(checkpoint: Checkpoint, by: str) -> list[Group]:
@@ -138,7 +132,7 @@ def _compute(
     passages: Sequence[Passage],
     work: Sequence[tuple[Group, type[Format]]],
     n_groups: int,
-    states: Mapping[str, State],
+    states: Mapping[str, KeptResults],
     progress: Progress,
 ) -> npt.NDArray[np.float64]:
     """KLD (work, positions) of all scored positions; computed or loaded."""

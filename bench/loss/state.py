@@ -6,20 +6,21 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...export.calibration.state import Arrays
-from ...export.calibration.state import State as KeptArrays
-from ..speed.machine import cache_folder
+from ...export.kept import KeptWork
+from ...runtime.arrays import Arrays
+from ...runtime.files.user_cache import cache_folder
 
-__all__ = ["Arrays", "State", "state_folder"]
+__all__ = ["Arrays", "KeptResults", "state_folder"]
 
 _KEPT_DAYS = 30
 
 
-class State(KeptArrays):
+class KeptResults(KeptWork):
     """Arrays by number, for one `key` and this version of the code, another one of which may compute something else."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -31,9 +32,17 @@ def state_folder() -> Path:
     folder = cache_folder() / "measure"
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
-        if time.time() - (old / "key.json" if old.is_dir() else old).stat().st_mtime > _KEPT_DAYS * 86400:
+        if time.time() - _last_use(old) > _KEPT_DAYS * 86400:
             shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _last_use(kept: Path) -> float:
+    """When the key was written, as every use does; if it never was, when the folder was made; now, if that is gone."""
+    for path in (kept / "key.json", kept):
+        with suppress(OSError):  # another process makes and removes folders too
+            return path.stat().st_mtime
+    return time.time()
 
 
 @cache

@@ -25,6 +25,7 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights
 from ...runtime.session import Session
 from ...runtime.text.tokenizer import Tokenizer
+from .result import MeasuredModel
 
 _OPTION = r"(?:engine|kv|activations|ring|name)=[^,=]+"
 
@@ -52,7 +53,7 @@ class Spec:
 def parse_spec(text: str, default: Spec) -> Spec:
     """`PATH` or `PATH@key=value,…` with the keys engine, kv, activations, ring (on, off) and name.
 
-    What is not said is as in `default`, but ort's keys and values are always float32. Raises InvalidRequest.
+    What is not said is as in `default`, but ort's keys and values are as the folder has them. Raises InvalidRequest.
     """
     match = re.fullmatch(rf"(.+?)@({_OPTION}(?:,{_OPTION})*)", text)
     path = match[1] if match else text
@@ -102,15 +103,34 @@ class _Runnable:
     context: int
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What subjects of the same weights share."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    backend: Callable[[], Backend]
+    file_bytes: int
+    bits_per_weight: float
+    formats: dict[str, int]
+
+
 class Subject:
     """An opened model: `start` gives a fresh sequence. `facts` goes into the result."""
 
-    def __init__(
-        self, spec: Spec, name: str, config: ModelConfig, tokenizer: Tokenizer, backend: Callable[[], Backend]
-    ) -> None:
-        self.spec, self.name, self.config, self.tokenizer = spec, name, config, tokenizer
-        self._backend = backend
-        self.facts: dict[str, Any] = {}
+    def __init__(self, spec: Spec, name: str, opened: _Opened) -> None:
+        self.spec, self.name = spec, name
+        self.config, self.tokenizer, self._backend = opened.config, opened.tokenizer, opened.backend
+        self.facts = MeasuredModel(
+            name=name,
+            path=str(spec.path),
+            engine=str(spec.engine),
+            kv=spec.kv,
+            activations=spec.activations,
+            file_bytes=opened.file_bytes,
+            bits_per_weight=opened.bits_per_weight,
+            formats=opened.formats,
+        )
 
     def start(self, context: int) -> Engine:
         """An empty sequence for up to `context` tokens."""
@@ -127,27 +147,28 @@ class Opener:
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
-        self._opened: dict[tuple[Any, ...], tuple[ModelConfig, Tokenizer, Callable[[], Backend], dict[str, Any]]] = {}
+        self._opened: dict[tuple[Path, str | None, str], _Opened] = {}
 
     def open(self, spec: Spec, name: str = "") -> Subject:
         """Raises what `runtime.load` and `open_checkpoint` raise."""
         key = (spec.path, spec.engine, spec.activations)
         if key not in self._opened:
             self._opened[key] = self._open_checkpoint(spec) if spec.is_checkpoint else self._open_model(spec)
-        config, tokenizer, backend, facts = self._opened[key]
-        subject = Subject(spec, name or spec.name or spec.path.stem, config, tokenizer, backend)
-        setting = {"engine": spec.engine, "kv": spec.kv, "activations": spec.activations}
-        subject.facts = {"name": subject.name, "path": str(spec.path), **setting, **facts}
-        return subject
+        return Subject(spec, name or spec.name or spec.path.stem, self._opened[key])
 
-    def _open_model(self, spec: Spec) -> tuple[ModelConfig, Tokenizer, Callable[[], Backend], dict[str, Any]]:
-        chosen: dict[str, Any] = {} if spec.engine is None else {"engine": spec.engine}
-        model = load(spec.path, kv=spec.kv, activations=spec.activations, threads=self._threads, **chosen)
-        infos = getattr(model.file, "tensors", {}).values()
-        facts = {"file_bytes": sum(file.stat().st_size for file in _files(spec.path)), **_sizes(infos)}
-        return model.config, model.tokenizer, lambda: model.backend, facts
+    def _open_model(self, spec: Spec) -> _Opened:
+        model = load(spec.path, spec.engine, kv=spec.kv, activations=spec.activations, threads=self._threads)
+        tensors = model.file.tensors.values()
+        return _Opened(
+            config=model.config,
+            tokenizer=model.tokenizer,
+            backend=lambda: model.backend,
+            file_bytes=sum(file.stat().st_size for file in _files(spec.path)),
+            bits_per_weight=8 * sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors),
+            formats=dict(Counter(t.format.name for t in tensors)),
+        )
 
-    def _open_checkpoint(self, spec: Spec) -> tuple[ModelConfig, Tokenizer, Callable[[], Backend], dict[str, Any]]:
+    def _open_checkpoint(self, spec: Spec) -> _Opened:
         checkpoint = open_checkpoint(spec.path)
         loaded: list[FloatBackend] = []
 
@@ -156,15 +177,15 @@ class Opener:
                 loaded.append(FloatBackend(checkpoint))
             return loaded[0]
 
-        dtypes = Counter(checkpoint.dtype(s).lower() for s in checkpoint.specs)
         bits = sum(math.prod(s.shape) * 8 * ITEM_SIZE[checkpoint.dtype(s)] for s in checkpoint.specs)
-        facts = {
-            "file_bytes": sum(file.stat().st_size for file in checkpoint.files),
-            "bits_per_weight": bits / sum(math.prod(s.shape) for s in checkpoint.specs),
-            "formats": dict(dtypes),
-        }
-        tokenizer = Tokenizer(checkpoint.vocabulary(), str(spec.path))
-        return checkpoint.config, tokenizer, backend, facts
+        return _Opened(
+            config=checkpoint.config,
+            tokenizer=Tokenizer(checkpoint.vocabulary(), str(spec.path)),
+            backend=backend,
+            file_bytes=sum(file.stat().st_size for file in checkpoint.files),
+            bits_per_weight=bits / sum(math.prod(s.shape) for s in checkpoint.specs),
+            formats=dict(Counter(checkpoint.dtype(s).lower() for s in checkpoint.specs)),
+        )
 
 
 def key_of(spec: Spec) -> dict[str, Any]:
@@ -191,12 +212,3 @@ def unique_names(specs: Sequence[Spec]) -> list[str]:
 
 def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-
-def _sizes(infos: Any) -> dict[str, Any]:
-    infos = list(infos)
-    weights = sum(math.prod(info.shape) for info in infos)
-    if not weights:
-        return {"bits_per_weight": None, "formats": {}}
-    bits = 8 * sum(info.nbytes for info in infos)
-    return {"bits_per_weight": bits / weights, "formats": dict(Counter(info.format.name for info in infos))}

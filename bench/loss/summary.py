@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
@@ -15,6 +15,17 @@ from ...runtime.text.tokenizer import Tokenizer
 from .intervals import FEW_UNITS, FEWEST_UNITS, Bootstrap, Interval
 from .metrics import TOP, Records, probability_change, same_top
 from .passages import BLOCK, Passage, Text
+from .result import (
+    ByPosition,
+    Candidate,
+    Histogram,
+    LayerError,
+    MeasuredModel,
+    Metrics,
+    Pair,
+    Quantiles,
+    WorstToken,
+)
 from .state import Arrays
 
 _QUANTILES = {"kld_median": 0.5, "kld_p90": 0.9, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0}
@@ -22,8 +33,6 @@ _CURVE = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998,
 _LOG10_EDGES = np.arange(-10, 2.01, 0.25)
 _WORST, _BEFORE = 20, 60  # positions shown, and tokens before each
 _BINS = 16  # of positions, at most
-
-Json = dict[str, Any]
 
 
 class Pooled:
@@ -51,22 +60,25 @@ class Pooled:
         place = list(_QUANTILES).index(metric)
         return intervals[place].value, drawn[:, place]
 
-    def metrics(self) -> dict[str, Json]:
+    def metrics(self) -> Metrics:
         r = self.records
         same = same_top(r)
-        found = {"kld_mean": self.mean(r["kld"], 0)}
-        found |= dict(zip(_QUANTILES, self._quantiles[0], strict=True))
+        quantiles = dict(zip(_QUANTILES, self._quantiles[0], strict=True))
         # Draws of what was seen say nothing about what was not: no bootstrap holds for a maximum.
-        found["kld_max"] = Interval(found["kld_max"].value, None, None)
-        found |= {
-            "top1": self.mean(same, 0, 1),
-            "top5": self.mean(r["shared_top"] / TOP, 0, 1),
-            "flips": self.mean(~same, 0, 1),
-            "rms_dp": self.mean(probability_change(r) ** 2, 0, 1).map(math.sqrt),
-            "perplexity": self.mean(-r["logp"], 0).map(math.exp),
-            "perplexity_ratio": self.mean(r["reference_logp"] - r["logp"]).map(math.exp),
-        }
-        return {name: interval._asdict() for name, interval in found.items()}
+        quantiles["kld_max"] = Interval(quantiles["kld_max"].value, None, None)
+        return Metrics(
+            kld_mean=self.mean(r["kld"], 0),
+            **quantiles,
+            top1=self.mean(same, 0, 1),
+            top5=self.mean(r["shared_top"] / TOP, 0, 1),
+            flips=self.mean(~same, 0, 1),
+            rms_dp=self.mean(probability_change(r) ** 2, 0, 1).map(math.sqrt),
+            perplexity=self.mean(-r["logp"], 0).map(math.exp),
+            perplexity_ratio=self.mean(r["reference_logp"] - r["logp"]).map(math.exp),
+        )
+
+    def reference_perplexity(self) -> Interval:
+        return self.mean(-self.records["reference_logp"], 0).map(math.exp)
 
     def warnings(self) -> list[str]:
         """What the reader should know before believing the intervals."""
@@ -83,100 +95,96 @@ class Pooled:
         return out
 
 
-def reference_perplexity(pooled: Pooled) -> Json:
-    return pooled.mean(-pooled.records["reference_logp"], 0).map(math.exp)._asdict()
-
-
 def describe(
-    pooled: Pooled, passages: Sequence[Passage], texts: Sequence[Text], tokenizer: Tokenizer, protocol: str, chunk: int
-) -> Json:
+    model: MeasuredModel,
+    pooled: Pooled,
+    passages: Sequence[Passage],
+    texts: Sequence[Text],
+    tokenizer: Tokenizer,
+    protocol: str,
+    chunk: int,
+) -> Candidate:
     """All that the result says about what one candidate lost."""
     kld = pooled.records["kld"]
     levels = [p for p in _CURVE if len(kld) * (1 - p) >= 1]
     counts, _ = np.histogram(np.log10(np.clip(kld, 10 ** _LOG10_EDGES[0], 10 ** _LOG10_EDGES[-1])), _LOG10_EDGES)
-    difference, size = pooled.layers
-    return {
-        "metrics": pooled.metrics(),
-        "by_position": _by_position(pooled, 0 if protocol == "long" else chunk // 2, chunk),
-        "histogram": {"log10_edges": _LOG10_EDGES.tolist(), "counts": counts.tolist()},
-        "quantiles": {"p": levels, "kld": np.quantile(kld, levels, method="inverted_cdf").tolist()},
-        "worst": _worst(pooled, passages, texts, tokenizer),
-        "by_layer": [
-            {"layer": i, "error": math.sqrt(d / s) if s else None}
-            for i, (d, s) in enumerate(zip(difference, size, strict=True))
-        ]
-        or None,
-    }
+    layers = zip(*pooled.layers, strict=True)
+    return Candidate(
+        **vars(model),
+        metrics=pooled.metrics(),
+        by_position=_by_position(pooled, 0 if protocol == "long" else chunk // 2, chunk),
+        histogram=Histogram(_LOG10_EDGES.tolist(), counts.tolist()),
+        quantiles=Quantiles(levels, np.quantile(kld, levels, method="inverted_cdf").tolist()),
+        worst=_worst(pooled, passages, texts, tokenizer),
+        by_layer=[LayerError(i, math.sqrt(d / s) if s else None) for i, (d, s) in enumerate(layers)] or None,
+    )
 
 
-def pairs(found: Sequence[tuple[str, Pooled]]) -> list[Json]:
+def pairs(found: Sequence[tuple[str, Pooled]]) -> list[Pair]:
     """a − b of every two candidates, position by position; nothing where there are no intervals."""
     out = []
     for (name_a, a), (name_b, b) in combinations(found, 2):
-        if a.bootstrap.n < FEWEST_UNITS:
-            continue
-        kld = a.mean(a.records["kld"] - b.records["kld"])
         top1 = a.mean(same_top(a.records).astype(float) - same_top(b.records).astype(float))
-        loss = a.mean(b.records["logp"] - a.records["logp"])
         (value_a, drawn_a), (value_b, drawn_b) = a.drawn("kld_p999"), b.drawn("kld_p999")
-        p999 = a.bootstrap.difference(value_a, value_b, drawn_a, drawn_b)
-        for metric, interval in (("kld_mean", kld), ("kld_p999", p999), ("top1", top1), ("log_perplexity", loss)):
-            out.append(
-                {
-                    "a": name_a,
-                    "b": name_b,
-                    "metric": metric,
-                    "difference": interval.value,
-                    "low": interval.low,
-                    "high": interval.high,
-                }
-            )
+        differences = {
+            "kld_mean": a.mean(a.records["kld"] - b.records["kld"]),
+            "kld_p999": a.bootstrap.difference(value_a, value_b, drawn_a, drawn_b),
+            "top1": top1,
+            "log_perplexity": a.mean(b.records["logp"] - a.records["logp"]),
+        }
+        for metric, found_of in differences.items():
+            if found_of.low is not None and found_of.high is not None:
+                out.append(Pair(name_a, name_b, metric, found_of.value, found_of.low, found_of.high))
     return out
 
 
-def _by_position(pooled: Pooled, first: int, chunk: int) -> Json:
+def _by_position(pooled: Pooled, first: int, chunk: int) -> ByPosition:
     step = max(-(-(chunk - first) // _BINS), 1)
     if chunk - first > _BINS * BLOCK:
         step = -(-step // BLOCK) * BLOCK  # whole units, so that a bin has as many as can be
     edges = [*range(first, chunk, step), chunk]
-    columns: Json = {"edges": edges, "kld_mean": [], "low": [], "high": [], "count": []}
+    columns = ByPosition(edges, [], [], [], [])
     position = pooled.records["position"]
     for start, stop in pairwise(edges):
         inside = (position >= start) & (position < stop)
-        units, renumbered = np.unique(pooled.units[inside], return_inverse=True)
-        empty = Interval(math.nan, None, None)
         kld = pooled.records["kld"][inside]
-        found = Bootstrap(len(units), pooled.bootstrap.confidence).mean(kld, renumbered, 0) if len(units) else empty
-        columns["kld_mean"].append(found.value if len(units) else None)
-        columns["low"].append(found.low)
-        columns["high"].append(found.high)
-        columns["count"].append(int(inside.sum()))
+        columns.count.append(len(kld))
+        value = low = high = None
+        if len(kld):
+            units, renumbered = np.unique(pooled.units[inside], return_inverse=True)
+            found = Bootstrap(len(units), pooled.bootstrap.confidence).mean(kld, renumbered, 0)
+            value, low, high = found.value, found.low, found.high
+        columns.kld_mean.append(value)
+        columns.low.append(low)
+        columns.high.append(high)
     return columns
 
 
-def _worst(pooled: Pooled, passages: Sequence[Passage], texts: Sequence[Text], tokenizer: Tokenizer) -> list[Json]:
+def _worst(
+    pooled: Pooled, passages: Sequence[Passage], texts: Sequence[Text], tokenizer: Tokenizer
+) -> list[WorstToken]:
+    def shown(token: int) -> str:
+        return show_token(tokenizer, int(token))
+
     out = []
     for i in np.argsort(-pooled.records["kld"], kind="stable")[:_WORST]:
         record, passage = pooled.records[i], passages[pooled.passage[i]]
         next_place = int(record["position"]) + 1
-        before = passage.ids[max(0, next_place - _BEFORE) : next_place].tolist()
-        shown: Callable[[int], str] = lambda token: show_token(tokenizer, token)  # noqa: E731
+        tops = (
+            [(shown(t), float(p)) for t, p in zip(record[which], record[f"{which}_p"], strict=True)]
+            for which in ("reference_top", "top")
+        )
         out.append(
-            {
-                "kld": float(record["kld"]),
-                "text": str(texts[passage.text].path),
-                "position": passage.start + next_place,
-                "before": tokenizer.decode(before),
-                "token": shown(int(passage.ids[next_place])),
-                "reference_top": _tops(record, "reference_top", shown),
-                "candidate_top": _tops(record, "top", shown),
-            }
+            WorstToken(
+                float(record["kld"]),
+                str(texts[passage.text].path),
+                passage.start + next_place,
+                tokenizer.decode(passage.ids[max(0, next_place - _BEFORE) : next_place].tolist()),
+                shown(passage.ids[next_place]),
+                *tops,
+            )
         )
     return out
-
-
-def _tops(record: Any, field: str, shown: Callable[[int], str]) -> list[list[Any]]:
-    return [[shown(int(t)), float(p)] for t, p in zip(record[field], record[f"{field}_p"], strict=True)]
 
 
 def show_token(tokenizer: Tokenizer, token: int) -> str:

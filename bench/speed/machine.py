@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...runtime import _native
 from ...runtime.errors import InvalidRequest
+from ...runtime.version import bezel_version
 
 _SMALL = 1 << 20  # bytes that `read_bandwidth` needs
 _LARGE = 1 << 30  # bytes, more than any cache holds
@@ -69,27 +69,6 @@ def describe() -> dict[str, Any]:
         "bezel": bezel_version(),
         "commit": _commit(),
     }
-
-
-def bezel_version() -> str:
-    try:
-        return version("bezel-lm")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
-
-
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again; created if need be."""
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    folder = base / "bezel"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _cpu() -> str:

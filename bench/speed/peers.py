@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .worker import NotMeasured, Runner
+from .runner import NotMeasured, Runner
 
 
 class LlamaCpp:

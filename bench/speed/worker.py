@@ -1,4 +1,4 @@
-"""A process that holds one model in one program, and does what it is told by lines of JSON.
+"""A process that holds one model in one program, from outside.
 
 Every program is measured in processes of its own: none counts another's memory, and when one crashes, the others go on.
 """
@@ -6,70 +6,18 @@ Every program is measured in processes of its own: none counts another's memory,
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from ...runtime.errors import BezelError
-
-
-class NotMeasured(BezelError):
-    """A program that is not installed, refused the model, or crashed."""
-
-
-class Runner(Protocol):
-    """One sequence in some program. `vocab_size` bounds the ids; `kv` is how keys and values are stored."""
-
-    vocab_size: int
-    kv: str
-    version: str
-
-    def prefill(self, ids: Sequence[int]) -> None: ...
-
-    def step(self, token: int) -> None: ...
-
-    def rewind(self, n: int) -> None: ...
-
-    def reset(self) -> None: ...
-
-    def kv_bytes(self) -> int | None:
-        """Bytes allocated for keys and values now, if the program tells."""
-
-
-class BezelRunner:
-    """bezel, through its Python interface."""
-
-    def __init__(self, model: str, context: int, threads: int, engine: str, kv: str) -> None:
-        from ...runtime import load
-        from .machine import bezel_version
-
-        self._session = load(model, engine=engine, context=context, kv=kv, threads=threads).session()
-        self.vocab_size, self.kv, self.version = self._session.model.config.vocab_size, kv, bezel_version()
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        self._session.prefill(ids)
-
-    def step(self, token: int) -> None:
-        self._session.step(token)
-
-    def rewind(self, n: int) -> None:
-        self._session.rewind(n)
-
-    def reset(self) -> None:
-        self._session.reset()
-
-    def kv_bytes(self) -> int:
-        return self._session.engine.cache_bytes
+from .runner import NotMeasured
 
 
 class Worker:
-    """The other end: a process with a runner for `program` ("bezel" or a peer), made with `options`.
+    """A process with a runner for `program` ("bezel" or a peer), made with `options`.
 
     Every method raises NotMeasured when the process failed. Times are seconds, taken inside the process.
     """
@@ -77,7 +25,7 @@ class Worker:
     def __init__(self, program: str, **options: Any) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, program, json.dumps(options)],
+            [sys.executable, "-m", f"{__package__}.child", program, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -100,7 +48,7 @@ class Worker:
         return self._ask("about")
 
     def memory(self) -> dict[str, int | None]:
-        """`process_memory` of the process, and `kv_bytes`."""
+        """`child.process_memory` of the process, and `kv_bytes`."""
         return self._ask("memory")
 
     def close(self) -> None:
@@ -139,82 +87,3 @@ class Worker:
         last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         return f"{how}: {last}" if last else how
-
-
-def process_memory() -> dict[str, int | None]:
-    """Bytes that this process holds in memory.
-
-    `peak_bytes` is the most that it ever held. Now: `private_bytes` nobody else can use; `file_bytes` are pages of
-    mapped files, which the system shares between processes and takes back when it needs room. Only Linux tells the
-    last two.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        kib = {key: int(fields[key].split()[0]) for key in ("VmHWM", "RssAnon", "RssFile", "RssShmem")}
-    except (OSError, KeyError):
-        return {"peak_bytes": _peak_bytes(), "private_bytes": None, "file_bytes": None}
-    return {
-        "peak_bytes": kib["VmHWM"] << 10,
-        "private_bytes": (kib["RssAnon"] + kib["RssShmem"]) << 10,
-        "file_bytes": kib["RssFile"] << 10,
-    }
-
-
-def _peak_bytes() -> int | None:
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
-def _make(program: str, options: dict[str, Any]) -> Runner:
-    if program == "bezel":
-        return BezelRunner(**options)
-    from .peers import RUNNERS
-
-    return RUNNERS[program](**options)
-
-
-def _answer(runner: Runner, what: str, n: int) -> dict[str, Any]:
-    ids = [(2 + 7919 * i) % runner.vocab_size for i in range(n)]
-    start = time.perf_counter()
-    if what == "prefill":
-        runner.prefill(ids)
-    elif what == "decode":
-        for token in ids:
-            runner.step(token)
-    elif what == "reset":
-        runner.reset()
-    elif what == "memory":
-        return {**process_memory(), "kv_bytes": runner.kv_bytes()}
-    elif what == "about":
-        return {"version": runner.version, "kv": runner.kv}
-    seconds = time.perf_counter() - start
-    if what == "decode":
-        runner.rewind(n)
-    return {"seconds": seconds}
-
-
-def _main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, and it kills this process
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not look like an answer
-    runner: Runner | None = None
-    for line in sys.stdin:
-        what, n = line.split()
-        try:
-            if runner is None:
-                runner = _make(sys.argv[1], json.loads(sys.argv[2]))
-            answer = _answer(runner, what, int(n))
-        except Exception as error:
-            known = isinstance(error, BezelError)
-            answer = {"error": str(error) if known else f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    _main()

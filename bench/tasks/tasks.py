@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -30,15 +30,18 @@ import numpy.typing as npt
 
 from ...runtime.errors import BezelError, InvalidRequest
 from ...runtime.session import Session
+from ..loss.intervals import Interval
+from ..loss.state import KeptResults
+from ..progress import Progress, silent
 from .likelihood import Scorer, encode_pair
 
 _CONTEXTS = ("query", "ctx", "context", "question")
 _CHOICES = ("choices", "endings")
 _ANSWERS = ("gold", "label", "answer", "answerKey")
 
+_KEPT_AT_ONCE = 16  # questions
+
 Bools = npt.NDArray[np.bool_]
-Progress = Callable[[int, int, str], None]
-"""Called with answers given, answers in all, and the model's name."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,40 @@ class Question:
     choices: tuple[str, ...]
     gold: int
     line: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The shares of questions that a model answers rightly."""
+
+    name: str
+    acc: Interval
+    acc_norm: Interval
+
+
+@dataclass(frozen=True)
+class Flips:
+    """`worse` questions only a answers rightly, `better` ones only b; p is McNemar's."""
+
+    a: str
+    b: str
+    worse: int
+    better: int
+    p: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the models made of a file of questions."""
+
+    file: str
+    sha256: str
+    questions: int
+    candidates: list[Accuracy]
+    pairs: list[Flips]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -73,49 +110,58 @@ def run_tasks(
     path: str | Path,
     sessions: Mapping[str, Callable[[], Session]],
     confidence: float = 0.95,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    kept: Mapping[str, KeptResults] | None = None,
+    progress: Progress = silent,
+) -> Answers:
     """Let each model answer the questions of a file; `sessions` opens them, by name, one after the other.
 
-    The first is what the others are compared with. Gives what stands under "tasks" in a measurement result:
-    {"file", "sha256", "questions", "candidates": [{"name", "acc", "acc_norm"}], "pairs": [{"a", "b", "worse",
-    "better", "p"}]}: `worse` counts the questions that only a answers rightly, `better` those that only b does, and p
-    is McNemar's. Raises InvalidRequest.
+    The first is what the others are compared with. What a model's `kept` results hold is not asked again. Progress
+    counts answers and says the model's name. Raises InvalidRequest.
     """
     questions = read_questions(path)
     right: dict[str, Bools] = {}
     for turn, (name, start) in enumerate(sessions.items()):
-        scorer, found = Scorer(start()), np.empty((len(questions), 2), bool)
-        for i, question in enumerate(questions):
-            if progress:
-                progress(turn * len(questions) + i + 1, len(sessions) * len(questions), name)
-            try:
-                found[i] = _answer(scorer, question)
-            except BezelError as error:
-                raise InvalidRequest(f"{path}: line {question.line}: {error}") from error
+        found = np.empty((len(questions), 2), bool)
+        scorer: Scorer | None = None
+        for first in range(0, len(questions), _KEPT_AT_ONCE):
+            some = questions[first : first + _KEPT_AT_ONCE]
+            stored = kept[name].load(first) if kept else None
+            if stored is None:
+                scorer = scorer or Scorer(start())
+                answers = np.empty((len(some), 2), bool)
+                for i, question in enumerate(some):
+                    progress(turn * len(questions) + first + i, len(sessions) * len(questions), name)
+                    try:
+                        answers[i] = _answer(scorer, question)
+                    except BezelError as error:
+                        raise InvalidRequest(f"{path}: line {question.line}: {error}") from error
+                stored = {"right": answers}
+                if kept:
+                    kept[name].save(first, stored)
+            found[first : first + len(some)] = stored["right"]
         right[name] = found
-    shares = {name: [_share(found[:, i], confidence) for i in (0, 1)] for name, found in right.items()}
-    return {
-        "file": str(path),
-        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-        "questions": len(questions),
-        "candidates": [{"name": name, "acc": acc, "acc_norm": norm} for name, (acc, norm) in shares.items()],
-        "pairs": [{"a": a, "b": b, **_flips(right[a][:, 0], right[b][:, 0])} for a, b in combinations(right, 2)],
-    }
+    progress(len(sessions) * len(questions), len(sessions) * len(questions), "")
+    return Answers(
+        file=str(path),
+        sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        questions=len(questions),
+        candidates=[Accuracy(name, *(_share(column, confidence) for column in f.T)) for name, f in right.items()],
+        pairs=[_flips(a, b, right[a][:, 0], right[b][:, 0]) for a, b in combinations(right, 2)],
+    )
 
 
-def show_tasks(task: Mapping[str, Any]) -> None:
+def show_answers(task: Answers) -> None:
     """Print a result of `run_tasks`."""
-    first = task["candidates"][0]["name"]
-    pairs = {p["b"]: p for p in task["pairs"] if p["a"] == first}
-    width = max(len(c["name"]) for c in task["candidates"])
-    click.echo(f"{task['file']}: {task['questions']} questions")
-    flips = f"{'worse':>7}{'better':>8}{'p':>9}   than {first}" if pairs else ""
-    click.echo(f"  {'':{width}}  {'accuracy':>18}  {'by bytes':>18}{flips}")
-    for c in task["candidates"]:
-        line = f"  {c['name']:{width}}  {_shown(c['acc'])}  {_shown(c['acc_norm'])}"
-        if pair := pairs.get(c["name"]):
-            line += f"{pair['worse']:7}{pair['better']:8}{pair['p']:9.2g}"
+    first = task.candidates[0].name
+    flips = {pair.b: pair for pair in task.pairs if pair.a == first}
+    width = max(len(c.name) for c in task.candidates)
+    click.echo(f"{task.file}: {task.questions} questions")
+    heads = f"{'worse':>7}{'better':>8}{'p':>9}   than {first}" if flips else ""
+    click.echo(f"  {'':{width}}  {'accuracy':>18}  {'by bytes':>18}{heads}")
+    for c in task.candidates:
+        line = f"  {c.name:{width}}  {_shown(c.acc)}  {_shown(c.acc_norm)}"
+        if pair := flips.get(c.name):
+            line += f"{pair.worse:7}{pair.better:8}{pair.p:9.2g}"
         click.echo(line)
 
 
@@ -198,16 +244,15 @@ def _short(value: Any) -> str:
     return repr(value)[:80]
 
 
-def _share(right: Bools, confidence: float) -> dict[str, float]:
-    low, high = wilson(int(right.sum()), len(right), confidence)
-    return {"value": float(right.mean()), "low": low, "high": high}
+def _share(right: Bools, confidence: float) -> Interval:
+    return Interval(float(right.mean()), *wilson(int(right.sum()), len(right), confidence))
 
 
-def _flips(a: Bools, b: Bools) -> dict[str, Any]:
+def _flips(name_a: str, name_b: str, a: Bools, b: Bools) -> Flips:
     worse, better = int((a & ~b).sum()), int((~a & b).sum())
-    return {"worse": worse, "better": better, "p": mcnemar(worse, better)}
+    return Flips(name_a, name_b, worse, better, mcnemar(worse, better))
 
 
-def _shown(share: Mapping[str, float]) -> str:
-    interval = f"({100 * share['low']:.1f} – {100 * share['high']:.1f})"
-    return f"{100 * share['value']:5.1f} % {interval:>15}"
+def _shown(share: Interval) -> str:
+    interval = f"({100 * (share.low or 0):.1f} – {100 * (share.high or 0):.1f})"
+    return f"{100 * share.value:5.1f} % {interval:>15}"

@@ -1,7 +1,8 @@
 """Calibration: what a text sends through a model's linears, in a file that quantizing can use again and again.
 
-The file is a safetensors file: for each site (`layers.py`) the second moments of its inputs, `blk.N.attn`,
+The file is a safetensors file: for each site (`noting.py`) the second moments of its inputs, `blk.N.attn`,
 `blk.N.attn_output`, `blk.N.ffn`, `blk.N.ffn_down` and `head`, float32 (n, n), and in its metadata what they come from.
+A row whose output a norm divides by its root mean square r counts 1 / r²: that much an error weighs there.
 """
 
 from __future__ import annotations
@@ -9,35 +10,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...runtime.arrays import Floats, Ints
+from ...runtime.arrays import Arrays, Floats, Ints
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.model.tensors import tensor_specs
 from ...runtime.text.tokenizer import Tokenizer
 from ..gguf.writer import tool_version
+from ..kept import work_on
 from ..sources.checkpoint import Checkpoint
 from ..sources.quantized import Source
 from ..sources.safetensors import read_header, read_metadata
-from .layers import HEAD, IN_LAYER, Site, site_of
-from .state import State
+from ..whole import WholeSequences, run_layers
+from .noting import HEAD, NotingOps, moments, widths
 from .sweep import Sweep
 
 SEQUENCE = 512
 _TOKENS, _TOKENS_OF_SMALL = 10_240, 102_400
 _WEIGHTS = 2.6e9  # of Gemma 2 2B, which so many tokens take about 40 minutes with
 
-Progress = Callable[[int, int], None]  # sites done, and in all
+Progress = Callable[[int, int], None]  # layers done, and in all
 
 
 @dataclass(frozen=True)
@@ -109,49 +109,41 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
 
     Work is kept beside `out` until that is complete: broken off, the same call goes on from the last whole layer.
     """
-    n, width = checkpoint.config.n_layers, len(IN_LAYER)
+    config, sites = checkpoint.config, widths(checkpoint.config)
     origin = Origin(text.sha256, text.tokens, source_sha256(checkpoint), f"bezel {tool_version()}")
-    with work_folder(out, {"moments": 1, **asdict(origin)}) as state:
-        sweep = Sweep(checkpoint, text.sequences, replacing=False)
-        for i in sweep.layers(state):
-            found = {}
-            for site, moments in enumerate(sweep.layer(i)):
-                found[moments.site.name] = moments.inputs
-                if progress:
-                    progress(i * width + site + 1, n * width)
-            state.save(i, found)
-        state.save(n, {HEAD.name: sweep.head().inputs})
-        _write(out, origin, checkpoint.config, state)
+
+    def passing(start: int, streams: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
+        rows, ops = WholeSequences(config.layers, text.sequences), NotingOps(config, checkpoint.rows)
+        for i, (x, h) in enumerate(run_layers(config, ops, rows, start, streams.get("x")), start):
+            found = {site: moments(note.inputs, note.weight)[0] for site, note in ops.taken()}
+            if i == config.n_layers - 1:
+                found[HEAD] = moments(h)[0]
+            if progress:
+                progress(i + 1, config.n_layers)
+            yield {"x": x}, found
+
+    with work_on(out, {"moments": 2, **asdict(origin)}) as kept, atomic(out) as file:
+        header, places = _header(sites, origin)
+        file.write(header)
+        sweep = Sweep(kept, passing)
+        for i in range(config.n_layers):
+            for site, array in sweep.layer(i).items():
+                file.seek(places[site])
+                file.write(array.astype("<f4").data)
     return origin
 
 
-def _write(out: Path, origin: Origin, config: ModelConfig, state: State) -> None:
-    header: dict[str, Any] = {
-        "__metadata__": {"bezel_calibration": "1", **{k: str(v) for k, v in asdict(origin).items()}}
-    }
-    position = 0
-    for name, n in _shapes(config).items():
-        header[name] = {"dtype": "F32", "shape": [n, n], "data_offsets": [position, position + 4 * n * n]}
-        position += 4 * n * n
+def _header(sites: Mapping[str, int], origin: Origin) -> tuple[bytes, dict[str, int]]:
+    """How the file begins, and where in it the moments of each site do."""
+    metadata = {"bezel_calibration": "1", **{key: str(value) for key, value in asdict(origin).items()}}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    starts, position = {}, 0
+    for site, n in sites.items():
+        starts[site], position = position, position + 4 * n * n
+        header[site] = {"dtype": "F32", "shape": [n, n], "data_offsets": [starts[site], position]}
     text = json.dumps(header).encode()
-    with atomic(out) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for i in range(config.n_layers + 1):
-            arrays = state.load(i)
-            if arrays is None:
-                raise InvalidRequest(f"{out}: what was computed of layer {i} is gone; calibrate again")
-            for array in arrays.values():
-                file.write(array.astype("<f4").data)
-
-
-def _shapes(config: ModelConfig) -> dict[str, int]:
-    """Every site and the width of its input, in the order of the file."""
-    sites: list[tuple[int | None, Site]] = [(i, site) for i in range(config.n_layers) for site in IN_LAYER]
-    return {_name(i, site): site.width(config) for i, site in [*sites, (None, HEAD)]}
-
-
-def _name(layer: int | None, site: Site) -> str:
-    return site.name if layer is None else f"blk.{layer}.{site.name}"
+    begin = struct.pack("<Q", len(text)) + text
+    return begin, {site: len(begin) + start for site, start in starts.items()}
 
 
 def is_calibration(path: Path) -> bool:
@@ -174,7 +166,7 @@ class Calibration:
             raise InvalidRequest(f"{error}; expected what `bezel calibrate` wrote") from None
         if metadata.get("bezel_calibration") != "1":
             raise InvalidRequest(f"{path}: is no calibration; expected what `bezel calibrate` wrote")
-        expected = {name: ("F32", (n, n)) for name, n in _shapes(checkpoint.config).items()}
+        expected = {name: ("F32", (n, n)) for name, n in widths(checkpoint.config).items()}
         if {name: (s.dtype, s.shape) for name, s in stored.items()} != expected:
             raise InvalidRequest(f"{path}: holds the moments of a model of another shape; calibrate {checkpoint.path}")
         self.path, self._stored = path, stored
@@ -184,22 +176,8 @@ class Calibration:
         if self.origin.source_sha256 != source_sha256(checkpoint):
             raise InvalidRequest(f"{path}: comes from another checkpoint; calibrate {checkpoint.path}")
 
-    def moments(self, layer: int | None, site: Site) -> Floats:
-        """The second moments of the inputs of a site's linears, float32 (n, n)."""
-        stored = self._stored[_name(layer, site)]
+    def moments(self, site: str) -> Floats:
+        """The second moments of a site's inputs, float32 (n, n)."""
+        stored = self._stored[site]
         flat = np.fromfile(stored.file, "<f4", math.prod(stored.shape), offset=stored.offset)
         return flat.reshape(stored.shape).astype(np.float32, copy=False)
-
-    def importance(self, spec: TensorSpec) -> Floats | None:
-        """How much an error in each column of a linear matters, the diagonal of the moments (n,); None for a norm."""
-        site = site_of(spec)
-        return None if site is None else np.ascontiguousarray(np.diagonal(self.moments(spec.layer, site)))
-
-
-@contextmanager
-def work_folder(out: Path, key: Mapping[str, Any]) -> Iterator[State]:
-    """Where work on the file `out` is kept; removed when it is done, kept when it is broken off."""
-    folder = out.with_name(f".{out.name}.work")
-    state = State(folder, key)
-    yield state
-    shutil.rmtree(folder, ignore_errors=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,25 @@ from numpy.typing import NDArray
 from ...quant.feedback import feedback_factor, quantize_with_feedback, retargeted
 from ...quant.formats import EVEN, F32, Format
 from ...quant.recipes import Recipe
-from ...runtime.arrays import Floats, Ints
+from ...runtime.arrays import Arrays, Floats, Ints
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.ops import rms_norm
 from ...runtime.model.tensors import TensorSpec
 from ..gguf.writer import ExportSummary, export_gguf, plan_tensors, tool_version
+from ..kept import KeptWork, work_on
 from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint
-from .layers import in_order, site_of
-from .moments import Calibration, CalibrationText, is_calibration, read_text, source_sha256, work_folder
-from .state import State
+from ..whole import ROWS, ReadRows, WholeOps, WholeSequences, on_every_core, run_layers
+from .moments import Calibration, CalibrationText, is_calibration, read_text, source_sha256
+from .noting import HEAD, Note, NotingOps, moments, site_of
 from .sweep import Sweep
 
-Formats = Mapping[str, type[Format]]  # by GGUF name
-Rows = Callable[[int, int], Floats]  # rows start … stop−1 of a matrix, which need not be in memory as a whole
+Formats = Mapping[str, type[Format]]
+"""By GGUF name."""
 
 DAMPING = 0.03  # of the mean second moment; .003 and .01 do about as well
 _TIED_DAMPING = 0.3  # a tied head is the embedding, too: errors there weigh about as much, in every direction alike
-_ROWS = 2048  # rounded at a time; fixed, so that bits do not depend on the number of cores
+_OUTPUTS = 2048  # rounded at a time; fixed, so that bits do not depend on the number of cores
 _HEAD_SHARE = 4  # every so many-th sequence is enough for the moments of the head, which are far from singular
 
 
@@ -54,28 +57,32 @@ def export_calibrated(
         moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
         return export_gguf(checkpoint, out, recipe, None, progress, force, moments)
     text = read_text(checkpoint, calibration, tokens)
-    with work_folder(out, Sequential.key(checkpoint, text, formats)) as state:
-        sequential = Sequential(checkpoint, text, formats, state)
+    with work_on(out, Sequential.key(checkpoint, text, formats)) as kept:
+        sequential = Sequential(checkpoint, text, formats, kept)
         return export_gguf(checkpoint, out, recipe, None, progress, force, sequential)
 
 
 class Feedback:
-    """Rounds the matrices of one site, given the moments of their inputs; cross moments move the target as well."""
+    """Rounds the matrices of one site, given Σ x xᵀ of their inputs x.
 
-    def __init__(self, inputs: Floats, cross: Floats | None = None, damping: float = DAMPING) -> None:
-        self._factor = feedback_factor(inputs, damping)
-        self._drift = None if cross is None else cross - inputs
+    With the `drift` Σ (y − x) xᵀ from the exact model's inputs y, what is rounded moves towards what was made of y.
+    """
 
-    def quantize(self, form: type[Format], rows: Rows, count: int) -> NDArray[np.uint8]:
-        """The blocks (count, row_bytes) of so many rows (n)."""
+    def __init__(self, inputs: Floats, drift: Floats | None = None, damping: float = DAMPING) -> None:
+        self._factor, self._drift = feedback_factor(inputs, damping), drift
+
+    def quantize(self, form: type[Format], spec: TensorSpec, read: ReadRows) -> NDArray[np.uint8]:
+        """The blocks (rows, row_bytes) of a matrix, which need not be in memory as a whole."""
 
         def piece(start: int) -> NDArray[np.uint8]:
-            part = rows(start, min(start + _ROWS, count))
+            rows = read(spec, start, min(start + _OUTPUTS, spec.shape[0]))
+            if form.block == 1:
+                return form.quantize(rows)
             if self._drift is not None:
-                part = retargeted(part, self._drift, self._factor)
-            return quantize_with_feedback(form, part, self._factor)
+                rows = retargeted(rows, self._drift, self._factor)
+            return quantize_with_feedback(form, rows, self._factor)
 
-        return np.concatenate(list(in_order(piece, range(0, count, _ROWS))))
+        return np.concatenate(on_every_core(piece, range(0, spec.shape[0], _OUTPUTS)))
 
 
 class FromMoments:
@@ -86,39 +93,39 @@ class FromMoments:
     def __init__(self, checkpoint: Checkpoint, calibration: Calibration, formats: Formats) -> None:
         self._checkpoint, self._calibration, self._formats = checkpoint, calibration, formats
         self.text_sha256, self.tokens = calibration.origin.text_sha256, calibration.origin.tokens
-        self._site: tuple[object, Feedback] | None = None
+        self._feedback: tuple[str, Feedback] | None = None  # of the newest site
 
     def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
-        site, form = site_of(spec), self._formats[spec.gguf]
+        config, form = self._checkpoint.config, self._formats[spec.gguf]
+        site = site_of(spec, config)
         if site is None or form.block == 1:
             return None
-        if self._site is None or self._site[0] != (spec.layer, site):
-            damping = _head_damping(self._checkpoint) if spec.layer is None else DAMPING
-            self._site = (spec.layer, site), Feedback(self._calibration.moments(spec.layer, site), damping=damping)
-        return self._site[1].quantize(form, partial(self._checkpoint.rows, spec), spec.shape[0])
+        if self._feedback is None or self._feedback[0] != site:
+            damping = _head_damping(config) if site == HEAD else DAMPING
+            self._feedback = site, Feedback(self._calibration.moments(site), damping=damping)
+        return self._feedback[1].quantize(form, spec, self._checkpoint.rows)
 
 
 class Sequential:
     """Each matrix is rounded for the inputs that it gets from those before it, as they are rounded.
 
     The head comes first, for the exact model's inputs: tied, it is the embedding, where everything begins. Blocks are
-    asked for in the order of the model's tensors; those of a layer are kept in `state`.
+    asked for in the order of the model's tensors; those of a layer are kept.
     """
 
     method = "error feedback on the quantized model's inputs"
 
-    def __init__(self, checkpoint: Checkpoint, text: CalibrationText, formats: Formats, state: State) -> None:
-        self._checkpoint, self._text, self._formats, self._state = checkpoint, text, formats, state
+    def __init__(self, checkpoint: Checkpoint, text: CalibrationText, formats: Formats, kept: KeptWork) -> None:
+        self._checkpoint, self._config, self._text, self._formats = checkpoint, checkpoint.config, text, formats
         self.text_sha256, self.tokens = text.sha256, text.tokens
-        self._specs = {(spec.layer, spec.role): spec for spec in checkpoint.specs}
-        self._loaded: tuple[int, Mapping[str, NDArray[Any]]] = (-1, {})
-        self._work = self._run()
+        self._kept, self._sweep = kept, Sweep(kept, self._passing)
+        self._found: tuple[int, Arrays] = -1, {}  # of the newest layer that was asked for
 
     @staticmethod
     def key(checkpoint: Checkpoint, text: CalibrationText, formats: Formats) -> dict[str, object]:
         """All that the blocks depend on."""
         return {
-            "sequential": 2,
+            "sequential": 3,
             "text": text.sha256,
             "tokens": text.tokens,
             "source": source_sha256(checkpoint),
@@ -127,61 +134,97 @@ class Sequential:
         }
 
     def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
-        number = self._checkpoint.config.n_layers if spec.layer is None else spec.layer
-        while self._loaded[0] != number:
-            found = self._state.load(number)
-            if found is not None:
-                self._loaded = number, found
-            else:
-                next(self._work)
-        return self._loaded[1].get(spec.gguf)
+        number = self._config.n_layers if spec.layer is None else spec.layer
+        if self._found[0] != number:
+            self._found = -1, {}
+            self._found = number, self._head() if spec.layer is None else self._sweep.layer(number)
+        return self._found[1].get(spec.gguf)
 
-    def _run(self) -> Iterator[None]:
-        head = self._specs[None, "token_embd" if self._checkpoint.config.tied_head else "output"]
-        embedding = self._specs[None, "token_embd"]
-        n = self._checkpoint.config.n_layers
-        if self._state.load(n) is None:
-            feedback = Feedback(self._head_moments(), damping=_head_damping(self._checkpoint))
-            self._state.save(n, {head.gguf: self._round(feedback, head, partial(self._checkpoint.rows, head))})
-            del feedback
-            yield
+    def _head(self) -> Arrays:
+        number, config, read = self._config.n_layers, self._config, self._checkpoint.rows
+        found: Arrays | None = self._kept.load(number)
+        if found is None:
+            rows = WholeSequences(config.layers, self._text.sequences[::_HEAD_SHARE])
+            [(_, h)] = deque(run_layers(config, WholeOps(read), rows), maxlen=1)
+            feedback = Feedback(*moments(h), damping=_head_damping(config))
+            (head,) = (spec for spec in self._checkpoint.specs if site_of(spec, config) == HEAD)
+            found = {head.gguf: feedback.quantize(self._formats[head.gguf], head, read)}
+            self._kept.save(number, found)
+        return found
 
-        blocks = (self._state.load(n) or {}).get(embedding.gguf)
-
-        def rounded(ids: Ints) -> Floats:
-            form = self._formats[embedding.gguf]
-            if blocks is None:
-                return form.dequantize(form.quantize(self._checkpoint.some_rows(embedding, ids), EVEN))
-            return form.dequantize(blocks[ids])
-
-        sweep = Sweep(self._checkpoint, self._text.sequences, replacing=True)
-        for i in sweep.layers(self._state, rounded):
-            found = {}
-            for moments in sweep.layer(i):
-                feedback = Feedback(moments.inputs, moments.cross)
-                for role in moments.site.roles:
-                    spec = self._specs[i, role]
-                    found[spec.gguf] = self._round(feedback, spec, partial(_between, sweep.exact[role]))
-                    sweep.now[role] = self._formats[spec.gguf].dequantize(found[spec.gguf])
-                del feedback
-            for (layer, role), spec in self._specs.items():
-                if layer == i and spec.is_norm:
-                    found[spec.gguf] = F32.quantize(sweep.now[role][None])
-            self._state.save(i, found)
-            yield
-
-    def _head_moments(self) -> Floats:
-        sweep = Sweep(self._checkpoint, self._text.sequences[::_HEAD_SHARE], replacing=False)
-        return sweep.to_head().inputs
-
-    def _round(self, feedback: Feedback, spec: TensorSpec, rows: Rows) -> NDArray[np.uint8]:
-        form, count = self._formats[spec.gguf], spec.shape[0]
-        return form.quantize(rows(0, count)) if form.block == 1 else feedback.quantize(form, rows, count)
+    def _passing(self, start: int, streams: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
+        """The exact stream y passes a layer, then the stream x of what is rounded on its way."""
+        config, read = self._config, self._checkpoint.rows
+        rows, exact = WholeSequences(config.layers, self._text.sequences), NotingOps(config, read)
+        rounding = RoundingOps(config, read, self._formats, exact.notes, self._head)
+        ys = run_layers(config, exact, rows, start, streams.get("y"))
+        xs = run_layers(config, rounding, rows, start, streams.get("x"))
+        for (y, _), (x, _) in zip(ys, xs, strict=True):
+            yield {"y": y, "x": x}, rounding.taken()
 
 
-def _between(matrix: Floats, start: int, stop: int) -> Floats:
-    return matrix[start:stop]
+class RoundingOps(WholeOps):
+    """Rounds each matrix for the inputs that come to it, and multiplies them with what was rounded.
+
+    A norm behind is fitted, so that the residual stream comes back to the exact one. `notes` are of the exact model in
+    the same layer; `head` gives the blocks that stand for the embedding, unless that is rounded plainly.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        read: ReadRows,
+        formats: Formats,
+        notes: dict[str, Note],
+        head: Callable[[], Arrays],
+    ) -> None:
+        super().__init__(read)
+        self._config, self._formats, self._notes, self._head = config, formats, notes, head
+        self._found: dict[str, NDArray[Any]] = {}
+
+    def taken(self) -> Arrays:
+        """The blocks of what was rounded or fitted since the last time, by GGUF name."""
+        found, self._found = self._found, {}
+        return found
+
+    def rows_of(self, weight: TensorSpec, ids: Ints) -> Floats:
+        form, blocks = self._formats[weight.gguf], self._head().get(weight.gguf)
+        return form.dequantize(form.quantize(super().rows_of(weight, ids), EVEN) if blocks is None else blocks[ids])
+
+    def matrices(self, x: Floats, weights: Sequence[TensorSpec]) -> Sequence[Floats]:
+        self._exact = note = self._notes.pop(str(site_of(weights[0], self._config)))
+        feedback = Feedback(*moments(x, note.weight, note.inputs))
+        del note.inputs
+        found = {w.gguf: feedback.quantize(self._formats[w.gguf], w, self._read) for w in weights}
+        self._found |= found
+        return [self._formats[name].dequantize(blocks) for name, blocks in found.items()]
+
+    def add_norm(
+        self, x: Floats, h: Floats, post_weight: TensorSpec | None, next_weight: TensorSpec, eps: float
+    ) -> tuple[Floats, Floats]:
+        if post_weight is not None and self._exact.stream is not None:
+            factors = fitted(x, h, self._exact.stream, self.norm(post_weight), eps)
+            self._found[post_weight.gguf] = F32.quantize(factors[None])
+        return super().add_norm(x, h, post_weight, next_weight, eps)
+
+    def norm(self, weight: TensorSpec) -> Floats:
+        blocks = self._found.get(weight.gguf)
+        return super().norm(weight) if blocks is None else F32.dequantize(blocks)[0]
 
 
-def _head_damping(checkpoint: Checkpoint) -> float:
-    return _TIED_DAMPING if checkpoint.config.tied_head else DAMPING
+def fitted(x: Floats, h: Floats, target: Floats, factors: Floats, eps: float) -> Floats:
+    """The factors (hidden,) of a norm with which x plus h, normed, comes closest to `target`, (n, hidden) all three.
+
+    Where least squares says nothing, those that it had.
+    """
+    over, under = np.zeros(len(factors)), np.zeros(len(factors))
+    for start in range(0, len(x), ROWS):
+        rows = slice(start, start + ROWS)
+        normal = rms_norm(h[rows], np.ones(1, np.float32), eps)
+        over += np.einsum("ij,ij->j", normal, target[rows] - x[rows])
+        under += np.einsum("ij,ij->j", normal, normal)
+    return np.divide(over, under, out=factors.astype(np.float64), where=under > 0).astype(np.float32)
+
+
+def _head_damping(config: ModelConfig) -> float:
+    return _TIED_DAMPING if config.tied_head else DAMPING

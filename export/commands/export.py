@@ -1,9 +1,8 @@
-"""The commands `bezel export` and `bezel verify`."""
+"""The command `bezel export`."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from ...quant.recipes import Recipe
     from ..gguf.writer import ExportSummary
     from ..sources.checkpoint import Checkpoint
-    from ..verify import TensorReport
 
 
 _ONNX_QUANTS = ("int8", "int4")  # and f32, f16
@@ -58,8 +56,8 @@ def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> 
 @click.option(
     "--embedding",
     type=click.Choice((*PLAIN, *_ONNX_QUANTS)),
-    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k (int4: q5_k), "
-    "or int8 for ONNX.",
+    help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k (int4: q5_k, "
+    "where that fits), or int8 for ONNX.",
 )
 @click.option(
     "--target-bpw",
@@ -73,7 +71,7 @@ def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> 
 @click.option(
     "--sensitivity",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What each tensor loses in each format, measured: `bezel measure --sensitivity … --sensitivity-out FILE`.",
+    help="What each tensor loses in each format, measured: `bezel sensitivity CHECKPOINT … -o FILE`.",
 )
 @click.option(
     "--calibration",
@@ -99,12 +97,9 @@ def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> 
     help="ONNX: how keys and values are kept. int8 takes a quarter of the memory and is much faster where the context "
     "is long; needs --calibration TEXT, on which each channel's range is measured.  [default: f32]",
 )
-@click.option("--check", is_flag=True, help="ONNX: run what was written, and compare it with its source: bezel check.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@click.pass_context
 def export(
-    context: click.Context,
     checkpoint: Path,
     out: Path | None,
     source: Path | None,
@@ -118,7 +113,6 @@ def export(
     calibration_tokens: int | None,
     dialect: str | None,
     kv: str | None,
-    check: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -126,7 +120,7 @@ def export(
 
     CHECKPOINT is a folder as downloaded from the hub (config.json, tokenizer.model, safetensors), or a GGUF
     file that is not quantized; for ONNX it may be, and its weights then stay what they are. OUT may be a folder; a
-    GGUF file is then named after the checkpoint.
+    GGUF file is then named after the checkpoint. `bezel verify` compares what was written with its source.
 
     \b
     Examples:
@@ -138,7 +132,7 @@ def export(
       bezel export gemma-2-2b-it/ best.gguf --target-bpw 4.55 --sensitivity sens.json
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4 --kv int8 --calibration text.txt
-      bezel export --from small.gguf gemma-onnx/ --format onnx --check
+      bezel export --from small.gguf gemma-onnx/ --format onnx
 
     A recipe file is JSON; the first rule that matches a tensor decides. A rule asks for a role (a name or a list), for
     layers and for a regular expression that the tensor's name in GGUF matches, or for some of these:
@@ -154,8 +148,8 @@ def export(
     if source is not None:
         checkpoint, out = source, checkpoint
     assert out is not None
-    if container == "gguf" and (dialect or kv or check):
-        raise click.UsageError("--dialect, --kv and --check go with --format onnx.")
+    if container == "gguf" and (dialect or kv):
+        raise click.UsageError("--dialect and --kv go with --format onnx.")
     if container == "onnx" and (calibration is not None) != (kv == "int8"):
         raise click.UsageError(
             "For ONNX, --kv int8 and --calibration TEXT need each other; to calibrate the weights, export to GGUF and "
@@ -170,8 +164,8 @@ def export(
         raise click.UsageError("Give --target-bpw or --target-size, not both.")
     if targets and sensitivity is None:
         raise click.UsageError(
-            "--target-bpw and --target-size need --sensitivity; the file is written by `bezel measure --reference "
-            f"{checkpoint} --text FILE --sensitivity q4_k,iq4_xs,q5_k,q6_k --sensitivity-out sens.json`."
+            "--target-bpw and --target-size need --sensitivity; the file is written by `bezel sensitivity "
+            f"{checkpoint} --text FILE --formats q4_k,iq4_xs,q5_k,q6_k -o sens.json`."
         )
     if sensitivity is not None and not targets:
         raise click.UsageError("--sensitivity needs --target-bpw or --target-size.")
@@ -189,8 +183,6 @@ def export(
             return solve_size(sensitivity, source.config, target_size - more, lambda r: file_size(source, r))
         return find_recipe(quant or "q8_0", source.config, embedding)
 
-    if check and as_json:
-        raise click.UsageError("--check prints a table: leave --json out, or use bezel check --json.")
     with progress_bar(out.name) as progress:
         try:
             if container == "onnx":
@@ -206,12 +198,6 @@ def export(
         click.echo(json.dumps(asdict(summary), indent=2))
     else:
         _print_summary(summary)
-    if check:
-        verbs = context.find_root().command
-        assert isinstance(verbs, click.Group)  # `check` needs an engine, which this room does not import
-        command = verbs.get_command(context, "check")
-        assert command is not None
-        context.invoke(command, folder=out, source=checkpoint)
 
 
 def _export_folder(path: Path, *arguments: Any) -> ExportSummary:
@@ -247,45 +233,6 @@ def _export_file(
         return export_gguf(source, out, recipe, progress=progress, force=force)
 
 
-@click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="What MODEL was exported from: a checkpoint folder, or a GGUF file, whose weights must then be kept exactly.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify(model: Path, checkpoint: Path, as_json: bool) -> None:
-    """Compare every tensor of MODEL, a GGUF file or an ONNX folder, with what it was exported from.
-
-    Prints the tensors, worst first, and exits with 1 if one is further off than its format explains.
-
-    \b
-    Examples:
-      bezel verify gemma-2-2b-it.gguf --checkpoint gemma-2-2b-it/
-      bezel verify gemma-2-2b-it-onnx/ --checkpoint gemma-2-2b-it.gguf
-    """
-    from ..verify import open_source
-    from ..verify import verify as compare
-
-    with open_source(checkpoint) as source:
-        reports = compare(model, source)
-    reports.sort(key=lambda report: (report.ok, -report.error))
-    if as_json:
-        click.echo(json.dumps([_as_json(report) for report in reports], indent=2))
-    else:
-        _print_reports(reports)
-    if not all(report.ok for report in reports):
-        raise SystemExit(1)
-
-
-def _as_json(report: TensorReport) -> dict[str, object]:
-    """The report with null for what JSON has no number for: the infinite SQNR of an exact tensor."""
-    values = asdict(report) | {"ok": report.ok}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
 def _print_summary(summary: ExportSummary) -> None:
     formats = ", ".join(f"{count} × {name}" for name, count in summary.formats.items())
     click.echo(f"{summary.path}: {summary.file_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s")
@@ -294,15 +241,3 @@ def _print_summary(summary: ExportSummary) -> None:
         click.echo(f"  fallback: {fallback}")
     for warning in summary.warnings:
         click.echo(f"warning: {warning}", err=True)
-
-
-def _print_reports(reports: list[TensorReport]) -> None:
-    width = max(len(report.name) for report in reports)
-    click.echo(f"{'tensor':{width}}  format  rel. RMS error  allowed   max. error  SQNR dB")
-    for r in reports:
-        click.echo(
-            f"{r.name:{width}}  {r.format:6}  {r.error:14.2e}  {r.tolerance:.1e}  {r.max_error:.2e}  "
-            f"{r.sqnr_db:7.1f}{'' if r.ok else '  OFF'}"
-        )
-    off = sum(not report.ok for report in reports)
-    click.echo(f"{len(reports)} tensors, {off} off" if off else f"{len(reports)} tensors, all as expected")

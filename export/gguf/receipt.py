@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...runtime.files.gguf import RECEIPT
 from ...runtime.files.gguf_model import GGUFModel
 from .header import encode_value
 
-_FIGURES = ("kld_mean", "kld_p999", "top1", "perplexity_ratio")  # with the interval of the first
+_FIGURES = ("kld_mean", "kld_p999", "top1", "perplexity_ratio", "kld_mean_low", "kld_mean_high")
 _WIDTHS = {
     "date": 20,
     "tool": 32,
@@ -31,10 +32,33 @@ _WIDTHS = {
 
 # What the exporter writes: no figure yet.
 PLACEHOLDERS: dict[str, Any] = {
-    **{f"{RECEIPT}{name}": math.nan for name in (*_FIGURES, "kld_mean_low", "kld_mean_high")},
+    **{f"{RECEIPT}{name}": math.nan for name in _FIGURES},
     f"{RECEIPT}tokens": 0,
     **{f"{RECEIPT}{name}": " " * width for name, width in _WIDTHS.items()},
 }
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was measured of a file, and on what: `tokens` positions of texts with these hashes, against `reference`.
+
+    KLD is in nats per token, `top1` a share of positions. Texts that are too long are cut.
+    """
+
+    date: str
+    tool: str
+    protocol: str
+    engine: str
+    text_sha256: tuple[str, ...]
+    reference: str
+    reference_sha256: str
+    tokens: int
+    kld_mean: float
+    kld_mean_low: float | None
+    kld_mean_high: float | None
+    kld_p999: float
+    top1: float
+    perplexity_ratio: float
 
 
 def check_room(file: GGUFModel) -> None:
@@ -48,14 +72,14 @@ def check_room(file: GGUFModel) -> None:
             )
 
 
-def stamp(path: str | Path, result: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
-    """Write what `candidate`, one of the candidates of the measurement `result`, has lost into its GGUF file `path`.
+def stamp(path: str | Path, receipt: Receipt) -> None:
+    """Write the receipt into the GGUF file `path`, which it is of.
 
     Raises InvalidModelFile, InvalidRequest for a file without room for a receipt, and OSError; the file is then as
     it was.
     """
     path = Path(path)
-    values = _values(result, candidate)
+    values = _values(receipt)
     with GGUFModel(path) as file:
         check_room(file)
         before, spans = file.fingerprint(), file.receipt_spans
@@ -82,28 +106,27 @@ def stamp(path: str | Path, result: Mapping[str, Any], candidate: Mapping[str, A
             raise
 
 
-def _values(result: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:
-    metrics, reference = candidate["metrics"], result["reference"]
+def model_sha256(model: Path) -> str:
+    """Which model this is: a GGUF file's fingerprint; of a folder, the SHA-256 of its weight files."""
+    if model.is_file():
+        with GGUFModel(model) as file:
+            return file.fingerprint()
+    hashes = []
+    for path in sorted([*model.glob("*.safetensors"), *model.glob("*.onnx*")]):
+        digest = hashlib.sha256()
+        with path.open("rb") as raw:
+            while block := raw.read(1 << 20):
+                digest.update(block)
+        hashes.append(digest.hexdigest())
+    return _of_all(hashes)
 
-    def figure(name: str, which: str = "value") -> float:
-        value = metrics.get(name, {}).get(which)
-        return math.nan if value is None else float(value)
 
-    texts = {
-        "date": result["time"],
-        "tool": result["tool"],
-        "protocol": f"{result['protocol']} of {result['chunk']}",
-        "engine": f"{candidate['engine']}, {candidate['activations']} activations, {candidate['kv']} KV",
-        "text_sha256": _of_all([text["sha256"] for text in result["texts"]]),
-        "reference": reference["name"],
-        "reference_sha256": reference.get("sha256") or _sha256_of(Path(reference["path"])),
-    }
+def _values(receipt: Receipt) -> dict[str, Any]:
+    found = {**asdict(receipt), "text_sha256": _of_all(receipt.text_sha256)}
     values = {
-        **{name: figure(name) for name in _FIGURES},
-        "kld_mean_low": figure("kld_mean", "low"),
-        "kld_mean_high": figure("kld_mean", "high"),
-        "tokens": int(result["scored"]),
-        **{name: _padded(str(text), _WIDTHS[name]) for name, text in texts.items()},
+        **{name: math.nan if found[name] is None else float(found[name]) for name in _FIGURES},
+        "tokens": receipt.tokens,
+        **{name: _padded(found[name], width) for name, width in _WIDTHS.items()},
     }
     return {RECEIPT + name: value for name, value in values.items()}
 
@@ -114,21 +137,6 @@ def _padded(text: str, width: int) -> str:
     return cut + " " * (width - len(cut.encode()))
 
 
-def _of_all(hashes: list[str]) -> str:
+def _of_all(hashes: Sequence[str]) -> str:
     """The hash of one thing is its own; that of several is the SHA-256 of their hashes, one a line."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(f"{h}\n" for h in hashes).encode()).hexdigest()
-
-
-def _sha256_of(reference: Path) -> str:
-    """A GGUF file's fingerprint; of a folder, the SHA-256 of its weight files."""
-    if reference.is_file():
-        with GGUFModel(reference) as file:
-            return file.fingerprint()
-    hashes = []
-    for path in sorted([*reference.glob("*.safetensors"), *reference.glob("*.onnx*")]):
-        digest = hashlib.sha256()
-        with path.open("rb") as raw:
-            while block := raw.read(1 << 20):
-                digest.update(block)
-        hashes.append(digest.hexdigest())
-    return _of_all(hashes)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import EVEN, Format
+from ...quant.formats import EVEN, FORMATS, Format
 from ...quant.recipes import PRESETS, Recipe
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
@@ -38,8 +38,7 @@ CALIBRATION = "bezel.provenance.calibration"  # the key of a calibrated file; ot
 CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its temporaries stay in a core's cache
 
 # llama.cpp's `llama_ftype`, by preset or by the format of most matrices.
-_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q4_k": 14, "q4_k_m": 15, "q5_k": 16}
-_FILE_TYPES |= {"q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "bf16": 32}
+_FILE_TYPES = {form.name: form.file_type for form in FORMATS.values()} | {"q4_k_m": 15, "q5_k_m": 17}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Calibrated(Protocol):
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What was written. `formats` counts tensors, `fallbacks` names those that could not have theirs."""
+    """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs."""
 
     path: str
     file_bytes: int
@@ -139,12 +138,7 @@ def export_gguf(
         weights=total,
         bits_per_weight=sum(p.n_rows * p.row_bytes for p in plan) * 8 / total,
         formats=dict(Counter(p.format.name for p in plan)),
-        fallbacks=[
-            f"{p.spec.gguf}: {p.format.name} instead of {p.wanted.name}, because rows of "
-            f"{p.spec.shape[-1]} are not a multiple of {p.wanted.block}"
-            for p in plan
-            if p.format is not p.wanted
-        ],
+        fallbacks=_fallbacks(plan),
         warnings=[*checkpoint.warnings, *_warnings(checkpoint.config, metadata)],
         seconds=time.monotonic() - start,
     )
@@ -158,6 +152,19 @@ def plan_tensors(config: ModelConfig, recipe: Recipe) -> list[PlannedTensor]:
         plan.append(PlannedTensor(spec, choice.format, choice.wanted, offset))
         offset += aligned(plan[-1].n_rows * plan[-1].row_bytes)
     return plan
+
+
+def _fallbacks(plan: Sequence[PlannedTensor]) -> list[str]:
+    """A line for each format that took another's place, and length of rows."""
+    roles: dict[tuple[type[Format], type[Format], int], dict[str, None]] = {}
+    for p in plan:
+        if p.format is not p.wanted:
+            roles.setdefault((p.format, p.wanted, p.spec.shape[-1]), {})[p.spec.role] = None
+    return [
+        f"{', '.join(found)}: {form.name} instead of {wanted.name}, because rows of {n} are not a multiple of "
+        f"{wanted.block}"
+        for (form, wanted, n), found in roles.items()
+    ]
 
 
 def data_size(plan: Sequence[PlannedTensor]) -> int:

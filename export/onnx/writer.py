@@ -28,8 +28,9 @@ from ...runtime.text.tokenizer import model_proto
 from ..calibration.moments import read_text
 from ..gguf.writer import CHUNK_WEIGHTS, ExportSummary, background_hashes, tool_version
 from ..sources.quantized import Source
-from .graph import DIALECTS, External, Storage, build_model
+from .graph import DIALECTS, build_model
 from .kv_scales import TOKENS, kv_scales
+from .weights import External, Storage
 
 DATA = "model.onnx.data"
 # What can be mapped at any offset that a system allows: Windows maps at multiples of 64 KiB.

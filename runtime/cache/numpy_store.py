@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays import Arrays, Floats, Ints
+from .rotation import hadamard
 from .store import KV_DTYPES, SCALED
 
 _GROWTH = 256  # rows by which storage grows
@@ -14,13 +15,15 @@ _GROWTH = 256  # rows by which storage grows
 class NumpyStore:
     """NumPy arrays of whole slots, which grow as positions come in. Position p lives in slot p mod capacity.
 
-    int8 has a scale, max |x| / 127, for each head and position.
+    int8 has a scale, max |x| / 127, for each head and position; heads of a power of two are rotated first, see
+    `rotation.py`.
     """
 
     def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
         self._capacity = capacity
         shape = (0, n_kv_heads, head_dim)
         self._arrays = {name: np.empty(shape, KV_DTYPES[kv]) for name in ("keys", "values")}
+        self._rotated = kv in SCALED and head_dim.bit_count() == 1
         if kv in SCALED:
             self._arrays |= {name: np.empty(shape[:2], np.float32) for name in ("key_scales", "value_scales")}
 
@@ -37,7 +40,7 @@ class NumpyStore:
     def write(self, position: int, keys: Floats, values: Floats) -> None:
         self._grow(position + len(keys))
         slots = self._slots(position, position + len(keys))
-        for name, x in (("key", keys), ("value", values)):
+        for name, x in (("key", self._rotate(keys)), ("value", self._rotate(values))):
             if (scales := self._arrays.get(f"{name}_scales")) is not None:
                 scales[slots] = np.abs(x).max(axis=-1) / np.float32(127)
                 x = np.rint(x / np.where(scales[slots] > 0, scales[slots], 1)[..., None])
@@ -46,10 +49,10 @@ class NumpyStore:
     def attend(self, queries: Floats, first: Ints, last: Ints, scale: float, softcap: float | None) -> Floats:
         start, stop = int(first.min()), int(last.max())
         keys, values = self.read("key", start, stop), self.read("value", start, stop)
-        return attention(queries, keys, values, first - start, last - start, scale, softcap)
+        return self._rotate(attention(self._rotate(queries), keys, values, first - start, last - start, scale, softcap))
 
     def read(self, name: str, start: int, stop: int) -> Floats:
-        """The "key" or "value" rows (stop − start, kv_heads, head_dim) as float32."""
+        """The "key" or "value" rows (stop − start, kv_heads, head_dim) as float32, still rotated if they are."""
         slots = self._slots(start, stop)
         rows: Floats = self._arrays[f"{name}s"][slots].astype(np.float32, copy=False)
         scales = self._arrays.get(f"{name}_scales")
@@ -64,6 +67,10 @@ class NumpyStore:
         self._grow(stop)
         for name, array in self._arrays.items():
             array[self._slots(start, stop)] = arrays[name]
+
+    def _rotate(self, x: Floats) -> Floats:
+        """Scores of rotated queries and keys are those of queries and keys; twice is once there and back."""
+        return hadamard(x) if self._rotated else x
 
     def _slots(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         return np.arange(start, stop) % self._capacity

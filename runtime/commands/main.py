@@ -17,10 +17,11 @@ _VERBS = {
     "run": ("bezel.runtime.commands.generate", "Answer one prompt, or continue a text."),
     "chat": ("bezel.runtime.commands.generate", "Talk with a model."),
     "inspect": ("bezel.runtime.commands.inspect", "Show what a model file holds and how much memory it takes."),
-    "verify": ("bezel.export.commands.export", "Compare a model file with the checkpoint that it came from."),
-    "check": ("bezel.bench.commands.check", "Run an ONNX folder, and compare it with what it was exported from."),
+    "verify": ("bezel.bench.commands.verify", "Compare a model, and what it computes, with what it came from."),
     "bench": ("bezel.bench.commands.bench", "Measure speed and memory, next to llama.cpp if asked."),
     "measure": ("bezel.bench.commands.measure", "Measure what quantization cost, against a reference."),
+    "sensitivity": ("bezel.bench.commands.sensitivity", "Measure which tensors suffer from quantization, for export."),
+    "tasks": ("bezel.bench.commands.tasks", "Answer multiple-choice questions, and compare models by them."),
     "demo": ("bezel.bench.commands.demo", "Do it all on the bundled model, in under a minute."),
 }
 

@@ -16,6 +16,7 @@ from ..model.config import ModelConfig
 from ..text.tokenizer import Vocabulary
 from .gguf_model import GGUFModel
 from .onnx_folder import OnnxFolder
+from .packaged import find_model
 
 
 class Tensor(Protocol):
@@ -84,8 +85,11 @@ class ModelFile(Protocol):
 
 
 def open_model(path: str | Path) -> ModelFile:
-    """A GGUF file, or a folder that `bezel export --format onnx` wrote. Raises InvalidModelFile."""
-    path = Path(path)
+    """A GGUF file, a folder that `bezel export --format onnx` wrote, or a model by name; see `packaged.find_model`.
+
+    Raises InvalidModelFile, and InvalidRequest for a named model that is not installed.
+    """
+    path = find_model(path)
     if path.suffix == ".onnx" and path.is_file():
         raise InvalidModelFile(path, f"this is one file of a model; give its folder, {path.parent}")
     return OnnxFolder(path) if path.is_dir() else GGUFModel(path)

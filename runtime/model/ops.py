@@ -44,8 +44,13 @@ def join_heads(x: Floats) -> Floats:
 
 def feed_forward(x: Floats, gate: Floats, up: Floats, down: Floats) -> Floats:
     """GeGLU: down · (gelu(gate · x) ⊙ (up · x)). x (n, hidden), gate and up (intermediate, hidden)."""
-    gated, upped = linear(x, gate, up)
-    return linear(gelu_tanh(gated) * upped, down)[0]
+    return linear(gated(x, gate, up), down)[0]
+
+
+def gated(x: Floats, gate: Floats, up: Floats) -> Floats:
+    """What a feed-forward's `down` takes, (n, intermediate)."""
+    opened, upped = linear(x, gate, up)
+    return gelu_tanh(opened) * upped
 
 
 def gelu_tanh(x: Floats) -> Floats:

@@ -60,23 +60,25 @@ def test_the_mean_weighs_positions_not_chunks() -> None:
 
 def test_what_does_not_vary_has_an_interval_of_no_width() -> None:
     units = np.repeat(np.arange(20), 3)
-    assert Bootstrap(20).mean(np.zeros(60), units, 0) == (0, 0, 0)
-    assert Bootstrap(20).mean(np.ones(60, bool), units, 0, 1) == (1, 1, 1)
+    assert Bootstrap(20).mean(np.zeros(60), units, 0) == Interval(0, 0, 0)
+    assert Bootstrap(20).mean(np.ones(60, bool), units, 0, 1) == Interval(1, 1, 1)
 
 
 def test_intervals_stay_within_bounds() -> None:
     values, units = np.zeros(60), np.repeat(np.arange(20), 3)
     values[4] = 1
-    mean, low, high = Bootstrap(20).mean(values, units, 0, 1)
-    assert low == 0
-    assert mean < high <= 1  # type: ignore[operator]
+    found = Bootstrap(20).mean(values, units, 0, 1)
+    assert found.low == 0
+    assert found.high is not None
+    assert found.value < found.high <= 1
 
 
 def test_few_units_have_no_interval() -> None:
     n = FEWEST_UNITS - 1
     bootstrap, values = Bootstrap(n), np.arange(n) + 1.0
-    assert bootstrap.mean(values, np.arange(n))[1:] == (None, None)
-    assert bootstrap.quantiles(values, np.arange(n), [0.5])[0][0][1:] == (None, None)
+    (median,), _ = bootstrap.quantiles(values, np.arange(n), [0.5])
+    for found in (bootstrap.mean(values, np.arange(n)), median):
+        assert (found.low, found.high) == (None, None)
 
 
 def test_quantiles_are_those_of_numpy() -> None:

@@ -65,10 +65,10 @@ def test_the_harness_and_bezel_s_own_tasks_agree(
     more = "doc_to_choice: choices\nmetric_list: [{metric: acc}, {metric: acc_norm}]"
     theirs = harness(model, tmp_path, kind="multiple_choice", text="{{query}}", target="gold", more=more)
     ours = run_tasks(tmp_path / "q.jsonl", {"demo": model.bezel.session})
-    (found,) = ours["candidates"]
-    assert theirs["acc,none"] == found["acc"]["value"]
-    assert theirs["acc_norm,none"] == found["acc_norm"]["value"]
-    assert found["acc"] != found["acc_norm"]
+    (found,) = ours.candidates
+    assert theirs["acc,none"] == found.acc.value
+    assert theirs["acc_norm,none"] == found.acc_norm.value
+    assert found.acc != found.acc_norm
 
 
 def test_the_harness_s_perplexity(model: BezelLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from bezel.bench.loss import measure as driver
 from bezel.bench.loss.measure import measure
 from bezel.bench.loss.metrics import NotFinite, compare
 from bezel.bench.loss.passages import BLOCK, Passage, cut, read_texts
-from bezel.bench.loss.subjects import Spec, parse_spec
+from bezel.bench.loss.result import Measurement
+from bezel.bench.loss.subjects import Opener, Spec, parse_spec
 from bezel.bench.loss.summary import Pooled
 from bezel.runtime import Model
 from bezel.runtime.commands.main import main
@@ -31,8 +33,8 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, text: Path) -> Callable[..., dict[str, Any]]:
-    def call(candidates: list[str], reference: str, **options: Any) -> dict[str, Any]:
+def run(tmp_path: Path, text: Path) -> Callable[..., Measurement]:
+    def call(candidates: list[str], reference: str, **options: Any) -> Measurement:
         specs = [parse_spec(c, Spec(Path())) for c in candidates]
         exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
         return measure(specs, exact, [text], states=tmp_path / "states", **options)
@@ -75,7 +77,7 @@ def test_metrics_equal_a_plain_float64_computation(n: int, vocab: int, spread: f
     metrics = Pooled([{"records": records, "layers": np.zeros((2, 0))}], [passage], "long", 0.95).metrics()
     for name, want in plain(reference, candidate, next_ids).items():
         # KLD is a small difference of larger numbers in the plain form too: some 1e-15 absolute.
-        assert metrics[name]["value"] == pytest.approx(want, rel=1e-6, abs=1e-13), name
+        assert getattr(metrics, name).value == pytest.approx(want, rel=1e-6, abs=1e-13), name
 
 
 def test_equal_logits_have_a_divergence_of_exactly_zero() -> None:
@@ -110,7 +112,7 @@ def test_chunks_are_those_of_the_fields_perplexity_tool(model_of: Callable[..., 
 
 
 def test_a_measurement_equals_plain_logits(
-    run: Callable[..., dict[str, Any]], model_of: Callable[..., Model], gguf_of: Callable[..., Path], text: Path
+    run: Callable[..., Measurement], model_of: Callable[..., Model], gguf_of: Callable[..., Path], text: Path
 ) -> None:
     files = [gguf_of(TINY, preset) for preset in ("f32", "q4_0")]
     result = run([f"{files[1]}@activations=f32,kv=f32"], str(files[0]), chunk=64, limit=8)
@@ -119,63 +121,64 @@ def test_a_measurement_equals_plain_logits(
     logits = [np.concatenate([m.logits(p.ids.tolist())[p.first : -1] for p in passages]) for m in models]
     next_ids = np.concatenate([p.ids[p.first + 1 :] for p in passages])
     want = plain(logits[0], logits[1], next_ids)
-    (candidate,) = result["candidates"]
+    (candidate,) = result.candidates
     for name, value in want.items():
-        assert candidate["metrics"][name]["value"] == pytest.approx(value, rel=1e-6), name
-    assert result["scored"] == len(next_ids)
-    ratio = candidate["metrics"]["perplexity_ratio"]["value"]
-    assert result["reference"]["perplexity"]["value"] == pytest.approx(want["perplexity"] / ratio)
-    assert sum(candidate["by_position"]["count"]) == sum(candidate["histogram"]["counts"]) == len(next_ids)
-    assert candidate["by_position"]["edges"][0] == 32
-    assert candidate["by_position"]["edges"][-1] == 64
+        assert getattr(candidate.metrics, name).value == pytest.approx(value, rel=1e-6), name
+    assert result.scored == len(next_ids)
+    ratio = candidate.metrics.perplexity_ratio.value
+    assert result.reference.perplexity.value == pytest.approx(want["perplexity"] / ratio)
+    assert sum(candidate.by_position.count) == sum(candidate.histogram.counts) == len(next_ids)
+    assert candidate.by_position.edges[0] == 32
+    assert candidate.by_position.edges[-1] == 64
 
 
 @pytest.mark.parametrize("setting", ["engine=native,kv=int8,activations=int8", "engine=reference,kv=f32"])
 def test_a_file_measured_against_itself_loses_nothing(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], setting: str
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], setting: str
 ) -> None:
     model = f"{gguf_of(TINY, 'q4_0')}@{setting}"
-    (candidate,) = run([f"{model},name=same"], model, chunk=64, limit=6)["candidates"]
-    metrics = candidate["metrics"]
-    assert {metrics[name]["value"] for name in metrics if name.startswith("kld")} == {0.0}
-    assert [metrics[name]["value"] for name in ("top1", "top5", "perplexity_ratio")] == [1, 1, 1]
-    assert [metrics[name]["value"] for name in ("flips", "rms_dp")] == [0, 0]
-    assert metrics["kld_mean"]["high"] == 0
-    assert {layer["error"] for layer in candidate["by_layer"]} == {0.0}
+    (candidate,) = run([f"{model},name=same"], model, chunk=64, limit=6).candidates
+    values = {name: figure.value for name, figure in vars(candidate.metrics).items()}
+    assert {value for name, value in values.items() if name.startswith("kld")} == {0.0}
+    assert [values[name] for name in ("top1", "top5", "perplexity_ratio")] == [1, 1, 1]
+    assert [values[name] for name in ("flips", "rms_dp")] == [0, 0]
+    assert candidate.metrics.kld_mean.high == 0
+    assert candidate.by_layer is not None
+    assert {layer.error for layer in candidate.by_layer} == {0.0}
 
 
 def test_a_checkpoint_is_measured_as_it_is(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], tmp_path: Path
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = checkpoint_folder(TINY, tmp_path)
     result = run([f"{gguf_of(TINY)}@engine=reference,kv=f32"], str(folder), chunk=64, limit=2)
-    assert result["candidates"][0]["metrics"]["kld_max"]["value"] == 0
-    assert result["reference"]["engine"] == "reference"
-    assert result["reference"]["formats"] == {"f32": len(load_file(folder / "model.safetensors"))}
+    assert result.candidates[0].metrics.kld_max.value == 0
+    assert result.reference.engine == "reference"
+    assert result.reference.formats == {"f32": len(load_file(folder / "model.safetensors"))}
 
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])
-def test_rings_add_exactly_nothing(run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], kv: str) -> None:
+def test_rings_add_exactly_nothing(run: Callable[..., Measurement], gguf_of: Callable[..., Path], kv: str) -> None:
     model = f"{gguf_of(TINY, 'q8_0')}@kv={kv},activations=int8"
     result = run([f"{model},ring=on"], f"{model},ring=off", protocol="long")
-    assert result["chunk"] == 256  # 32 windows
-    assert result["scored"] > 1000
-    metrics = result["candidates"][0]["metrics"]
-    assert (metrics["kld_max"]["value"], metrics["perplexity_ratio"]["value"]) == (0, 1)
+    assert result.chunk == 256  # 32 windows
+    assert result.scored > 1000
+    metrics = result.candidates[0].metrics
+    assert (metrics.kld_max.value, metrics.perplexity_ratio.value) == (0, 1)
 
 
 def test_int8_keys_and_values_add_little_to_the_demo(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path]
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path]
 ) -> None:
     model = f"{gguf_of('demo', 'q8_0')}@activations=f32"
     result = run([f"{model},kv=int8"], f"{model},kv=f32", protocol="long", limit=1)
-    assert result["scored"] > 1000
-    kld = result["candidates"][0]["metrics"]["kld_mean"]["value"]
+    assert result.scored > 1000
+    kld = result.candidates[0].metrics.kld_mean.value
     assert 0 < kld < 1e-3
 
 
 def test_a_long_text_gives_what_single_steps_give(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], model_of: Callable[..., Model], text: Path
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], model_of: Callable[..., Model], text: Path
 ) -> None:
     """Pieces of many positions, through rings of int8, are no other measurement than decoding is."""
     path = gguf_of(TINY, "q4_0")
@@ -186,32 +189,32 @@ def test_a_long_text_gives_what_single_steps_give(
     for token, following in zip(read.ids[:255].tolist(), read.ids[1:256].tolist(), strict=True):
         logits = session.step(token).astype(np.float64)
         nll += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[following]
-    found = result["candidates"][0]["metrics"]["perplexity"]["value"]
+    found = result.candidates[0].metrics.perplexity.value
     assert found == pytest.approx(np.exp(nll / 255), rel=1e-9)
 
 
-def test_a_change_shows_in_its_layer_and_after(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_change_shows_in_its_layer_and_after(run: Callable[..., Measurement], tmp_path: Path) -> None:
     folder = checkpoint_folder(TINY, tmp_path)
     changed = checkpoint_folder(TINY, tmp_path / "changed")
     weights = load_file(changed / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][::2] *= np.float32(1.01)
     save_file(weights, changed / "model.safetensors")
     result = run([f"{changed}@kv=f32"], str(folder), chunk=64, limit=2)
-    errors = [layer["error"] for layer in result["candidates"][0]["by_layer"]]
+    errors = [layer.error or 0 for layer in result.candidates[0].by_layer or ()]
     assert errors[:2] == [0, 0]
     assert min(errors[2:]) > 1e-5
     assert max(errors) < 0.02
 
 
-def test_effects_are_measured_each_alone(run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path]) -> None:
+def test_effects_are_measured_each_alone(run: Callable[..., Measurement], gguf_of: Callable[..., Path]) -> None:
     exact, file = gguf_of(TINY), gguf_of(TINY, "q8_0")
     result = run([f"{file}@kv=int8"], str(exact), chunk=64, limit=3, effects=True)
-    found = {e["effect"]: e["metrics"]["kld_mean"]["value"] for e in result["effects"]}
+    found = {e.effect: e.metrics.kld_mean.value for e in result.effects}
     assert list(found) == ["weights", "activations int8", "kv f16", "kv int8"]
 
     def kld(candidate: str, reference: str) -> float:
         single = run([f"{candidate},name=c"], reference, chunk=64, limit=3)
-        return float(single["candidates"][0]["metrics"]["kld_mean"]["value"])
+        return single.candidates[0].metrics.kld_mean.value
 
     plain_file = f"{file}@kv=f32,activations=f32"
     assert found["weights"] == kld(plain_file, str(exact)) > 0
@@ -219,42 +222,75 @@ def test_effects_are_measured_each_alone(run: Callable[..., dict[str, Any]], ggu
     assert found["kv int8"] == kld(f"{file}@kv=int8,activations=f32", str(file)) > found["kv f16"] > 0
 
 
+@pytest.mark.parametrize(("chunk", "other"), [(96, 64), (64, 96)])
+def test_another_chunk_is_another_measurement(chunk: int, other: int, gguf_of: Callable[..., Path], text: Path) -> None:
+    """Also where a short text comes first, which is one sequence whatever the chunk."""
+    short = text.with_name("short.txt")
+    short.write_text("Once upon a time.")
+    specs = [parse_spec(str(gguf_of(TINY, preset)), Spec(Path())) for preset in ("q4_0", "f32")]
+
+    def scored(chunk: int, state: str) -> Measurement:
+        texts, states = [short, text], text.parent / state
+        return measure(specs[:1], specs[1], texts, protocol="long", chunk=chunk, limit=3, states=states)
+
+    scored(other, "one")
+    found, fresh = scored(chunk, "one"), scored(chunk, "two")
+    assert replace(found, time="") == replace(fresh, time="")
+
+
+def test_effects_run_no_model_twice(gguf_of: Callable[..., Path]) -> None:
+    """Of the reference's own file the exact setting is the reference."""
+    file = gguf_of(TINY, "q8_0")
+    candidate, exact = (parse_spec(f"{file}@kv=int8,activations={a}", Spec(Path())) for a in ("int8", "f32"))
+    exact = replace(exact, kv="f32")
+    work = driver._Subjects([candidate], exact, True, Opener())
+    settings = [(s.spec.kv, s.spec.activations) for s in work.subjects]
+    assert settings == [("f32", "f32"), ("int8", "int8"), ("f32", "int8"), ("f16", "f32"), ("int8", "f32")]
+    assert [(c.reference, c.candidate, c.effect) for c in work.comparisons] == [
+        (0, 1, None),
+        (0, 0, "weights"),
+        (0, 2, "activations int8"),
+        (0, 3, "kv f16"),
+        (0, 4, "kv int8"),
+    ]
+
+
 def test_the_worst_tokens_are_found_in_the_text(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], model_of: Callable[..., Model], text: Path
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], model_of: Callable[..., Model], text: Path
 ) -> None:
     result = run([str(gguf_of(TINY, "q4_0"))], str(gguf_of(TINY)), chunk=64, limit=4)
     tokenizer = model_of(TINY).tokenizer
     ids = tokenizer.encode(text.read_text("utf-8"), bos=True)
-    worst = result["candidates"][0]["worst"]
-    assert worst[0]["kld"] == result["candidates"][0]["metrics"]["kld_max"]["value"]
+    worst = result.candidates[0].worst
+    assert worst[0].kld == result.candidates[0].metrics.kld_max.value
     for entry in worst:
-        place = entry["position"]
+        place = entry.position
         assert place % 64 > 32
-        assert entry["before"].endswith(tokenizer.decode(ids[place - 20 : place]))
-        assert entry["token"] == tokenizer.decode([ids[place]])
-        shares = [p for _, p in entry["reference_top"]]
+        assert entry.before.endswith(tokenizer.decode(ids[place - 20 : place]))
+        assert entry.token == tokenizer.decode([ids[place]])
+        shares = [p for _, p in entry.reference_top]
         assert shares == sorted(shares, reverse=True)
-        assert len(shares) == len(entry["candidate_top"]) == 5
+        assert len(shares) == len(entry.candidate_top) == 5
 
 
-def test_candidates_are_compared_in_pairs(run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path]) -> None:
+def test_candidates_are_compared_in_pairs(run: Callable[..., Measurement], gguf_of: Callable[..., Path]) -> None:
     files = [str(gguf_of(TINY, preset)) for preset in ("q8_0", "q4_0")]
     result = run(files, str(gguf_of(TINY)), chunk=64)
-    a, b = (candidate["metrics"] for candidate in result["candidates"])
-    pairs = {pair["metric"]: pair for pair in result["pairs"]}
+    a, b = (candidate.metrics for candidate in result.candidates)
+    pairs = {pair.metric: pair for pair in result.pairs}
     for metric in ("kld_mean", "top1", "kld_p999"):
-        assert pairs[metric]["difference"] == pytest.approx(a[metric]["value"] - b[metric]["value"])
-    assert pairs["log_perplexity"]["difference"] == pytest.approx(
-        np.log(a["perplexity"]["value"] / b["perplexity"]["value"])
-    )
-    assert pairs["kld_mean"]["high"] < 0  # q8_0 is better, beyond doubt
+        assert pairs[metric].difference == pytest.approx(getattr(a, metric).value - getattr(b, metric).value)
+    assert pairs["log_perplexity"].difference == pytest.approx(np.log(a.perplexity.value / b.perplexity.value))
+    assert pairs["kld_mean"].high < 0  # q8_0 is better, beyond doubt
     # The texts differ more than the candidates do: paired, they are told apart more finely than by their perplexities.
-    width = np.log(a["perplexity"]["high"] / a["perplexity"]["low"])
-    assert pairs["log_perplexity"]["high"] - pairs["log_perplexity"]["low"] < width / 2
+    assert a.perplexity.low is not None
+    assert a.perplexity.high is not None
+    width = np.log(a.perplexity.high / a.perplexity.low)
+    assert pairs["log_perplexity"].high - pairs["log_perplexity"].low < width / 2
 
 
 def test_a_measurement_that_was_stopped_goes_on(
-    run: Callable[..., dict[str, Any]],
+    run: Callable[..., Measurement],
     gguf_of: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -283,22 +319,22 @@ def test_a_measurement_that_was_stopped_goes_on(
     damaged.write_bytes(damaged.read_bytes()[:-30])
     again = run(files, reference, chunk=64, limit=7)
     assert len(scored) == 14
-    assert {**result, "time": ""} == {**again, "time": ""}
+    assert replace(result, time="") == replace(again, time="")
     assert not list((tmp_path / "states").rglob("*.part"))
 
 
 def test_other_files_and_settings_are_not_taken_for_what_was_kept(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], tmp_path: Path
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     reference, file = str(gguf_of(TINY)), tmp_path / "model.gguf"
     file.write_bytes(gguf_of(TINY, "q8_0").read_bytes())
     klds = []
     for setting in ("", "@kv=int8", "@activations=f32"):
         result = run([f"{file}{setting}"], reference, chunk=64, limit=2)
-        klds.append(result["candidates"][0]["metrics"]["kld_mean"]["value"])
+        klds.append(result.candidates[0].metrics.kld_mean.value)
     file.write_bytes(gguf_of(TINY, "q4_0").read_bytes())
     result = run([str(file)], reference, chunk=64, limit=2)
-    klds.append(result["candidates"][0]["metrics"]["kld_mean"]["value"])
+    klds.append(result.candidates[0].metrics.kld_mean.value)
     assert len(set(klds)) == 4
     assert klds[3] > 5 * klds[0]
 
@@ -321,8 +357,20 @@ def test_specs() -> None:
             parse_spec(wrong, default)
 
 
+def test_a_model_of_another_vocabulary_is_refused(
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """If only in one token."""
+    raw = gguf_of(TINY).read_bytes()
+    piece = np.int64(len(b"\xe2\x96\x81king")).tobytes() + b"\xe2\x96\x81king"
+    assert raw.count(piece) == 1
+    (tmp_path / "other.gguf").write_bytes(raw.replace(piece, piece[:-1] + b"q"))
+    with pytest.raises(InvalidRequest, match=r"other\.gguf: its vocabulary is not that of the reference"):
+        run([str(tmp_path / "other.gguf")], str(gguf_of(TINY)), chunk=64)
+
+
 def test_what_cannot_be_measured_is_refused(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], text: Path
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], text: Path
 ) -> None:
     file = str(gguf_of(TINY))
     with pytest.raises(InvalidRequest, match="found 257, expected 4 to 256"):
@@ -336,7 +384,7 @@ def test_what_cannot_be_measured_is_refused(
 
 
 def test_a_model_whose_logits_are_broken_is_named(
-    run: Callable[..., dict[str, Any]], gguf_of: Callable[..., Path], tmp_path: Path
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     from bezel.runtime.files.gguf_model import GGUFModel
 
@@ -355,8 +403,9 @@ def test_the_command(gguf_of: Callable[..., Path], text: Path, tmp_path: Path) -
     command = ["measure", *files, "--reference", str(gguf_of(TINY)), "--text", str(text), "--chunk", "64"]
     command += ["--state", str(tmp_path / "states")]
     runner = CliRunner()
-    shown = runner.invoke(main, [*command, "--effects"])
+    shown = runner.invoke(main, [*command, "--effects", "--html", str(tmp_path / "report.html")])
     assert shown.exit_code == 0, shown.output
+    assert "What causes the loss?" in (tmp_path / "report.html").read_text("utf-8")
     assert f"{Path(files[0]).stem} is better than {Path(files[1]).stem} by" in shown.output
     assert "kv int8" in shown.output
     result = json.loads(runner.invoke(main, [*command, "--json", "--chunks", "5"]).stdout)
@@ -364,7 +413,7 @@ def test_the_command(gguf_of: Callable[..., Path], text: Path, tmp_path: Path) -
     assert result["warnings"][0].startswith("only 5 chunks: there are no confidence intervals")
     assert result["candidates"][0]["metrics"]["kld_mean"]["low"] is None
     assert result["pairs"] == []
-    assert "Give at least one CANDIDATE" in runner.invoke(main, ["measure", *command[3:]]).output
+    assert "Missing argument 'CANDIDATE...'" in runner.invoke(main, ["measure", *command[3:]]).output
 
 
 def test_ctrl_c_says_how_to_go_on(gguf_of: Callable[..., Path], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from bezel.bench.report.report import METRICS, visible, write_report
+from bezel.bench.loss.intervals import Interval
+from bezel.bench.loss.result import ByPosition, Pair, Quantiles
+from bezel.bench.report import sensitivity as sensitivity_report
+from bezel.bench.report import tasks as tasks_report
+from bezel.bench.report.measurement import METRICS, visible, write_report
 from bezel.bench.report.svg import Axis, Plot, number
-from measured import candidate, result
+from bezel.bench.tasks.tasks import Accuracy, Answers, Flips
+from measured import candidate, result, sensitivity, without_intervals
 
 VOID = ("meta", "br")
 HOSTILE = (
@@ -51,8 +58,8 @@ class Page(HTMLParser):
             self.text += data
 
 
-def report(measured: dict[str, Any], folder: Path) -> tuple[Page, str]:
-    write_report(measured, folder / "report.html")
+def report(measured: Any, folder: Path, write: Callable[[Any, Path], None] = write_report) -> tuple[Page, str]:
+    write(measured, folder / "report.html")
     assert [path.name for path in folder.iterdir()] == ["report.html"]
     source = (folder / "report.html").read_text("utf-8")
     return Page(source), source
@@ -69,22 +76,21 @@ def test_the_page_is_whole_and_needs_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?:|//\w|url\(|@import|\bsrc=|\bhref=", source)
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
     labels = [svg.get("aria-label") for svg in plots(source) if svg.get("aria-label")]
-    assert len(labels) == len(set(labels)) == 9
+    assert len(labels) == len(set(labels)) == 7
     assert "NaN" not in source
     assert "inf" not in re.findall(r'="[^"]*"', source.partition("</style>")[2])
 
 
-def test_every_figure_of_the_table_is_the_dictionary_s(tmp_path: Path) -> None:
+def test_every_figure_of_the_table_is_the_measurement_s(tmp_path: Path) -> None:
     measured = result()
     page, _ = report(measured, tmp_path)
     found = [float(value) for _, value in page.data]
-    models = [*measured["candidates"], measured["reference"]]
     main = ("kld_mean", "kld_p999", "top1", "rms_dp", "perplexity_ratio")
     expected: list[float] = []
-    for model in models:
-        expected += [model["file_bytes"], model["bits_per_weight"]]
-        expected += [model["metrics"][m]["value"] for m in main] if "metrics" in model else [8.389]
-    expected += [c["metrics"][m]["value"] for m in METRICS for c in measured["candidates"]]
+    for c in measured.candidates:
+        expected += [c.file_bytes, c.bits_per_weight, *(getattr(c.metrics, m).value for m in main)]
+    expected += [measured.reference.file_bytes, measured.reference.bits_per_weight, 8.389]
+    expected += [getattr(c.metrics, m).value for m in METRICS for c in measured.candidates]
     assert found == expected
     for text, value in page.data:  # and what is shown is that figure, rounded to at least two digits
         shown = re.fullmatch(r"([\d,.]+)(?: × 10([⁻⁰-⁹¹²³]+))?( %| GB)?", text)
@@ -97,20 +103,19 @@ def test_every_figure_of_the_table_is_the_dictionary_s(tmp_path: Path) -> None:
         assert len(digits.replace(".", "").lstrip("0")) >= 2
 
 
-@pytest.mark.parametrize("where", ["name", "token", "before", "text", "path", "formats"])
+@pytest.mark.parametrize("where", ["name", "token", "before", "text", "path", "formats", "command"])
 def test_hostile_text_stays_text(where: str, tmp_path: Path) -> None:
-    measured = result()
-    first = measured["candidates"][0]
-    worst = first["worst"][0]
+    first, second = result().candidates
+    worst = first.worst[0]
     if where == "token":
-        worst["token"], worst["candidate_top"][0][0] = HOSTILE, HOSTILE
+        hostile = replace(worst, token=HOSTILE, candidate_top=[(HOSTILE, 0.5), *worst.candidate_top[1:]])
+        first = replace(first, worst=[hostile])
     elif where in ("before", "text"):
-        worst[where] = HOSTILE
-    elif where == "formats":
-        first["formats"] = {HOSTILE: 1}
-    else:
-        first[where] = HOSTILE
-    page, source = report(measured, tmp_path)
+        first = replace(first, worst=[replace(worst, **{where: HOSTILE})])
+    elif where != "command":
+        first = replace(first, **{where: {HOSTILE: 1} if where == "formats" else HOSTILE})
+    measured = result(candidates=[first, second], pairs=[], effects=[])
+    page, source = report(replace(measured, command=HOSTILE) if where == "command" else measured, tmp_path)
     assert page.tags.isdisjoint({"script", "img"})
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "<img src=https" in page.text if where != "text" else "x onerror" in page.text
@@ -118,44 +123,44 @@ def test_hostile_text_stays_text(where: str, tmp_path: Path) -> None:
     assert plots(source)
 
 
-def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
-    bare = candidate("bare")
-    for key in (
-        "by_position",
-        "histogram",
-        "quantiles",
-        "worst",
-        "by_layer",
-        "formats",
-        "file_bytes",
-        "bits_per_weight",
-    ):
-        bare[key] = None
-    bare["metrics"] = {
-        "kld_mean": {"value": 0.01, "low": None, "high": None},
-        "top1": {"value": 0.9, "low": 0.8, "high": 1},
-    }
-    measured = result(candidates=[bare], pairs=[], effects=[], sensitivity=None)
-    measured["reference"] |= {"file_bytes": None, "perplexity": None}
-    page, source = report(measured, tmp_path)
-    assert "bare loses 0.0100 nats per token" in page.text
-    assert plots(source) == []
+def test_what_was_not_found_is_left_out(tmp_path: Path) -> None:
+    """Of a few positions: no intervals, no tail, one bin, and an engine that tells nothing of its layers."""
+    bare = replace(
+        candidate("bare"),
+        metrics=without_intervals(candidate("bare").metrics),
+        by_position=ByPosition([256, 384, 512], [0.01, None], [None, None], [None, None], [3, 0]),
+        quantiles=Quantiles([], []),
+        by_layer=None,
+    )
+    page, source = report(result(candidates=[bare], pairs=[], effects=[]), tmp_path)
+    assert "bare loses 0.0123 nats per token" in page.text
+    assert [svg.get("aria-label") for svg in plots(source) if svg.get("aria-label")] == ["Distribution"]
     assert "None" not in page.text
 
 
-def test_a_sensitivity_alone(tmp_path: Path) -> None:
-    page, source = report(result(candidates=[], pairs=[], effects=[], warnings=["only 3 chunks"]), tmp_path)
+def test_a_sensitivity(tmp_path: Path) -> None:
+    page, source = report(sensitivity(), tmp_path, sensitivity_report.write_report)
     assert "How sensitive exact is to quantization" in page.text
-    assert "only 3 chunks" in page.text
-    assert [svg.get("aria-label") for svg in plots(source)] == [
-        "sensitivity by layer and role",
-        "sensitivity ranking",
-    ]
+    assert page.text.index("sensitive to q4_0") < page.text.index("sensitive to q8_0")
+    labels = ["sensitivity by layer and role", "sensitivity ranking"]
+    assert [svg.get("aria-label") for svg in plots(source)] == labels * 2
+    assert "Outside the layers: token_embd 0.0200." in page.text
+
+
+def test_answers(tmp_path: Path) -> None:
+    share = Interval(0.75, 0.61, 0.85)
+    accuracies = [Accuracy("exact", share, share), Accuracy("small", Interval(0.7, 0.55, 0.81), share)]
+    answers = Answers("/q/arc.jsonl", "ab" * 32, 40, accuracies, [Flips("exact", "small", 3, 1, 0.625)])
+    page, _ = report([answers, replace(answers, file=HOSTILE)], tmp_path, tasks_report.write_report)
+    assert page.tags.isdisjoint({"script", "img"})
+    assert "arc.jsonl: 40 questions" in page.text
+    assert "3 worse, 1 better" in page.text
+    assert [float(value) for _, value in page.data] == [0.75, 0.75, 0.7, 0.75] * 2
 
 
 def test_a_lossless_candidate(tmp_path: Path) -> None:
     exact = candidate("copy", 0.0)
-    measured = result(candidates=[exact, candidate("small"), candidate("other", 2.0)], pairs=[])
+    measured = result(candidates=[exact, candidate("small"), candidate("other", 2.0)], pairs=[], effects=[])
     page, _ = report(measured, tmp_path)
     assert "copy loses nothing" in page.text
     assert "Not shown, because without loss: copy." in page.text
@@ -169,7 +174,7 @@ def test_the_headline_and_the_comparison(tmp_path: Path) -> None:
         "positions, perplexity 0.51 % higher (which may be chance), at 29 % of its bytes."
     ) in text
     assert "large is better than small, by 0.0111 (0.0105 to 0.0117) nats per token." in text
-    undecided = {"a": "small", "b": "large", "metric": "kld_mean", "difference": 0.001, "low": -0.001, "high": 0.003}
+    undecided = Pair("small", "large", "kld_mean", 0.001, -0.001, 0.003)
     (tmp_path / "report.html").unlink()
     assert "cannot be told apart" in report(result(pairs=[undecided]), tmp_path)[0].text
 
@@ -178,7 +183,7 @@ def test_many_candidates(tmp_path: Path) -> None:
     """Every point of the plot of sizes has its label, none over another's."""
     many = [candidate(f"candidate {i}", 1.1**i, 1_500_000_000 + 30_000_000 * (i % 4)) for i in range(9)]
     many.append(candidate("far away", 200.0, 2_000_000_000))  # so that the others are close together
-    _, source = report(result(candidates=many), tmp_path)
+    _, source = report(result(candidates=many, pairs=[], effects=[]), tmp_path)
     sizes = next(svg for svg in plots(source) if svg.get("aria-label") == "size against mean KLD")
     labels = [(float(t.attrib["x"]), float(t.attrib["y"])) for t in sizes.iter("text") if t.get("class") == "label"]
     assert len(labels) == 10

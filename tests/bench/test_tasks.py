@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bezel.bench.tasks import tasks as module
 from bezel.bench.tasks.likelihood import Scorer, encode_pair
-from bezel.bench.tasks.tasks import Question, mcnemar, read_questions, run_tasks, show_tasks, wilson
+from bezel.bench.tasks.tasks import Question, mcnemar, read_questions, run_tasks, show_answers, wilson
 from bezel.runtime import Model
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import ContextFull, InvalidRequest
@@ -192,17 +193,19 @@ def test_accuracy_and_flips_are_the_plain_ones(
             picked = [int(np.argmax(s)) == question["gold"] for s in (scores, by_byte)]
             right.setdefault(name, []).append(picked)
     table = {name: np.array(found) for name, found in right.items()}
-    assert task["questions"] == len(raw)
-    for c in task["candidates"]:
-        assert [c["acc"]["value"], c["acc_norm"]["value"]] == table[c["name"]].mean(axis=0).tolist()
-        assert 0 < c["acc"]["low"] < c["acc"]["value"] < c["acc"]["high"] < 1
+    assert task.questions == len(raw)
+    for c in task.candidates:
+        assert [c.acc.value, c.acc_norm.value] == table[c.name].mean(axis=0).tolist()
+        assert c.acc.low is not None
+        assert c.acc.high is not None
+        assert 0 < c.acc.low < c.acc.value < c.acc.high < 1
     a, b = table["f32"][:, 0], table["q4_0"][:, 0]
-    (pair,) = task["pairs"]
-    assert (pair["a"], pair["b"]) == ("f32", "q4_0")
-    assert (pair["worse"], pair["better"]) == ((a & ~b).sum(), (~a & b).sum())
-    assert pair["worse"] != pair["better"]  # or the two could be confused
+    (pair,) = task.pairs
+    assert (pair.a, pair.b) == ("f32", "q4_0")
+    assert (pair.worse, pair.better) == ((a & ~b).sum(), (~a & b).sum())
+    assert pair.worse != pair.better  # or the two could be confused
     assert table["f32"][:, 0].tolist() != table["f32"][:, 1].tolist()  # or by bytes would not be tested
-    show_tasks(task)
+    show_answers(task)
     assert f"{100 * a.mean():.1f} %" in capsys.readouterr().out
 
 
@@ -232,17 +235,54 @@ def test_wilson_has_its_coverage() -> None:
     assert wilson(0, 5, 0.95)[0] == 0
 
 
-def test_the_command_needs_no_reference_for_tasks(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
-    path = write(tmp_path / "q.jsonl", *[GOOD | {"query": CONTEXT, "choices": CHOICES}] * 3)
+def questions(tmp_path: Path, n: int = 3) -> Path:
+    return write(tmp_path / "q.jsonl", *[GOOD | {"query": CONTEXT, "choices": CHOICES}] * n)
+
+
+def test_the_command(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["--questions", str(questions(tmp_path)), "--state", str(tmp_path / "states")]
     models = [str(gguf_of("demo", preset)) for preset in ("q8_0", "q4_0")]
-    found = CliRunner().invoke(main, ["measure", *models, "--tasks", str(path), "--json"])
+    found = CliRunner().invoke(main, ["tasks", *models, *options, "--json"])
     assert found.exit_code == 0, found.output
-    (task,) = json.loads(found.stdout)["tasks"]
+    result = json.loads(found.stdout)
+    assert result["bezel_tasks"] == 1
+    (task,) = result["tasks"]
     assert [c["name"] for c in task["candidates"]] == ["demo-q8_0", "demo-q4_0"]
+    assert set(task["candidates"][0]["acc"]) == {"value", "low", "high"}
+    assert set(task["pairs"][0]) == {"a", "b", "worse", "better", "p"}
     # A checkpoint can answer too, though it is no model file.
-    reference = ["--reference", str(DEMO)]
-    found = CliRunner().invoke(main, ["measure", models[0], *reference, "--tasks", str(path)])
+    found = CliRunner().invoke(main, ["tasks", str(DEMO), models[0], *options, "--html", str(tmp_path / "x.html")])
     assert "than fairy-gemma2" in found.output
-    found = CliRunner().invoke(main, ["measure", models[0], "--tasks", str(path), "--html", "x.html"])
-    assert found.exit_code == 2
-    assert "need a --text" in found.output
+    assert "q.jsonl: 3 questions" in (tmp_path / "x.html").read_text("utf-8")
+
+
+def test_what_was_answered_is_kept(
+    gguf_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original, after = module._answer, 40
+
+    def answer(scorer: Scorer, question: Question) -> tuple[bool, bool]:
+        if len(asked) == after:
+            raise KeyboardInterrupt
+        asked.append(question.line)
+        return original(scorer, question)
+
+    monkeypatch.setattr(module, "_answer", answer)
+    path = questions(tmp_path, 50)
+    command = ["tasks", str(gguf_of("demo", "q4_0")), "--questions", str(path), "--state", str(tmp_path / "states")]
+    stopped = CliRunner().invoke(main, [*command, "--json"])
+    assert stopped.exit_code == 130
+    assert "the same command goes on from here" in stopped.output
+    after = 1000
+    assert CliRunner().invoke(main, [*command, "--json"]).exit_code == 0
+    assert asked == [*range(1, 41), *range(33, 51)]  # two blocks of 16 were whole
+    again = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert len(asked) == 58
+    monkeypatch.setattr(module, "_answer", original)
+    with_nothing_kept = [*command[:-1], str(tmp_path / "other")]
+    assert json.loads(CliRunner().invoke(main, [*with_nothing_kept, "--json"]).stdout) == again
+    write(path, GOOD | {"query": CONTEXT, "choices": CHOICES}, GOOD)  # other questions
+    monkeypatch.setattr(module, "_answer", answer)
+    CliRunner().invoke(main, command)
+    assert len(asked) == 60

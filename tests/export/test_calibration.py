@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import gguf
 import numpy as np
 import pytest
 from bezel.bench.synthetic import SHAPES
-from bezel.export.calibration.layers import IN_LAYER
 from bezel.export.calibration.moments import Calibration, calibrate, default_tokens, read_text
+from bezel.export.calibration.noting import HEAD, site_of
 from bezel.export.calibration.rounding import export_calibrated
+from bezel.export.calibration.sweep import Sweep
 from bezel.export.gguf.writer import export_gguf
+from bezel.export.kept import KeptWork
 from bezel.export.sources.checkpoint import open_checkpoint
 from bezel.export.verify import verify
+from bezel.export.whole import on_every_core
 from bezel.runtime.commands.main import main
 from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.reference import ReferenceBackend
@@ -82,7 +87,7 @@ def caught_moments(model: Path, sequences: tuple[np.ndarray, ...]) -> dict[str, 
         return tap.moments
 
 
-@pytest.mark.parametrize("name", ["demo", "gemma2-gqa", "gemma1-mqa"])
+@pytest.mark.parametrize("name", ["demo", "gemma2-gqa", "gemma1-mqa", "gemma3-gqa", "gemma3-mqa-no-factor"])
 def test_moments_are_those_of_the_engine_s_inputs(name, text, tmp_path):
     folder = checkpoint_folder(name, tmp_path / name)
     model = export(folder, tmp_path / "f32.gguf")
@@ -94,16 +99,15 @@ def test_moments_are_those_of_the_engine_s_inputs(name, text, tmp_path):
         calibration = Calibration(tmp_path / "x.calib", checkpoint)
         expected = caught_moments(model, read.sequences)
         for spec in checkpoint.specs:
-            if spec.is_norm:
-                assert calibration.importance(spec) is None
-                continue
-            want = expected["head" if spec.layer is None else f"{spec.layer}.{spec.role}"]
-            site = next((s for s in IN_LAYER if spec.role in s.roles), None)
+            site = site_of(spec, checkpoint.config)
             if site is not None:
-                found = calibration.moments(spec.layer, site)
+                found, want = (
+                    calibration.moments(site),
+                    expected["head" if site == HEAD else f"{spec.layer}.{spec.role}"],
+                )
                 assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max(), spec.gguf
-            diagonal = calibration.importance(spec)
-            np.testing.assert_allclose(diagonal, np.diag(want), rtol=1e-3, atol=1e-5 * np.diag(want).max())
+                diagonals = np.diag(found), np.diag(want)
+                np.testing.assert_allclose(*diagonals, rtol=1e-3, atol=1e-5 * diagonals[1].max())
 
 
 def test_a_text_is_cut_evenly_and_begins_with_bos(text):
@@ -170,6 +174,71 @@ def test_an_export_goes_on_where_it_was_broken_off_and_is_the_same_every_time(te
         calibrated(tmp_path / "x.gguf", text, progress=stop_after(0.7))
     text.write_text(TEXT.upper())  # another text: what was kept does not fit
     assert calibrated(tmp_path / "x.gguf", text).read_bytes() != whole
+
+
+def damage(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("kind", ["moments", "export"])
+def test_work_that_was_damaged_is_done_again(kind, text, tmp_path):
+    """Each file in turn, of those that were kept when work was broken off."""
+    folder, out = checkpoint_folder("gemma2-gqa", tmp_path / "tiny"), tmp_path / "out"
+
+    def run(progress: Any = None) -> bytes:
+        with open_checkpoint(folder) as checkpoint:
+            if kind == "moments":
+                calibrate(checkpoint, read_text(checkpoint, text, 512), out, progress)
+            else:
+                export_calibrated(checkpoint, out, "q4_0", None, text, progress, force=True, tokens=512)
+        return out.read_bytes()
+
+    whole = run()
+    with pytest.raises(Stop):
+        run(stop_after(0.9))
+    work = tmp_path / ".out.work"
+    shutil.copytree(work, tmp_path / "kept")
+    files = sorted(path.relative_to(work) for path in work.rglob("*.npz"))
+    assert len(files) >= 4
+    for file in files:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", work)
+        damage(work / file)
+        assert run() == whole, file
+        assert not work.exists()
+
+
+def test_a_sweep_goes_on_from_what_is_whole(tmp_path):
+    passed: list[int] = []
+
+    def passing(start: int, streams: Any) -> Iterator[tuple[Any, Any]]:
+        x = int(streams["x"]) if streams else 0
+        assert x == start
+        for i in range(start, 5):
+            passed.append(i)
+            yield {"x": np.array(i + 1)}, {"of": np.array(i * i)}
+
+    def layers(stop: int = 5) -> list[int]:
+        sweep = Sweep(KeptWork(tmp_path, {}), passing)
+        passed.clear()
+        assert [int(sweep.layer(i)["of"]) for i in range(stop)] == [i * i for i in range(stop)]
+        return list(passed)
+
+    assert layers(3) == [0, 1, 2]
+    assert layers(4) == [3]
+    file = {i: next(tmp_path.rglob(f"{i:06}.npz")) for i in range(4)}
+    damage(file[3])  # whose streams are gone
+    assert layers(4) == [0, 1, 2, 3]
+    damage(file[1])
+    assert layers() == [0, 1, 4]
+
+
+def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    together = threading.Barrier(3, timeout=20)
+    assert sorted(on_every_core(lambda _: together.wait(), range(3))) == [0, 1, 2]
 
 
 def logits(path: Path, ids: np.ndarray) -> np.ndarray:

@@ -182,15 +182,17 @@ def test_an_embedding_format_of_its_own(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit_fall_back_and_say_so(tmp_path: Path) -> None:
-    shape = SHAPES["tiny-gemma-2"] | {"hidden_size": 288, "num_hidden_layers": 1}
+    shape = SHAPES["tiny-gemma-2"] | {"hidden_size": 288, "num_hidden_layers": 2}
     summary = export(write_checkpoint(tmp_path / "folder", shape), tmp_path / "out.gguf", "q4_k")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
-    assert kinds["blk.0.attn_q.weight"] == "Q8_0"  # 288 inputs
-    assert kinds["blk.0.ffn_down.weight"] == "Q4_K"  # 512 inputs
-    assert "blk.0.attn_q.weight: q8_0 instead of q4_k, because rows of 288 are not a multiple of 256" in (
-        summary.fallbacks
-    )
-    assert len(summary.fallbacks) == sum(kind == "Q8_0" for kind in kinds.values())
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.1.attn_q.weight"] == "Q5_0"  # 288 inputs
+    assert kinds["blk.1.ffn_down.weight"] == "Q4_K"  # 512 inputs
+    because = "because rows of 288 are not a multiple of 256"
+    assert summary.fallbacks == [
+        f"token_embd: q8_0 instead of q6_k, {because}",
+        f"attn_q, attn_k, attn_v, ffn_gate, ffn_up: q5_0 instead of q4_k, {because}",
+    ]
 
 
 def test_tensors_of_odd_sizes_stay_aligned(tmp_path: Path) -> None:
@@ -361,7 +363,7 @@ def test_the_commands(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> No
     assert result.exit_code == 0, result.output
     assert left(tmp_path) == ["tiny-q4_0.gguf"]  # named after the checkpoint
     assert "28 × q4_0" in result.output
-    result = run(cli.verify, tmp_path / "tiny-q4_0.gguf", "--checkpoint", tiny)
+    result = run(main, "verify", tmp_path / "tiny-q4_0.gguf", "--source", tiny)
     assert result.exit_code == 0, result.output
     assert "46 tensors, all as expected" in result.output
 
@@ -370,7 +372,7 @@ def test_the_commands_in_json(tiny: Path, tmp_path: Path, run: Callable[..., Any
     summary = json.loads(run(cli.export, tiny, tmp_path / "out.gguf", "--json").stdout)
     assert summary["path"] == str(tmp_path / "out.gguf")
     assert summary["formats"] == {"q8_0": 29, "f32": 17}  # the default is q8_0
-    reports = json.loads(run(cli.verify, tmp_path / "out.gguf", "--checkpoint", tiny, "--json").stdout)
+    reports = json.loads(run(main, "verify", tmp_path / "out.gguf", "--source", tiny, "--json").stdout)["tensors"]
     assert len(reports) == 46
     assert all(report["ok"] for report in reports)
     assert {r["sqnr_db"] is None for r in reports if r["format"] == "f32"} == {True}  # infinite
@@ -379,7 +381,7 @@ def test_the_commands_in_json(tiny: Path, tmp_path: Path, run: Callable[..., Any
 def test_verify_exits_with_one_if_a_tensor_is_off(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     other = write_checkpoint(tmp_path / "other", "tiny-gemma-2", seed=1)
     export(other, tmp_path / "other.gguf")
-    result = run(cli.verify, tmp_path / "other.gguf", "--checkpoint", tiny)
+    result = run(main, "verify", tmp_path / "other.gguf", "--source", tiny)
     assert result.exit_code == 1
     assert "46 tensors, 46 off" in result.output
 
@@ -460,7 +462,7 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel measure --reference"),
+        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel sensitivity "),
         (["--target-bpw", "5", "--target-size", "1GB"], "not both"),
         (["--sensitivity", "s.json"], "--sensitivity needs --target-bpw or --target-size"),
         (["--target-bpw", "5", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),

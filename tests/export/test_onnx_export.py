@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bezel.bench.commands.check import check_folder
 from bezel.export.onnx import writer as onnx_writer
 from bezel.export.onnx.export import export_folder
 from bezel.export.onnx.graph import DIALECTS, build_model
@@ -21,7 +19,6 @@ from bezel.export.sources.quantized import QUANTS
 from bezel.export.verify import open_source, verify
 from bezel.runtime import load
 from bezel.runtime.cache.caches import Caches
-from bezel.runtime.engines import ort as ort_engine
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.files.onnx_folder import OnnxFolder
@@ -217,33 +214,6 @@ def test_a_flipped_parity_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     difference = np.abs(model.logits(token_ids(name))[:, ::COLUMNS] - np.load(GOLDEN / f"{name}.npy")).max(axis=1)
     assert difference[:8].max() < TOLERANCE
     assert difference[8:].min() > 50 * TOLERANCE
-
-
-def test_check(tmp_path: Path, gguf_of: Callable[..., Path], onnx_of: OnnxOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort_engine, "CHUNK", 24)  # less than the other engine takes, as with a window of 4096
-    source = gguf_of("demo", "q4_0")
-    good = write(source, tmp_path / "good")
-    spans = check_folder(good, source)
-    assert [(span.first, span.last) for span in spans] == [(0, 63), (64, 127), (128, 159)]
-    assert all(span.ok and span.kld > 0 and span.same_top > 0.9 for span in spans)
-    assert all(span.ok and span.largest_kld == 1e-6 for span in check_folder(onnx_of("demo", "f32"), DEMO))
-    with pytest.raises(InvalidRequest, match="another config"):
-        check_folder(good, gguf_of("gemma2-gqa", "q8_0"))
-
-
-def test_check_finds_a_damaged_graph(tmp_path: Path) -> None:
-    folder = write(DEMO, tmp_path / "out", "f32")
-    path = folder / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "softcap":
-                attribute.f = 0
-    path.write_bytes(model.SerializeToString())
-    manifest = json.loads((folder / "bezel.json").read_text())
-    manifest["files"]["model.onnx"]["bytes"] = path.stat().st_size
-    (folder / "bezel.json").write_text(json.dumps(manifest))
-    assert not any(span.ok for span in check_folder(folder, DEMO))
 
 
 def test_config_names_cover_the_families() -> None:

@@ -7,15 +7,17 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from bezel.bench.loss.result import MeasuredText
 from bezel.bench.synthetic import write_gguf
 from bezel.export.gguf.header import encode_header
-from bezel.export.gguf.receipt import PLACEHOLDERS, stamp
+from bezel.export.gguf.receipt import PLACEHOLDERS, Receipt, stamp
 from bezel.runtime import load
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidModelFile, InvalidRequest
@@ -32,10 +34,10 @@ def model(tmp_path: Path, gguf_of: GgufOf) -> Path:
     return Path(shutil.copy(gguf_of("demo", "q4_0"), tmp_path / "demo.gguf"))
 
 
-def measurement(reference: Path, **changes: Any) -> dict[str, Any]:
+def receipts_of(reference: Path, **changes: Any) -> list[Receipt]:
+    """As the candidates of a measurement get them."""
     made = result(**changes)
-    made["reference"] |= {"path": str(reference)}
-    return made
+    return replace(made, reference=replace(made.reference, path=str(reference))).receipts()
 
 
 def receipt(model: Path) -> Any:
@@ -43,9 +45,9 @@ def receipt(model: Path) -> Any:
 
 
 def test_a_receipt_says_what_was_measured(model: Path, gguf_of: GgufOf) -> None:
-    measured = measurement(gguf_of("demo", "f32"))
+    measured, _ = receipts_of(gguf_of("demo", "f32"))
     assert receipt(model) is None
-    stamp(model, measured, measured["candidates"][0])
+    stamp(model, measured)
     figures = {"kld_mean": 0.0123456, "kld_mean_low": 0.0123456 * 0.97, "kld_p999": 0.31415, "top1": 0.9412}
     with GGUFModel(gguf_of("demo", "f32")) as reference:
         texts = {
@@ -68,10 +70,8 @@ def test_a_receipt_says_what_was_measured(model: Path, gguf_of: GgufOf) -> None:
 
 
 def test_a_receipt_of_few_chunks_has_no_interval(model: Path, gguf_of: GgufOf) -> None:
-    measured = measurement(gguf_of("demo", "f32"))
-    candidate = measured["candidates"][0]
-    candidate["metrics"]["kld_mean"] |= {"low": None, "high": None}
-    stamp(model, measured, candidate)
+    first, _ = receipts_of(gguf_of("demo", "f32"))
+    stamp(model, replace(first, kld_mean_low=None, kld_mean_high=None))
     assert "mean KLD               0.01235 nats per token\n" in CliRunner().invoke(main, ["inspect", str(model)]).output
 
 
@@ -82,9 +82,8 @@ def test_nothing_but_the_receipt_changes(model: Path, gguf_of: GgufOf, tmp_path:
     session.save(tmp_path / "session")
     with GGUFModel(model) as file:
         print1, spans = file.fingerprint(), file.receipt_spans
-    measured = measurement(gguf_of("demo", "f32"))
-    for i in (0, 1):  # a second receipt takes the place of the first
-        stamp(model, measured, measured["candidates"][i])
+    for measured in receipts_of(gguf_of("demo", "f32")):  # a second receipt takes the place of the first
+        stamp(model, measured)
         after = model.read_bytes()
         changed = np.flatnonzero(np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8)).tolist()
         assert changed
@@ -103,14 +102,14 @@ def test_nothing_but_the_receipt_changes(model: Path, gguf_of: GgufOf, tmp_path:
 def test_a_file_without_room_is_refused(tmp_path: Path, gguf_of: GgufOf) -> None:
     bare = tmp_path / "bare.gguf"
     write_gguf(bare, "tiny-gemma-2", "q4_0")
-    measured = measurement(gguf_of("demo", "f32"))
+    measured, _ = receipts_of(gguf_of("demo", "f32"))
     before = bare.read_bytes()
     with pytest.raises(InvalidRequest, match="export the model again"):
-        stamp(bare, measured, measured["candidates"][0])
+        stamp(bare, measured)
     assert bare.read_bytes() == before
     (tmp_path / "text").write_text("no model")
     with pytest.raises(InvalidModelFile):
-        stamp(tmp_path / "text", measured, measured["candidates"][0])
+        stamp(tmp_path / "text", measured)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +121,19 @@ def test_room_of_another_shape_is_refused(key: str, value: Any, tmp_path: Path, 
     out = tmp_path / "odd.gguf"
     out.write_bytes(encode_header({**PLACEHOLDERS, f"bezel.receipt.{key}": value}, []))
     before = out.read_bytes()
-    measured = measurement(gguf_of("demo", "f32"))
+    measured, _ = receipts_of(gguf_of("demo", "f32"))
     with pytest.raises(InvalidRequest, match=f"key 'bezel.receipt.{key}'"):
-        stamp(out, measured, measured["candidates"][0])
+        stamp(out, measured)
     assert out.read_bytes() == before
 
 
 def test_a_failure_leaves_the_file_as_it_was(model: Path, gguf_of: GgufOf, monkeypatch: pytest.MonkeyPatch) -> None:
     before = model.read_bytes()
-    measured = measurement(gguf_of("demo", "f32"))
-    prints = iter(["reference", "one", "another"])
+    measured, _ = receipts_of(gguf_of("demo", "f32"))
+    prints = iter(["one", "another"])
     monkeypatch.setattr(GGUFModel, "fingerprint", lambda _: next(prints))
     with pytest.raises(InvalidRequest, match="another program"):
-        stamp(model, measured, measured["candidates"][0])
+        stamp(model, measured)
     assert model.read_bytes() == before
 
 
@@ -142,13 +141,11 @@ def test_what_does_not_fit_is_cut_and_what_is_missing_stays_empty(model: Path, t
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    measured = measurement(folder, texts=[{"path": p, "sha256": p * 64, "tokens": 1} for p in "ab"])
-    measured["reference"]["name"] = "ü" * 100
-    del measured["candidates"][0]["metrics"]["kld_p999"]
-    stamp(model, measured, measured["candidates"][0])
+    measured, _ = receipts_of(folder, texts=[MeasuredText(p, p * 64, 1) for p in "ab"])
+    stamp(model, replace(measured, reference="ü" * 100, kld_mean_high=None))
     found = receipt(model)
     assert found["reference"] == "ü" * 32
-    assert "kld_p999" not in found
+    assert "kld_mean_high" not in found
     assert found["reference_sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert found["text_sha256"] == hashlib.sha256(f"{'a' * 64}\n{'b' * 64}\n".encode()).hexdigest()
 
@@ -162,8 +159,8 @@ def test_placeholders_are_no_receipt(gguf_of: GgufOf) -> None:
 
 def test_llama_cpp_reads_a_file_with_a_receipt(model: Path, gguf_of: GgufOf) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    measured = measurement(gguf_of("demo", "f32"))
-    stamp(model, measured, measured["candidates"][0])
+    measured, _ = receipts_of(gguf_of("demo", "f32"))
+    stamp(model, measured)
     llama = llama_cpp.Llama(str(model), n_ctx=64, verbose=False, n_threads=2)
     llama.eval([2, 100])
     assert float(llama.metadata["bezel.receipt.top1"]) == pytest.approx(0.9412)

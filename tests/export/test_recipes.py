@@ -94,16 +94,35 @@ def test_int4_uses_its_bits_up_in_order(shape: str) -> None:
     assert rest == {Q5_K, FORMATS["iq4_xs"]}
 
 
-def test_int4_of_a_model_that_is_mostly_embedding() -> None:
-    assert find_recipe("int4", CONFIG) == preset("int4", CONFIG.n_layers)
+@pytest.mark.parametrize(("layers", "hidden", "inner"), [(18, 640, 2048), (26, 1152, 6912)])  # Gemma 3 270M, 1B
+def test_int4_of_a_model_that_is_mostly_embedding(layers: int, hidden: int, inner: int) -> None:
+    """Rows are not whole blocks of Q5_K, and a head in Q5_1 would make more than 4.6 bits: layers get what is left."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "vocab_size": 262144}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+    config = read_hf_config(SHAPES["gemma-2-2b"] | sizes | heads)
+
+    def bits_of(recipe: Recipe) -> float:
+        specs = [(spec, int(np.prod(spec.shape))) for spec in tensor_specs(config)]
+        used = sum(n * bits(recipe.choose(s.gguf, s.role, s.layer, s.shape).format) for s, n in specs)
+        return used / sum(n for _, n in specs)
+
+    recipe, head = find_recipe("int4", config), (262144, hidden)
+    assert 4.55 <= bits_of(recipe) <= 4.6 < bits_of(preset("int4", layers))
+    assert names(choose(recipe, "token_embd", None, head)) == ("iq4_nl", "iq4_xs")
+    assert {choose(recipe, "attn_v", i, (256, hidden)).format.name for i in range(layers)} == {"q5_1"}
+    asked = find_recipe("int4", config, "q6_k")
+    assert choose(asked, "token_embd", None, head).format is Q8_0
 
 
 @pytest.mark.parametrize(
     ("name", "n", "expected"),
     [
-        ("q4_k", 288, "q8_0"),
-        ("q5_k", 32, "q8_0"),
+        ("q4_k", 288, "q5_0"),
+        ("q5_k", 32, "q5_1"),
+        ("q6_k", 640, "q8_0"),
         ("q6_k", 255, "f16"),
+        ("iq4_xs", 1152, "iq4_nl"),
+        ("iq4_xs", 48, "f16"),
         ("q4_0", 48, "f16"),
         ("q8_0", 33, "f16"),
         ("q4_0", 96, "q4_0"),
@@ -116,6 +135,29 @@ def test_rows_that_are_not_whole_blocks_fall_back(name: str, n: int, expected: s
     assert names(choice) == (expected, name)
     assert choice.fell_back == (expected != name)
     assert n % choice.format.block == 0
+
+
+# Gemma 3 270M: inputs, and what gemma-3-270m-q4_k_m.gguf, made by llama.cpp, and its quantizer's q5_k_m hold: in the
+# layers of MORE_BITS[18], and in the others.
+GEMMA_3_270M = {
+    "token_embd": (640, ("q8_0",), ("q8_0",)),
+    "attn_q": (640, ("q5_0", "q5_0"), ("q5_1", "q5_1")),
+    "attn_k": (640, ("q5_0", "q5_0"), ("q5_1", "q5_1")),
+    "attn_v": (640, ("q8_0", "q5_0"), ("q8_0", "q5_1")),
+    "attn_output": (1024, ("q4_k", "q4_k"), ("q5_k", "q5_k")),
+    "ffn_gate": (640, ("q5_0", "q5_0"), ("q5_1", "q5_1")),
+    "ffn_up": (640, ("q5_0", "q5_0"), ("q5_1", "q5_1")),
+    "ffn_down": (2048, ("q6_k", "q4_k"), ("q6_k", "q5_k")),
+}
+
+
+def test_a_model_of_short_rows_gets_what_llama_cpp_gives_it() -> None:
+    q4_k_m, q5_k_m = preset("q4_k_m", 18), preset("q5_k_m", 18)
+    for role, (n, *expected) in GEMMA_3_270M.items():
+        for recipe, forms in zip((q4_k_m, q5_k_m), expected, strict=True):
+            for layer in [None] if role == "token_embd" else range(18):
+                name = forms[0 if layer is None or layer in MORE_BITS[18] else 1]
+                assert choose(recipe, role, layer, (256, n)).format.name == name
 
 
 def test_the_default_of_the_embedding_falls_back_too() -> None:
@@ -321,5 +363,5 @@ def test_a_sensitivity_file_of_something_else_is_refused(tmp_path: Path, change:
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
-    with pytest.raises(InvalidRequest, match=rf"s.json: {message}.*expected a file that `bezel measure"):
+    with pytest.raises(InvalidRequest, match=rf"s.json: {message}.*expected a file that `bezel sensitivity"):
         solve(file, CONFIG, 10**6, "x")

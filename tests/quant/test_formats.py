@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from bezel.quant import base
 from bezel.quant.formats import FORMAT_OF_TYPE, FORMATS, Format
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,10 +110,12 @@ def test_ids_names_and_sizes_are_ggml_s(f):
     assert (f.block, f.block_bytes) == GGML_QUANT_SIZES[theirs]
     assert FORMATS[f.name] is f
     assert FORMAT_OF_TYPE[f.gguf_type] is f
+    mostly = LlamaFileType(f.file_type).name
+    assert mostly.split("_", 1)[1].removesuffix("_S").lower() == f.name  # ALL_F32, MOSTLY_F16, MOSTLY_Q4_K_S
 
 
 def test_the_registry_holds_every_format_that_is_promised():
-    assert {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q4_k", "q5_k", "q6_k"} <= set(FORMATS)
+    assert {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"} <= set(FORMATS)
     assert len(FORMATS) == len(FORMAT_OF_TYPE)
 
 

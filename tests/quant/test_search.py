@@ -43,8 +43,8 @@ def test_search_is_never_worse_than_plain(f, kind):
 @pytest.mark.parametrize(
     ("name", "gain"),
     [
-        *(("q4_0", 0.11), ("q4_1", 0.16), ("q5_0", 0.115), ("q8_0", 0.13), ("q4_k", 0.175), ("q5_k", 0.12)),
-        *(("q6_k", 0.165), ("iq4_nl", 0.15), ("iq4_xs", 0.14)),
+        *(("q4_0", 0.11), ("q4_1", 0.16), ("q5_0", 0.115), ("q5_1", 0.14), ("q8_0", 0.13), ("q4_k", 0.175)),
+        *(("q5_k", 0.12), ("q6_k", 0.165), ("iq4_nl", 0.15), ("iq4_xs", 0.14)),
     ],
 )
 def test_search_gains_on_gaussian_weights(name, gain):

@@ -78,26 +78,38 @@ struct Partial {
   }
 };
 
-// What a thread needs while it works on a tile.
-struct Scratch {
-  std::atomic<bool> taken{false};
-  char *queries, *weights;
-  float *factors, *scores, *total;
-  int32_t *bias, *first, *last;
-  float *max, *sum;
-  Partial partial;
+// The queries of a tile as the kernels take them.
+struct Operands {
+  char* queries;
+  float* factors;
+  int32_t* bias;
 
   void lay_out(Arena& arena, int64_t rows, int64_t dim) {
     queries = arena.take<char>(rows * dim * int64_t{sizeof(float)});
-    weights = arena.take<char>(rows * kSplit * 2);
     factors = arena.take<float>(rows);
+    bias = arena.take<int32_t>(rows);
+  }
+};
+
+// What a thread needs while it works on a tile.
+struct Scratch {
+  std::atomic<bool> taken{false};
+  char* weights;
+  float *scores, *total;
+  int32_t *first, *last;
+  float *max, *sum;
+  Operands operands;
+  Partial partial;
+
+  void lay_out(Arena& arena, int64_t rows, int64_t dim) {
+    weights = arena.take<char>(rows * kSplit * 2);
     scores = arena.take<float>(rows * kSplit);
     total = arena.take<float>(rows * dim);
-    bias = arena.take<int32_t>(rows);
     first = arena.take<int32_t>(rows);
     last = arena.take<int32_t>(rows);
     max = arena.take<float>(rows);
     sum = arena.take<float>(rows);
+    operands.lay_out(arena, rows, dim);
     partial.lay_out(arena, rows, dim);
   }
 };
@@ -121,14 +133,19 @@ class Scratches {
   Arena arena_;
 };
 
-void pack(const Problem& p, const Tile& tile, Scratch& s) noexcept {
-  const int64_t dim = p.store.dim();
-  for (int64_t r = 0; r < tile.count; ++r)
-    p.kernels.pack_queries(p.queries + tile.element(p, r), 0, 1, p.store.head_dim(), dim, p.scale,
-                           s.queries + r * dim * p.kernels.operand, s.factors + r, s.bias + r);
+void pack(const Problem& p, const Tile& tile, const Operands& operands) noexcept {
+  const int64_t dim = p.store.dim(), head_dim = p.store.head_dim();
+  for (int64_t r = 0; r < tile.count; ++r) {
+    alignas(64) float query[kMaxHeadDim];
+    std::memcpy(query, p.queries + tile.element(p, r), static_cast<size_t>(head_dim) * sizeof *query);
+    std::memset(query + head_dim, 0, static_cast<size_t>(dim - head_dim) * sizeof *query);
+    if (p.store.rotated()) p.store.kernels().hadamard(query, head_dim);
+    p.kernels.pack_query(query, dim, p.scale, operands.queries + r * dim * p.kernels.operand, operands.factors + r,
+                         operands.bias + r);
+  }
 }
 
-void attend_split(const Problem& p, const Tile& tile, int64_t split, const Scratch& s,
+void attend_split(const Problem& p, const Tile& tile, int64_t split, const Operands& operands, const Scratch& s,
                   const Partial& partial) noexcept {
   for (int64_t r = 0; r < tile.count; ++r) {
     const int64_t query = tile.query(p, r), start = split * kSplit;
@@ -145,9 +162,9 @@ void attend_split(const Problem& p, const Tile& tile, int64_t split, const Scrat
   job.rows = tile.count;
   job.first = s.first;
   job.last = s.last;
-  job.queries = s.queries;
-  job.query_factors = s.factors;
-  job.query_bias = s.bias;
+  job.queries = operands.queries;
+  job.query_factors = operands.factors;
+  job.query_bias = operands.bias;
   job.cap = p.cap;
   job.scores = s.scores;
   job.weights = s.weights;
@@ -176,10 +193,12 @@ void merge(const Problem& p, const Tile& tile, int64_t split, const Partial& par
   }
 }
 
-void finish(const Problem& p, const Tile& tile, const Scratch& s) noexcept {
-  for (int64_t r = 0; r < tile.count; ++r)
-    p.store.kernels().finish(s.total + r * p.store.dim(), s.sum[r], p.store.head_dim(),
-                             p.out + tile.element(p, r));
+void finish(const Problem& p, const Tile& tile, Scratch& s) noexcept {
+  for (int64_t r = 0; r < tile.count; ++r) {
+    float* const total = s.total + r * p.store.dim();
+    if (p.store.rotated()) p.store.kernels().hadamard(total, p.store.head_dim());
+    p.store.kernels().finish(total, s.sum[r], p.store.head_dim(), p.out + tile.element(p, r));
+  }
 }
 
 // Enough tiles for every thread: each is a task, and goes through its splits in order.
@@ -189,10 +208,10 @@ void by_tile(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool)
     // The last queries of a chunk mostly see the most: first, so that no thread ends with a long one.
     const Tile& tile = tiles[tiles.size() - 1 - static_cast<size_t>(i)];
     Scratch& s = scratches.take();
-    pack(p, tile, s);
+    pack(p, tile, s.operands);
     begin(p, tile, s);
     for (int64_t split = tile.first_split(p); split < tile.end_split(p); ++split) {
-      attend_split(p, tile, split, s, s.partial);
+      attend_split(p, tile, split, s.operands, s, s.partial);
       merge(p, tile, split, s.partial, s);
     }
     finish(p, tile, s);
@@ -216,16 +235,21 @@ void by_split(const Problem& p, const std::vector<Tile>& tiles, ThreadPool& pool
   }
   // In the order of the cache's memory.
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.split < b.split; });
+  std::vector<Operands> operands(tiles.size());
   const Arena arena([&](Arena& a) {
+    for (size_t t = 0; t < tiles.size(); ++t) operands[t].lay_out(a, tiles[t].count, p.store.dim());
     for (Task& task : tasks) task.partial.lay_out(a, tiles[task.tile].count, p.store.dim());
+  });
+  const auto tile_count = static_cast<int64_t>(tiles.size());
+  pool.parallel_for(tile_count, kMaxTileRows / tiles[0].count, [&](int64_t from, int64_t to) noexcept {
+    for (int64_t t = from; t < to; ++t) pack(p, tiles[static_cast<size_t>(t)], operands[static_cast<size_t>(t)]);
   });
   Scratches scratches(pool.threads(), tiles[0].count, p.store.dim());
   pool.parallel_for(static_cast<int64_t>(tasks.size()), 1, [&](int64_t i, int64_t) noexcept {
     const Task& task = tasks[static_cast<size_t>(i)];
     const Tile& tile = tiles[task.tile];
     Scratch& s = scratches.take();
-    pack(p, tile, s);
-    attend_split(p, tile, task.split, s, task.partial);
+    attend_split(p, tile, task.split, operands[task.tile], s, task.partial);
     if (left[task.tile].fetch_sub(1, std::memory_order_acq_rel) == 1) {
       begin(p, tile, s);
       for (const Task& done : tasks)

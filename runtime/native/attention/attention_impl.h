@@ -1,6 +1,8 @@
 // The source of the attention kernels, compiled once for each instruction set (vector_*.cpp).
 #pragma once
 
+#include <cmath>
+
 #include "attention/attention_kernels.h"
 #include "simd/vector.h"
 #include "simd/vector_math.h"
@@ -433,25 +435,16 @@ static void attend_split(const SplitJob& j) noexcept {
     }
 }
 
-static void pack_queries_float(const float* x, int64_t stride, int64_t rows, int64_t head_dim, int64_t dim,
-                               float scale, char* packed, float* factors, int32_t* bias) noexcept {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* out = reinterpret_cast<float*>(packed) + r * dim;
-    std::memcpy(out, x + r * stride, static_cast<size_t>(head_dim) * sizeof *x);
-    std::memset(out + head_dim, 0, static_cast<size_t>(dim - head_dim) * sizeof *x);
-    factors[r] = scale;
-    bias[r] = 0;
-  }
+static void pack_query_float(const float* x, int64_t dim, float scale, char* packed, float* factor,
+                             int32_t* bias) noexcept {
+  std::memcpy(packed, x, static_cast<size_t>(dim) * sizeof *x);
+  *factor = scale;
+  *bias = 0;
 }
 
-static void pack_queries_int8(const float* x, int64_t stride, int64_t rows, int64_t head_dim, int64_t dim,
-                              float scale, char* packed, float* factors, int32_t* bias) noexcept {
-  float padded[kMaxHeadDim];
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(padded, x + r * stride, static_cast<size_t>(head_dim) * sizeof *x);
-    std::memset(padded + head_dim, 0, static_cast<size_t>(dim - head_dim) * sizeof *x);
-    factors[r] = pack_row(padded, dim, packed + r * dim * Int8::kOperand, bias + r) * scale;
-  }
+static void pack_query_int8(const float* x, int64_t dim, float scale, char* packed, float* factor,
+                            int32_t* bias) noexcept {
+  *factor = pack_row(x, dim, packed, bias) * scale;
 }
 
 static void merge(float* total, float* max_so_far, float* sum_so_far, const float* mixed, float mixed_scale,
@@ -469,6 +462,40 @@ static void merge(float* total, float* max_so_far, float* sum_so_far, const floa
 static void finish(const float* total, float sum_of_weights, int64_t n, float* out) noexcept {
   const F all = set(sum_of_weights);
   for (int64_t i = 0; i < n; i += kLanes) store(out + i, div(load(total + i), all), n - i);
+}
+
+// In place of each two lanes at kDistance their sum and their difference.
+template <int kDistance>
+BEZEL_OP F butterfly(F x) {
+  alignas(64) float signs[kLanes];
+  BEZEL_UNROLL
+  for (int i = 0; i < kLanes; ++i) signs[i] = i & kDistance ? -1.0f : 1.0f;
+  return add(mul(x, load(signs)), swap<kDistance>(x));
+}
+
+// Sums and differences at the distances n / 2, n / 4 … 1, in this order.
+static void hadamard(float* x, int64_t n) noexcept {
+  const float scale = sqrtf(1.0f / static_cast<float>(n));
+  if (n < kLanes) {
+    for (int64_t distance = n / 2; distance > 0; distance /= 2)
+      for (int64_t i = 0; i < n; ++i) {
+        if (i & distance) continue;
+        const float a = x[i], b = x[i + distance];
+        x[i] = a + b;
+        x[i + distance] = a - b;
+      }
+    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
+    return;
+  }
+  for (int64_t distance = n / 2; distance >= kLanes; distance /= 2)
+    for (int64_t block = 0; block < n; block += 2 * distance)
+      for (int64_t i = block; i < block + distance; i += kLanes) {
+        const F a = load(x + i), b = load(x + i + distance);
+        store(x + i, add(a, b));
+        store(x + i + distance, sub(a, b));
+      }
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(x + i, mul(butterfly<1>(butterfly<2>(butterfly<4>(butterfly<8>(load(x + i))))), set(scale)));
 }
 
 static void quantize(const float* x, int64_t n, int8_t* q, float* scale) noexcept {
@@ -499,25 +526,16 @@ static void to_half(const float* x, int64_t n, uint16_t* y) noexcept {
   std::memcpy(y + i, lanes, static_cast<size_t>(n - i) * sizeof *y);
 }
 
-static void from_half(const uint16_t* x, int64_t n, float* y) noexcept {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, load_half(x + i));
-  if (i == n) return;
-  uint16_t lanes[kLanes] = {};
-  std::memcpy(lanes, x + i, static_cast<size_t>(n - i) * sizeof *x);
-  store(y + i, load_half(lanes), n - i);
-}
-
 template <class S>
 constexpr KvKernels kv_kernels() {
   return {{S::kVecs * kLanes, S::kGroup, S::kElement},
           S::kOperand,
-          S::kGroup > 1 ? pack_queries_int8 : pack_queries_float,
+          S::kGroup > 1 ? pack_query_int8 : pack_query_float,
           attend_split<S>};
 }
 
 constexpr AttentionKernels kAttention = {{kv_kernels<Single>(), kv_kernels<Half>(), kv_kernels<Int8>()},
-                                         merge, finish, quantize, to_half, from_half};
+                                         merge, finish, hadamard, quantize, to_half};
 
 }  // namespace
 }  // namespace bezel

@@ -21,6 +21,10 @@ constexpr int kKvTypes = 3;
 //   values: [dim / W][slot / g][W dims][g slots], the last panel narrower where dim is no multiple of W
 // head_dim is filled up with zeros to a multiple of 16. Int8 is stored plus 128, as the unsigned operand of a dot
 // product.
+//
+// Int8 has one scale for a head, and a head of keys may have a few numbers far above all others. So where head_dim is a
+// power of two, int8 keys, values and the queries for them are rotated by the Hadamard matrix, which spreads every number
+// over the whole head, and the mixed values are rotated back. Of a rotated query and key the product is the same.
 struct KvLayout {
   int64_t panel;    // W: 16 or 64, what suits the instruction set
   int64_t group;    // g: 4 for int8, 1 for floats
@@ -34,7 +38,7 @@ struct SplitJob {
   int64_t dim;                              // padded head_dim
   int64_t rows;                             // 1 … kMaxTileRows
   const int32_t *first, *last;              // row r sees first[r] ≤ i < last[r] of the split; none if equal
-  const char* queries;                      // by pack_queries
+  const char* queries;                      // by pack_query
   const float* query_factors;               // score = factor · key scale · product
   const int32_t* query_bias;
   float cap;                                // 0: none
@@ -48,9 +52,8 @@ struct KvKernels {
   KvLayout layout;
   int64_t operand;  // bytes of a packed query element
 
-  // rows × head_dim floats, `stride` apart, to the kernel's own operands, padded to `dim`.
-  void (*pack_queries)(const float* x, int64_t stride, int64_t rows, int64_t head_dim, int64_t dim, float scale,
-                       char* packed, float* factors, int32_t* bias) noexcept;
+  // dim floats to the kernel's own operands.
+  void (*pack_query)(const float* x, int64_t dim, float scale, char* packed, float* factor, int32_t* bias) noexcept;
   void (*attend_split)(const SplitJob& job) noexcept;
 };
 
@@ -62,11 +65,12 @@ struct AttentionKernels {
                 float mixed_sum, int64_t dim) noexcept;
   void (*finish)(const float* total, float sum, int64_t n, float* out) noexcept;  // out = total / sum
 
+  // x ← x · H / √n for n a power of two up to kMaxHeadDim, H the Hadamard matrix: its own inverse.
+  void (*hadamard)(float* x, int64_t n) noexcept;
   // q = x / scale to the nearest, ties to even, with scale = max|x| / 127. A scale that is not finite stays so,
   // and the damage shows in whatever reads it.
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale) noexcept;
   void (*to_half)(const float* x, int64_t n, uint16_t* y) noexcept;
-  void (*from_half)(const uint16_t* x, int64_t n, float* y) noexcept;
 };
 
 }  // namespace bezel

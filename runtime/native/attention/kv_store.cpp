@@ -142,30 +142,16 @@ void KVStore::write(int64_t position, int64_t n, const float* keys, const float*
         switch (type_) {
           case KvType::f32: std::memcpy(row, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x); break;
           case KvType::f16: kernels_.to_half(x, sizes_.head_dim, reinterpret_cast<uint16_t*>(row)); break;
-          case KvType::int8:
-            kernels_.quantize(x, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(side, h, slot));
+          case KvType::int8: {
+            alignas(64) float turned[kMaxHeadDim];
+            std::memcpy(turned, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x);
+            if (rotated()) kernels_.hadamard(turned, sizes_.head_dim);
+            kernels_.quantize(turned, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(side, h, slot));
             break;
+          }
         }
         copy(true, side, h, slot, row);
       }
-  }
-}
-
-void KVStore::read(int64_t position, int64_t n, bool values, float* out) const noexcept {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = (position + i) % sizes_.slots;
-    for (int64_t h = 0; h < sizes_.heads; ++h, out += sizes_.head_dim) {
-      alignas(64) char row[kMaxHeadDim * sizeof(float)];
-      copy(false, values, h, slot, row);
-      switch (type_) {
-        case KvType::f32: std::memcpy(out, row, static_cast<size_t>(sizes_.head_dim) * sizeof *out); break;
-        case KvType::f16: kernels_.from_half(reinterpret_cast<uint16_t*>(row), sizes_.head_dim, out); break;
-        case KvType::int8:
-          for (int64_t d = 0; d < sizes_.head_dim; ++d)
-            out[d] = static_cast<float>(static_cast<int8_t>(row[d])) * *scale(values, h, slot);
-          break;
-      }
-    }
   }
 }
 

@@ -40,6 +40,9 @@ class KVStore {
   KvType type() const noexcept { return type_; }
   const AttentionKernels& kernels() const noexcept { return kernels_; }
 
+  // Whether heads are rotated (attention_kernels.h) when they are written.
+  bool rotated() const noexcept { return type_ == KvType::int8 && (head_dim() & (head_dim() - 1)) == 0; }
+
   int64_t slots() const noexcept { return sizes_.slots; }                    // a multiple of kSplit
   int64_t dim() const noexcept { return sizes_.dim; }                        // head_dim, up to a multiple of 16
   int64_t nbytes() const noexcept { return sizes_.filled_bytes(written_); }  // of the slots that have been written
@@ -50,9 +53,8 @@ class KVStore {
 
   // float32 (n, kv_heads, head_dim) for the positions from `position` on. n ≤ capacity.
   void write(int64_t position, int64_t n, const float* keys, const float* values) noexcept;
-  void read(int64_t position, int64_t n, bool values, float* out) const noexcept;
 
-  // In the storage type: rows (n, kv_heads, head_dim), and for int8 scales (n, kv_heads).
+  // As it is stored: rows (n, kv_heads, head_dim), and for int8 scales (n, kv_heads).
   void read_raw(int64_t position, int64_t n, bool values, void* rows, float* scales) const noexcept;
   void write_raw(int64_t position, int64_t n, bool values, const void* rows, const float* scales) noexcept;
 

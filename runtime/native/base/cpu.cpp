@@ -128,16 +128,10 @@ Isa choose() {
 }  // namespace
 
 const char* name(Isa isa) noexcept {
-  switch (isa) {
-    case Isa::scalar: return "scalar";
-    case Isa::avx2: return "avx2";
-    case Isa::avxvnni: return "avxvnni";
-    case Isa::avx512vnni: return "avx512vnni";
-    case Isa::neon: return "neon";
-    case Isa::neondot: return "neondot";
-    case Isa::neoni8mm: return "neoni8mm";
-  }
-  return "";
+#define BEZEL_NAME(isa) #isa,
+  static constexpr const char* names[] = {BEZEL_ISAS(BEZEL_NAME)};
+#undef BEZEL_NAME
+  return names[static_cast<int>(isa)];
 }
 
 const std::vector<Isa>& usable_isas() {

@@ -5,15 +5,20 @@
 
 namespace bezel {
 
-enum class Isa {
-  scalar,
-  avx2,        // AVX2, FMA, F16C
-  avxvnni,     // and AVX-VNNI: int8 dot products on 256 bits
-  avx512vnni,  // AVX-512 F, BW, VL, DQ, VNNI
-  neon,
-  neondot,   // and SDOT
-  neoni8mm,  // and SMMLA
-};
+// X(name) for each set that a build for this processor has kernels for, best last. CMakeLists.txt has the same list.
+// avx2: with FMA and F16C. avxvnni: and int8 dot products on 256 bits. avx512vnni: AVX-512 F, BW, VL, DQ, VNNI.
+// neondot: and SDOT. neoni8mm: and SMMLA.
+#if defined(__x86_64__) || defined(_M_X64)
+#define BEZEL_ISAS(X) X(scalar) X(avx2) X(avxvnni) X(avx512vnni)
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#define BEZEL_ISAS(X) X(scalar) X(neon) X(neondot) X(neoni8mm)
+#else
+#define BEZEL_ISAS(X) X(scalar)
+#endif
+
+#define BEZEL_ENUMERATOR(isa) isa,
+enum class Isa { BEZEL_ISAS(BEZEL_ENUMERATOR) };
+#undef BEZEL_ENUMERATOR
 
 const char* name(Isa isa) noexcept;
 

@@ -87,18 +87,6 @@ Array attend_py(const KVStore& store, ThreadPool& pool, const Input& queries, co
   return out.array();
 }
 
-nb::tuple read(const KVStore& store, int64_t start, int64_t stop) {
-  check_span(store, start, stop - start);
-  const std::vector<int64_t> shape{stop - start, store.kv_heads(), store.head_dim()};
-  Result keys(shape), values(shape);
-  {
-    nb::gil_scoped_release release;
-    store.read(start, stop - start, false, keys.data());
-    store.read(start, stop - start, true, values.data());
-  }
-  return nb::make_tuple(keys.array(), values.array());
-}
-
 nb::dict raw(const KVStore& store, int64_t start, int64_t stop) {
   check_span(store, start, stop - start);
   nb::dict arrays;
@@ -214,7 +202,6 @@ void bind_attention(nb::module_& m) {
       .def("write", &write, "position"_a, "keys"_a.noconvert(), "values"_a.noconvert())
       .def("attend", &attend_py, "pool"_a, "queries"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(),
            "scale"_a, "softcap"_a.none())
-      .def("read", &read, "start"_a, "stop"_a)
       .def("raw", &raw, "start"_a, "stop"_a)
       .def("set_raw", &set_raw, "start"_a, "arrays"_a);
 

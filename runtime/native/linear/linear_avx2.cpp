@@ -4,6 +4,9 @@
 #include "linear/linear_avx2.h"
 
 namespace bezel {
-void use_avx2(LinearKernels& kernels) noexcept { fill(kernels); }
+const LinearKernels& linear_avx2() noexcept {
+  static constexpr LinearKernels kernels = vector_table();
+  return kernels;
+}
 }  // namespace bezel
 #endif

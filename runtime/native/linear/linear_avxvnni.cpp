@@ -4,6 +4,9 @@
 #include "linear/linear_avx2.h"
 
 namespace bezel {
-void use_avxvnni(LinearKernels& kernels) noexcept { fill(kernels); }
+const LinearKernels& linear_avxvnni() noexcept {
+  static constexpr LinearKernels kernels = vector_table();
+  return kernels;
+}
 }  // namespace bezel
 #endif

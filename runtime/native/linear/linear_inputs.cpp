@@ -4,26 +4,24 @@
 
 namespace bezel {
 
+namespace {
+
+struct Layouts {
+  Layout of[kTypes] = {};
+
+  constexpr Layouts() {
+#define BEZEL_LAYOUT(format, name, type, ...) of[type] = {name, __VA_ARGS__};
+    BEZEL_FORMATS(BEZEL_LAYOUT)
+#undef BEZEL_LAYOUT
+  }
+};
+
+constexpr Layouts kLayouts;
+
+}  // namespace
+
 const Layout* layout(int64_t type) {
-  static const auto table = [] {
-    std::vector<Layout> t(kTypes, Layout{});
-    t[kF32] = {"f32", 1, 4, 0, false};
-    t[kF16] = {"f16", 1, 2, 0, false};
-    t[kBF16] = {"bf16", 1, 2, 0, false};
-    t[kQ4_0] = {"q4_0", 32, 18, 32, false};
-    t[kQ4_1] = {"q4_1", 32, 20, 32, true};
-    t[kQ5_0] = {"q5_0", 32, 22, 32, false};
-    t[kQ8_0] = {"q8_0", 32, 34, 32, false};
-    t[kQ4_K] = {"q4_k", 256, 144, 32, true};
-    t[kQ5_K] = {"q5_k", 256, 176, 32, true};
-    t[kQ6_K] = {"q6_k", 256, 210, 16, false};
-    t[kIQ4_NL] = {"iq4_nl", 32, 18, 32, false};
-    t[kIQ4_XS] = {"iq4_xs", 256, 136, 32, false};
-    return t;
-  }();
-  return type >= 0 && type < kTypes && table[static_cast<size_t>(type)].block > 0
-             ? &table[static_cast<size_t>(type)]
-             : nullptr;
+  return type >= 0 && type < kTypes && kLayouts.of[type].block > 0 ? &kLayouts.of[type] : nullptr;
 }
 
 Inputs::Inputs(Workspace& workspace, const LinearKernels& kernels, int64_t tokens_, int64_t columns,

@@ -17,28 +17,10 @@
 
 #include <cstdint>
 
+#include "base/cpu.h"
+#include "linear/format_table.h"
+
 namespace bezel {
-
-// The numbers of GGUF's types.
-enum Type {
-  kF32 = 0,
-  kF16 = 1,
-  kQ4_0 = 2,
-  kQ4_1 = 3,
-  kQ5_0 = 6,
-  kQ8_0 = 8,
-  kQ4_K = 12,
-  kQ5_K = 13,
-  kQ6_K = 14,
-  kIQ4_NL = 20,
-  kIQ4_XS = 23,
-  kBF16 = 30
-};
-constexpr int kTypes = 31;
-
-// What the codes of IQ4_NL and IQ4_XS stand for.
-constexpr int8_t kIQ4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                   1,    13,   25,  38,  53,  69,  89,  113};
 
 constexpr int kXBlock = 32;           // activations that share a scale
 constexpr int kPanelCols = 512;       // weights of a row that are unpacked at a time
@@ -108,14 +90,10 @@ struct LinearKernels {
   void (*gemm_float)(const float* panel, int64_t cols, const float* x, int tokens, float* acc) noexcept;
 };
 
-// Each fills the whole table.
-void use_scalar(LinearKernels& kernels) noexcept;
-void use_avx2(LinearKernels& kernels) noexcept;
-void use_avxvnni(LinearKernels& kernels) noexcept;
-void use_avx512vnni(LinearKernels& kernels) noexcept;
-void use_neon(LinearKernels& kernels) noexcept;
-void use_neondot(LinearKernels& kernels) noexcept;
-void use_neoni8mm(LinearKernels& kernels) noexcept;
+// linear_scalar, linear_avx2, …
+#define BEZEL_DECLARE(isa) const LinearKernels& linear_##isa() noexcept;
+BEZEL_ISAS(BEZEL_DECLARE)
+#undef BEZEL_DECLARE
 
 // One row of any type as float32, for embeddings.
 void dequantize_row(int type, const uint8_t* row, int64_t cols, float* out) noexcept;

@@ -4,6 +4,9 @@
 #include "linear/linear_neon.h"
 
 namespace bezel {
-void use_neon(LinearKernels& kernels) noexcept { fill(kernels); }
+const LinearKernels& linear_neon() noexcept {
+  static constexpr LinearKernels kernels = vector_table();
+  return kernels;
+}
 }  // namespace bezel
 #endif

@@ -116,26 +116,26 @@ void gemm_i8mm(const Panel& panel, int64_t blocks, const Tile& x, int tokens, fl
 }
 
 template <class W>
-void use_pairs(LinearKernels& k) noexcept {
+constexpr void use_pairs(LinearKernels& k) {
   static_assert(W::kSub == 32 || !W::kMinimum);
   k.of[W::kType].unpack = unpack<W, paired<W::kZero>>;
   k.of[W::kType].gemm = gemm_i8mm<W::kSub, W::kMinimum>;
 }
 
+constexpr LinearKernels i8mm_table() {
+  LinearKernels k = vector_table();
+  k.arrange = arrange;
+#define BEZEL_USE_PAIRS(format, ...) use_pairs<format>(k);
+  BEZEL_BLOCK_FORMATS(BEZEL_USE_PAIRS)
+#undef BEZEL_USE_PAIRS
+  return k;
+}
+
 }  // namespace
 
-void use_neoni8mm(LinearKernels& k) noexcept {
-  fill(k);
-  k.arrange = arrange;
-  use_pairs<Q4_0>(k);
-  use_pairs<Q4_1>(k);
-  use_pairs<Q5_0>(k);
-  use_pairs<Q8_0>(k);
-  use_pairs<Q4_K>(k);
-  use_pairs<Q5_K>(k);
-  use_pairs<Q6_K>(k);
-  use_pairs<IQ4_NL>(k);
-  use_pairs<IQ4_XS>(k);
+const LinearKernels& linear_neoni8mm() noexcept {
+  static constexpr LinearKernels kernels = i8mm_table();
+  return kernels;
 }
 
 }  // namespace bezel

@@ -31,11 +31,29 @@ float half(const uint8_t* bytes) {
 int low(int byte) { return byte & 15; }
 int high(int byte) { return byte >> 4; }
 
-// Sub-block j of a row: w[i] = d · code[i] + m.
-struct SubBlock {
+struct SubBlock {  // w[i] = d · code[i] + m
   int8_t code[32];
-  float d, m;
+  float d, m = 0.0f;
 };
+
+// The nibbles of 16 bytes, the low ones first, less `zero`.
+void nibbles(const uint8_t* bytes, int zero, int8_t* code) {
+  for (int i = 0; i < 16; ++i) {
+    code[i] = static_cast<int8_t>(low(bytes[i]) - zero);
+    code[16 + i] = static_cast<int8_t>(high(bytes[i]) - zero);
+  }
+}
+
+// Of 4 bytes of fifth bits, and 16 of nibbles.
+void five_bits(const uint8_t* bytes, int zero, int8_t* code) {
+  nibbles(bytes + 4, zero, code);
+  for (int i = 0; i < 32; ++i) code[i] = static_cast<int8_t>(code[i] + 16 * (bytes[i / 8] >> i % 8 & 1));
+}
+
+void iq4_values(const uint8_t* bytes, int8_t* code) {
+  nibbles(bytes, 0, code);
+  for (int i = 0; i < 32; ++i) code[i] = kIQ4Values[code[i]];
+}
 
 // Scale or minimum j of the 12 bytes of a K format; `at` is where its first four begin.
 int six_bits(const uint8_t* packed, int j, int at) {
@@ -44,42 +62,80 @@ int six_bits(const uint8_t* packed, int j, int at) {
   return (at == 0 ? low(rest) : high(rest)) | packed[at + j - 4] >> 6 << 4;
 }
 
-template <int kType>
-void read(const uint8_t* row, int64_t j, SubBlock& out) {
-  out.m = 0.0f;
-  if constexpr (kType == kQ4_0 || kType == kQ4_1) {
-    constexpr int kHead = kType == kQ4_0 ? 2 : 4;
-    const uint8_t* block = row + j * (kHead + 16);
+// Sub-block `sub` of a block of Q4_K or Q5_K, whose nibbles begin at `codes`.
+void affine_k(const uint8_t* block, int sub, const uint8_t* codes, SubBlock& out) {
+  out.d = half(block) * static_cast<float>(six_bits(block + 4, sub, 0));
+  out.m = -(half(block + 2) * static_cast<float>(six_bits(block + 4, sub, 4)));
+  for (int i = 0; i < 32; ++i) {
+    const int byte = codes[sub / 2 * 32 + i];
+    out.code[i] = static_cast<int8_t>(sub % 2 == 0 ? low(byte) : high(byte));
+  }
+}
+
+// For each format of the table: sub-block j of a row.
+
+struct Q4_0 : formats::Q4_0 {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j * kBytes;
     out.d = half(block);
-    if (kType == kQ4_1) out.m = half(block + 2);
-    for (int i = 0; i < 16; ++i) {
-      out.code[i] = static_cast<int8_t>(low(block[kHead + i]) - (kType == kQ4_0 ? 8 : 0));
-      out.code[16 + i] = static_cast<int8_t>(high(block[kHead + i]) - (kType == kQ4_0 ? 8 : 0));
-    }
-  } else if constexpr (kType == kQ5_0) {
-    const uint8_t* block = row + j * 22;
+    nibbles(block + 2, 8, out.code);
+  }
+};
+
+struct Q4_1 : formats::Q4_1 {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j * kBytes;
     out.d = half(block);
-    for (int i = 0; i < 32; ++i) {
-      const int fifth = block[2 + i / 8] >> i % 8 & 1, byte = block[6 + i % 16];
-      out.code[i] = static_cast<int8_t>((i < 16 ? low(byte) : high(byte)) + 16 * fifth - 16);
-    }
-  } else if constexpr (kType == kQ8_0) {
-    const uint8_t* block = row + j * 34;
+    out.m = half(block + 2);
+    nibbles(block + 4, 0, out.code);
+  }
+};
+
+struct Q5_0 : formats::Q5_0 {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j * kBytes;
+    out.d = half(block);
+    five_bits(block + 2, 16, out.code);
+  }
+};
+
+struct Q5_1 : formats::Q5_1 {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j * kBytes;
+    out.d = half(block);
+    out.m = half(block + 2);
+    five_bits(block + 4, 0, out.code);
+  }
+};
+
+struct Q8_0 : formats::Q8_0 {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j * kBytes;
     out.d = half(block);
     std::memcpy(out.code, block + 2, 32);
-  } else if constexpr (kType == kQ4_K || kType == kQ5_K) {
-    constexpr int kHigh = kType == kQ4_K ? 0 : 32;
-    const uint8_t* block = row + j / 8 * (144 + kHigh);
+  }
+};
+
+struct Q4_K : formats::Q4_K {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j / 8 * kBytes;
+    affine_k(block, static_cast<int>(j % 8), block + 16, out);
+  }
+};
+
+struct Q5_K : formats::Q5_K {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j / 8 * kBytes;
     const int sub = static_cast<int>(j % 8);
-    out.d = half(block) * static_cast<float>(six_bits(block + 4, sub, 0));
-    out.m = -(half(block + 2) * static_cast<float>(six_bits(block + 4, sub, 4)));
-    for (int i = 0; i < 32; ++i) {
-      const int byte = block[16 + kHigh + sub / 2 * 32 + i];
-      const int fifth = kHigh == 0 ? 0 : block[16 + i] >> sub & 1;
-      out.code[i] = static_cast<int8_t>((sub % 2 == 0 ? low(byte) : high(byte)) + 16 * fifth);
-    }
-  } else if constexpr (kType == kQ6_K) {
-    const uint8_t* block = row + j / 16 * 210;
+    affine_k(block, sub, block + 48, out);
+    for (int i = 0; i < 32; ++i)
+      out.code[i] = static_cast<int8_t>(out.code[i] + 16 * (block[16 + i] >> sub & 1));
+  }
+};
+
+struct Q6_K : formats::Q6_K {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j / 16 * kBytes;
     const int sub = static_cast<int>(j % 16), h = sub / 8, g = sub % 8 / 2;
     out.d = half(block + 208) * static_cast<float>(static_cast<int8_t>(block[192 + sub]));
     for (int i = 0; i < 16; ++i) {
@@ -87,99 +143,98 @@ void read(const uint8_t* row, int64_t j, SubBlock& out) {
       const int top = block[128 + 32 * h + at] >> 2 * g & 3;
       out.code[i] = static_cast<int8_t>((g < 2 ? low(byte) : high(byte)) + 16 * top - 32);
     }
-  } else if constexpr (kType == kIQ4_NL || kType == kIQ4_XS) {
-    const uint8_t* block = kType == kIQ4_NL ? row + j * 18 : row + j / 8 * 136;
-    const int sub = kType == kIQ4_NL ? 0 : static_cast<int>(j % 8);
-    const uint8_t* codes = block + (kType == kIQ4_NL ? 2 : 8 + 16 * sub);
-    out.d = half(block);
-    if (kType == kIQ4_XS) {
-      const int pair = block[4 + sub / 2], top = static_cast<int>(word16(block + 2) >> 2 * sub & 3);
-      out.d *= static_cast<float>((sub % 2 == 0 ? low(pair) : high(pair)) + 16 * top - 32);
-    }
-    for (int i = 0; i < 16; ++i) {
-      out.code[i] = kIQ4Values[low(codes[i])];
-      out.code[16 + i] = kIQ4Values[high(codes[i])];
-    }
   }
-}
+};
 
-constexpr int sub_size(int type) { return type == kQ6_K ? 16 : 32; }
-constexpr bool has_minimum(int type) { return type == kQ4_1 || type == kQ4_K || type == kQ5_K; }
+struct IQ4_NL : formats::IQ4_NL {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j * kBytes;
+    out.d = half(block);
+    iq4_values(block + 2, out.code);
+  }
+};
 
-template <int kType>
+struct IQ4_XS : formats::IQ4_XS {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j / 8 * kBytes;
+    const int sub = static_cast<int>(j % 8), pair = block[4 + sub / 2];
+    const int top = static_cast<int>(word16(block + 2) >> 2 * sub & 3);
+    out.d = half(block) * static_cast<float>((sub % 2 == 0 ? low(pair) : high(pair)) + 16 * top - 32);
+    iq4_values(block + 8 + 16 * sub, out.code);
+  }
+};
+
+template <class W>
 float continued(float acc, const SubBlock& w, const int8_t* q, float dx, const float* moment) {
   int32_t dot = 0;
-  for (int i = 0; i < sub_size(kType); ++i) dot += w.code[i] * q[i];
+  for (int i = 0; i < W::kSub; ++i) dot += w.code[i] * q[i];
   acc = std::fma(static_cast<float>(dot), w.d * dx, acc);
-  return has_minimum(kType) ? std::fma(w.m, *moment, acc) : acc;
+  return W::kMinimum ? std::fma(w.m, *moment, acc) : acc;
 }
 
-template <int kType>
+template <class W>
 void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
-  constexpr int kSub = sub_size(kType);
+  constexpr int kSub = W::kSub;
   const float* moments = static_cast<const float*>(x.bias);
   float acc = 0.0f;
   for (int64_t j = 0; j < blocks * 32 / kSub; ++j) {
     SubBlock s;
-    read<kType>(w.data, j, s);
-    acc = continued<kType>(acc, s, x.q + j * kSub, x.d[j * kSub / 32], moments + j);
+    W::read(w.data, j, s);
+    acc = continued<W>(acc, s, x.q + j * kSub, x.d[j * kSub / 32], moments + j);
   }
   *y = acc;
 }
 
-template <int kType>
+template <class W>
 void unpack(const Group& w, int64_t blocks, Panel& panel) noexcept {
-  constexpr int kSub = sub_size(kType);
+  constexpr int kSub = W::kSub;
   for (int64_t j = 0; j < blocks * 32 / kSub; ++j) {
     SubBlock s;
-    read<kType>(w.data, j, s);
+    W::read(w.data, j, s);
     std::memcpy(panel.codes + j * kSub, s.code, kSub);
     panel.scales[j] = s.d;
-    if (has_minimum(kType)) panel.minima[j] = s.m;
+    if (W::kMinimum) panel.minima[j] = s.m;
   }
 }
 
-template <int kType>
+template <class W>
 void gemm(const Panel& panel, int64_t blocks, const Tile& x, int tokens, float* acc) noexcept {
-  constexpr int kSub = sub_size(kType);
+  constexpr int kSub = W::kSub;
   const float* moments = static_cast<const float*>(x.bias);
   for (int64_t j = 0; j < blocks * 32 / kSub; ++j) {
     SubBlock s;
     std::memcpy(s.code, panel.codes + j * kSub, kSub);
     s.d = panel.scales[j];
-    s.m = has_minimum(kType) ? panel.minima[j] : 0.0f;
+    s.m = W::kMinimum ? panel.minima[j] : 0.0f;
     const int64_t b = j * kSub / 32;
     for (int t = 0; t < tokens; ++t)
-      acc[t] = continued<kType>(acc[t], s, x.q + (b * tokens + t) * 32 + j * kSub % 32, x.d[b * tokens + t],
-                                moments + j * tokens + t);
+      acc[t] = continued<W>(acc[t], s, x.q + (b * tokens + t) * 32 + j * kSub % 32, x.d[b * tokens + t],
+                            moments + j * tokens + t);
   }
 }
 
-template <int kType>
+template <class W>
 void dequantize(const Group& w, int64_t cols, float* out) noexcept {
-  constexpr int kSub = sub_size(kType);
+  constexpr int kSub = W::kSub;
   for (int64_t j = 0; j < cols / kSub; ++j) {
     SubBlock s;
-    read<kType>(w.data, j, s);
+    W::read(w.data, j, s);
     for (int i = 0; i < kSub; ++i) {
       out[j * kSub + i] = static_cast<float>(s.code[i]) * s.d;
-      if (has_minimum(kType)) out[j * kSub + i] += s.m;
+      if (W::kMinimum) out[j * kSub + i] += s.m;
     }
   }
 }
 
-template <>
-void dequantize<kF32>(const Group& w, int64_t cols, float* out) noexcept {
+void dequantize_f32(const Group& w, int64_t cols, float* out) noexcept {
   std::memcpy(out, w.data, static_cast<size_t>(cols) * 4);
 }
 
-template <>
-void dequantize<kF16>(const Group& w, int64_t cols, float* out) noexcept {
+void dequantize_f16(const Group& w, int64_t cols, float* out) noexcept {
   for (int64_t i = 0; i < cols; ++i) out[i] = half(w.data + 2 * i);
 }
 
-template <>
-void dequantize<kBF16>(const Group& w, int64_t cols, float* out) noexcept {
+void dequantize_bf16(const Group& w, int64_t cols, float* out) noexcept {
   for (int64_t i = 0; i < cols; ++i) out[i] = from_bits(word16(w.data + 2 * i) << 16);
 }
 
@@ -212,40 +267,36 @@ void quantize(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, i
   }
 }
 
-template <int kType>
-void add_format(LinearKernels& k) noexcept {
-  k.of[kType] = {0, gemv<kType>, unpack<kType>, gemm<kType>};
-  k.dequantize[kType] = dequantize<kType>;
+template <class W>
+constexpr void add_format(LinearKernels& k) {
+  k.of[W::kType] = {0, gemv<W>, unpack<W>, gemm<W>};
+  k.dequantize[W::kType] = dequantize<W>;
+}
+
+constexpr LinearKernels scalar_table() {
+  LinearKernels k{};
+  k.rows = 1;
+  k.tokens = 4;
+  k.quantize = quantize;
+#define BEZEL_ADD(format, ...) add_format<format>(k);
+  BEZEL_BLOCK_FORMATS(BEZEL_ADD)
+#undef BEZEL_ADD
+  k.dequantize[formats::F32::kType] = dequantize_f32;
+  k.dequantize[formats::F16::kType] = dequantize_f16;
+  k.dequantize[formats::BF16::kType] = dequantize_bf16;
+  k.gemm_float = gemm_float;
+  return k;
 }
 
 }  // namespace
 
-void use_scalar(LinearKernels& k) noexcept {
-  k.rows = 1;
-  k.tokens = 4;
-  k.quantize = quantize;
-  add_format<kQ4_0>(k);
-  add_format<kQ4_1>(k);
-  add_format<kQ5_0>(k);
-  add_format<kQ8_0>(k);
-  add_format<kQ4_K>(k);
-  add_format<kQ5_K>(k);
-  add_format<kQ6_K>(k);
-  add_format<kIQ4_NL>(k);
-  add_format<kIQ4_XS>(k);
-  k.dequantize[kF32] = dequantize<kF32>;
-  k.dequantize[kF16] = dequantize<kF16>;
-  k.dequantize[kBF16] = dequantize<kBF16>;
-  k.gemm_float = gemm_float;
+const LinearKernels& linear_scalar() noexcept {
+  static constexpr LinearKernels kernels = scalar_table();
+  return kernels;
 }
 
 void dequantize_row(int type, const uint8_t* row, int64_t cols, float* out) noexcept {
-  static const LinearKernels k = [] {
-    LinearKernels table{};
-    use_scalar(table);
-    return table;
-  }();
-  k.dequantize[type]({row, 0, row}, cols, out);
+  linear_scalar().dequantize[type]({row, 0, row}, cols, out);
 }
 
 }  // namespace bezel

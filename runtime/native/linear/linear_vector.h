@@ -30,6 +30,11 @@ struct Ahead {
     for (int r = share * kRows / kShares; r < (share + 1) * kRows / kShares; ++r)
       for (int i = 0; i < kUnitBytes; i += 64) prefetch(p + r * row_bytes + i);
   }
+  // The shares of the sub-blocks that a unit of `blocks` blocks lacks.
+  BEZEL_INLINE void fetch_rest(int blocks) const {
+    if constexpr (W::kBlock == 32)
+      for (int share = blocks; share < kShares; ++share) fetch(share);
+  }
   BEZEL_INLINE void next() { p += kUnitBytes; }
 };
 
@@ -60,7 +65,8 @@ void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
       });
       dot[j] = sum_of_words(lanes);
     };
-    W::codes(data, w.row_bytes, count, sink);
+    ahead.fetch_rest(count);
+    W::codes(data, w.row_bytes, count, scales, sink);
     for (int j = 0; j < count * kSubs; ++j) {
       const F scale = mul(scales.d(j), splat(dx + j / kSubs));
       if constexpr (W::kMinimum) {
@@ -104,7 +110,8 @@ void unpack(const Group& w, int64_t blocks, Panel& panel) noexcept {
       };
       (put(codes), ...);
     };
-    W::codes(data, w.row_bytes, count, sink);
+    ahead.fetch_rest(count);
+    W::codes(data, w.row_bytes, count, scales, sink);
     for (int j = 0; j < count * kSubs; ++j) {
       store_float(d + j * kRows, scales.d(j));
       if constexpr (W::kMinimum) store_float(m + j * kRows, scales.m(j));
@@ -287,30 +294,26 @@ void gemm_float(const float* panel, int64_t cols, const float* x, int tokens, fl
 }
 
 template <class W>
-void add_format(LinearKernels& k) noexcept {
+constexpr void add_format(LinearKernels& k) {
   constexpr int kBits =
       kNarrowSums ? W::kBits : 8;  // where the width makes no difference, formats share a kernel
   k.of[W::kType] = {W::kZero, gemv<W>, unpack<W>, gemm<kBits, W::kSub, W::kMinimum>};
   k.dequantize[W::kType] = dequantize<W>;
 }
 
-void fill(LinearKernels& k) noexcept {
+constexpr LinearKernels vector_table() {
+  LinearKernels k{};
   k.rows = kRows;
   k.tokens = kTileTokens;
   k.quantize = quantize;
-  add_format<Q4_0>(k);
-  add_format<Q4_1>(k);
-  add_format<Q5_0>(k);
-  add_format<Q8_0>(k);
-  add_format<Q4_K>(k);
-  add_format<Q5_K>(k);
-  add_format<Q6_K>(k);
-  add_format<IQ4_NL>(k);
-  add_format<IQ4_XS>(k);
-  k.dequantize[kF32] = dequantize_f32;
-  k.dequantize[kF16] = dequantize_f16;
-  k.dequantize[kBF16] = dequantize_bf16;
+#define BEZEL_ADD(format, ...) add_format<format>(k);
+  BEZEL_BLOCK_FORMATS(BEZEL_ADD)
+#undef BEZEL_ADD
+  k.dequantize[formats::F32::kType] = dequantize_f32;
+  k.dequantize[formats::F16::kType] = dequantize_f16;
+  k.dequantize[formats::BF16::kType] = dequantize_bf16;
   k.gemm_float = gemm_float;
+  return k;
 }
 
 }  // namespace

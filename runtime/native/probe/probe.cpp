@@ -1,7 +1,6 @@
 #include "probe/probe.h"
 
 #include <chrono>
-#include <cstring>
 
 #include "base/cpu.h"
 #include "probe/probe_loops.h"
@@ -15,37 +14,11 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-struct Scalar {
-  using Ints = uint64_t;
-  using Floats = float;
-  static constexpr int kSums = 8, kDotOps = 2, kFmaOps = 2;
-  static Ints ints(int value) { return static_cast<uint64_t>(value); }
-  static Ints load(const uint8_t* p) {
-    uint64_t word;
-    std::memcpy(&word, p, sizeof word);
-    return word;
-  }
-  static Ints add64(Ints a, Ints b) { return a + b; }
-  static uint64_t fold64(Ints a) { return a; }
-  static Ints dot(Ints sum, Ints factor) { return sum * factor + sum; }
-  static Floats floats(float value) { return value; }
-  static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
-  static uint64_t bits(Floats a) { return static_cast<uint64_t>(a); }
-};
-
 ProbeLoops selected_loops() {
-  switch (selected_isa()) {
-#if defined(__x86_64__) || defined(_M_X64)
-    case Isa::avx2: return probe_loops_avx2();
-    case Isa::avxvnni: return probe_loops_avxvnni();
-    case Isa::avx512vnni: return probe_loops_avx512vnni();
-#elif defined(__aarch64__) || defined(_M_ARM64)
-    case Isa::neon: return probe_loops_neon();
-    case Isa::neondot: return probe_loops_neondot();
-    case Isa::neoni8mm: return probe_loops_neoni8mm();
-#endif
-    default: return probe_loops<Scalar>();
-  }
+#define BEZEL_LOOPS(isa) probe_loops_##isa,
+  static constexpr decltype(&probe_loops_scalar) of[] = {BEZEL_ISAS(BEZEL_LOOPS)};
+#undef BEZEL_LOOPS
+  return of[static_cast<int>(selected_isa())]();
 }
 
 // Operations a second of a loop that does `ops` in a round.

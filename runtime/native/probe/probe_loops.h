@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "base/cpu.h"
+
 namespace bezel {
 
 // A chunk is read at several places at once: hardware prefetchers stop at the end of a page, and a mapped file has
@@ -19,12 +21,10 @@ struct ProbeLoops {
   double int8_ops, float_ops;  // of a round; a multiplication and its addition are two
 };
 
-ProbeLoops probe_loops_avx2() noexcept;
-ProbeLoops probe_loops_avxvnni() noexcept;
-ProbeLoops probe_loops_avx512vnni() noexcept;
-ProbeLoops probe_loops_neon() noexcept;
-ProbeLoops probe_loops_neondot() noexcept;
-ProbeLoops probe_loops_neoni8mm() noexcept;
+// probe_loops_scalar, probe_loops_avx2, …
+#define BEZEL_DECLARE(isa) ProbeLoops probe_loops_##isa() noexcept;
+BEZEL_ISAS(BEZEL_DECLARE)
+#undef BEZEL_DECLARE
 
 namespace {  // a copy for each file, compiled with its flags
 

@@ -71,6 +71,11 @@ BEZEL_OP I bits(F a) { return _mm512_castps_si512(a); }
 BEZEL_OP F from_bits(I a) { return _mm512_castsi512_ps(a); }
 BEZEL_OP I round(F a) { return _mm512_cvtps_epi32(a); }
 BEZEL_OP F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance >= 4) return _mm512_shuffle_f32x4(a, a, kDistance == 8 ? 0x4E : 0xB1);
+  else return _mm512_permute_ps(a, kDistance == 2 ? 0x4E : 0xB1);
+}
 
 #elif defined(BEZEL_AVX2)
 
@@ -109,6 +114,11 @@ BEZEL_OP I bits(F a) { return _mm256_castps_si256(a); }
 BEZEL_OP F from_bits(I a) { return _mm256_castsi256_ps(a); }
 BEZEL_OP I round(F a) { return _mm256_cvtps_epi32(a); }
 BEZEL_OP F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance == 4) return _mm256_permute2f128_ps(a, a, 1);
+  else return _mm256_permute_ps(a, kDistance == 2 ? 0x4E : 0xB1);
+}
 
 #elif defined(BEZEL_NEON)
 
@@ -145,6 +155,11 @@ BEZEL_OP I bits(F a) { return vreinterpretq_s32_f32(a); }
 BEZEL_OP F from_bits(I a) { return vreinterpretq_f32_s32(a); }
 BEZEL_OP I round(F a) { return vcvtnq_s32_f32(a); }
 BEZEL_OP F to_float(I a) { return vcvtq_f32_s32(a); }
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance == 2) return vextq_f32(a, a, 2);
+  else return vrev64q_f32(a);
+}
 
 #else
 
@@ -208,6 +223,10 @@ template <int kBits>
 BEZEL_OP I shift_left(I a) { return wrap(static_cast<uint32_t>(a) << kBits); }
 BEZEL_OP I round(F a) { return a >= -0x1p31f && a < 0x1p31f ? static_cast<I>(lrintf(a)) : INT32_MIN; }
 BEZEL_OP F to_float(I a) { return static_cast<F>(a); }
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  return a;  // one lane: no call has a distance within it
+}
 
 #endif
 
@@ -256,6 +275,16 @@ BEZEL_OP I bits(F a) { BEZEL_EACH(I, part::bits(a.p[i])); }
 BEZEL_OP F from_bits(I a) { BEZEL_EACH(F, part::from_bits(a.p[i])); }
 BEZEL_OP I round(F a) { BEZEL_EACH(I, part::round(a.p[i])); }  // to nearest, ties to even
 BEZEL_OP F to_float(I a) { BEZEL_EACH(F, part::to_float(a.p[i])); }
+
+// Each lane takes the place of the one at kDistance, a power of two: lane i of the result is lane i xor kDistance.
+template <int kDistance>
+BEZEL_OP F swap(F a) {
+  if constexpr (kDistance >= part::kWidth) {
+    BEZEL_EACH(F, a.p[i ^ (kDistance / part::kWidth)]);
+  } else {
+    BEZEL_EACH(F, part::swap<kDistance>(a.p[i]));
+  }
+}
 
 #undef BEZEL_EACH
 

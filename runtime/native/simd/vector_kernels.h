@@ -12,12 +12,10 @@ struct VectorKernels {
   ElementwiseKernels elementwise;
 };
 
-const VectorKernels& vector_scalar() noexcept;
-const VectorKernels& vector_avx2() noexcept;
-const VectorKernels& vector_avxvnni() noexcept;
-const VectorKernels& vector_avx512() noexcept;
-const VectorKernels& vector_neon() noexcept;
-const VectorKernels& vector_neondot() noexcept;
+// vector_scalar, vector_avx2, …
+#define BEZEL_DECLARE(isa) const VectorKernels& vector_##isa() noexcept;
+BEZEL_ISAS(BEZEL_DECLARE)
+#undef BEZEL_DECLARE
 
 // Those of `isa`, which must be usable here. All give the same bits, damaged numbers apart.
 const VectorKernels& vector_kernels(Isa isa) noexcept;

@@ -1,5 +1,6 @@
 // Every instruction set that can run here against the scalar twin, bit for bit. Cross-compiled, it runs under
 // an emulator.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -21,16 +22,27 @@ namespace {
 
 struct Format {
   const char* name;
-  int type, block, bytes;
-  std::vector<int> halves;  // where a block has float16 fields
+  int type, block, bytes, sub;
+  bool minimum;
 };
 
 const Format kFormats[] = {
-    {"f32", kF32, 1, 4, {}},          {"f16", kF16, 1, 2, {0}},          {"bf16", kBF16, 1, 2, {}},
-    {"q4_0", kQ4_0, 32, 18, {0}},     {"q4_1", kQ4_1, 32, 20, {0, 2}},   {"q5_0", kQ5_0, 32, 22, {0}},
-    {"q8_0", kQ8_0, 32, 34, {0}},     {"q4_k", kQ4_K, 256, 144, {0, 2}}, {"q5_k", kQ5_K, 256, 176, {0, 2}},
-    {"q6_k", kQ6_K, 256, 210, {208}}, {"iq4_nl", kIQ4_NL, 32, 18, {0}},  {"iq4_xs", kIQ4_XS, 256, 136, {0}},
+#define BEZEL_ROW(format, ...) {__VA_ARGS__},
+    BEZEL_FORMATS(BEZEL_ROW)
+#undef BEZEL_ROW
 };
+
+template <class Facts>
+const Format& format() {
+  return *std::find_if(std::begin(kFormats), std::end(kFormats),
+                       [](const Format& f) { return f.type == Facts::kType; });
+}
+
+// Where a block has float16 fields.
+std::vector<int> halves(const Format& f) {
+  if (f.minimum) return {0, 2};
+  return {f.type == formats::Q6_K::kType ? 208 : 0};
+}
 
 std::mt19937 rng(1);
 
@@ -49,13 +61,13 @@ struct Weights {
     data = p;
     for (int64_t i = 0; i < size; ++i) p[i] = static_cast<uint8_t>(rng());
     for (uint8_t* block = p; block < p + size; block += f.bytes) {
-      for (const int at : f.halves) {
+      for (const int at : halves(f)) {
         const auto half = static_cast<uint16_t>((rng() & 0x8000) | rng() % 0x4400);
         std::memcpy(block + at, &half, 2);
       }
       const float value = normal();
-      if (f.type == kF32) std::memcpy(block, &value, 4);
-      if (f.type == kBF16) std::memcpy(block, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
+      if (f.type == formats::F32::kType) std::memcpy(block, &value, 4);
+      if (f.type == formats::BF16::kType) std::memcpy(block, reinterpret_cast<const uint8_t*>(&value) + 2, 2);
     }
   }
 };
@@ -131,7 +143,7 @@ void same_as_the_scalar_twin(ThreadPool& pool) {
 // tiles.
 void feed_forwards(ThreadPool& pool) {
   constexpr int64_t kCols = 256, kWidth = 1120;
-  const Format &q4_0 = kFormats[3], &q8_0 = kFormats[6];
+  const Format &q4_0 = format<formats::Q4_0>(), &q8_0 = format<formats::Q8_0>();
   const Weights gate(q4_0, kWidth, kCols, 1), up(q8_0, kWidth, kCols, 2), down(q4_0, 33, kWidth, 3);
   const auto matrix = [](const Weights& w, const Format& f, int64_t rows, int64_t cols) {
     return Matrix(w.data, rows, cols / f.block * f.bytes, f.type, cols);
@@ -158,11 +170,12 @@ void large_calls(ThreadPool& pool) {
   const std::vector<float> x = activations_of(kTokens, kCols);
   std::vector<Weights> weights;
   std::vector<Matrix> matrices;
-  const int64_t rows[] = {40, 7, 64, 16, 50, 33, 1, 48, 20, 19, 31, 32};
+  const int64_t sizes[] = {40, 7, 64, 16, 50, 33, 1, 48, 20, 19, 31, 32};
   for (size_t i = 0; i < std::size(kFormats); ++i) {
     const Format& f = kFormats[i];
-    weights.emplace_back(f, rows[i], kCols, 1);
-    matrices.emplace_back(weights.back().data, rows[i], kCols / f.block * f.bytes, f.type, kCols);
+    const int64_t rows = sizes[i % std::size(sizes)];
+    weights.emplace_back(f, rows, kCols, 1);
+    matrices.emplace_back(weights.back().data, rows, kCols / f.block * f.bytes, f.type, kCols);
   }
   for (const Isa isa : usable_isas())
     for (const int64_t n : {int64_t{1}, kTokens}) {
@@ -177,8 +190,8 @@ void large_calls(ThreadPool& pool) {
       linear(isa, pool, x.data(), n, w.data(), static_cast<int>(w.size()), out.data(),
              Activations::int8);
       for (size_t i = 0; i < matrices.size(); ++i)
-        check(y[i], run(Isa::scalar, pool, x, n, matrices[i], Activations::int8), isa, kFormats[i], rows[i],
-              kCols, n, Activations::int8);
+        check(y[i], run(Isa::scalar, pool, x, n, matrices[i], Activations::int8), isa, kFormats[i],
+              matrices[i].rows, kCols, n, Activations::int8);
     }
 }
 

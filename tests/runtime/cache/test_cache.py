@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from bezel.runtime.cache.caches import Caches, FullCache, KVCache, RingCache, bytes_for
 from bezel.runtime.cache.numpy_store import NumpyStore
+from bezel.runtime.cache.rotation import hadamard
 from bezel.runtime.cache.store import KV_TYPES
 from bezel.runtime.errors import CacheError, InvalidSession
 from bezel.runtime.model.families.hf import read_hf_config
@@ -38,12 +39,12 @@ def feed(cache: KVCache, n: int, shift: int = 0) -> np.ndarray:
     return cache.attend(Q[at], SCALE, CAP)
 
 
-def dense(length: int, window: int | None) -> np.ndarray:
+def dense(length: int, window: int | None, keys: np.ndarray = K, values: np.ndarray = V) -> np.ndarray:
     """Attention of all positions at once in float64, one query and one head after the other."""
     out = np.zeros((length, HEADS, DIM))
     for p, head in itertools.product(range(length), range(HEADS)):
         first = 0 if window is None else max(0, p - window + 1)
-        k, v = (x[first : p + 1, head // (HEADS // KV_HEADS)].astype(np.float64) for x in (K, V))
+        k, v = (x[first : p + 1, head // (HEADS // KV_HEADS)].astype(np.float64) for x in (keys, values))
         scores = CAP * np.tanh(k @ Q[p, head].astype(np.float64) * SCALE / CAP)
         weights = np.exp(scores)
         out[p, head] = weights @ v / weights.sum()
@@ -161,8 +162,16 @@ def test_storage_error_is_bounded(kv: str) -> None:
     feed(cache, 50)
     step = {"f32": 0.0, "f16": 2**-11, "int8": 0.5 / 127}[kv]  # half a step, relative to the largest of a head
     for name, x in (("key", K[:50]), ("value", V[:50])):
+        x = hadamard(x) if kv == "int8" else x
         bound = step * np.abs(x).max(axis=-1, keepdims=True) * (1 + 1e-5)
         assert (np.abs(cache._store.read(name, 0, 50) - x) <= bound).all()
+
+
+def test_rotated_heads_give_the_attention_of_the_heads_themselves() -> None:
+    cache = FullCache(KV_HEADS, DIM, 40, kv="int8")
+    got = feed(cache, 40)
+    keys, values = (hadamard(cache._store.read(name, 0, 40)) for name in ("key", "value"))
+    assert np.abs(got - dense(40, None, keys, values)).max() < 1e-5
 
 
 def test_int8_of_zeros_is_zero() -> None:

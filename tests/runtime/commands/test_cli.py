@@ -16,7 +16,8 @@ from bezel.runtime.cache.store import KV_TYPES
 from tiny import DEMO
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
-VERBS = ("export", "run", "chat", "inspect", "verify", "check", "bench", "demo")
+VERBS = ("export", "calibrate", "run", "chat", "inspect", "verify", "bench", "measure", "sensitivity", "tasks")
+VERBS += ("demo",)
 
 
 def bezel(*args: object, stdin: str = "", ok: bool = True) -> subprocess.CompletedProcess[str]:
@@ -45,8 +46,9 @@ def test_export_verify_inspect(tmp_path: Path) -> None:
     out = tmp_path / "demo.gguf"
     summary = json.loads(bezel("export", DEMO, out, "--quant", "q4_0", "--json").stdout)
     assert summary["file_bytes"] == out.stat().st_size
-    report = json.loads(bezel("verify", out, "--checkpoint", DEMO, "--json").stdout)
-    assert report
+    report = json.loads(bezel("verify", out, "--source", DEMO, "--json").stdout)
+    assert all(tensor["ok"] for tensor in report["tensors"])
+    assert report["logits"] is None
     facts = json.loads(bezel("inspect", out, "--json").stdout)
     assert facts["embedding_format"] == "q6_k"
     assert facts["windows"] == [64, None, 64, None]
@@ -151,11 +153,11 @@ def test_errors_name_what_is_wrong(tmp_path: Path, demo: Path) -> None:
         (("inspect", demo, "--context", "99999"), "99999"),
         (("export", tmp_path / "nothing", tmp_path / "x.gguf"), "nothing"),
         (("export", tmp_path / "x.gguf"), "--from"),
-        (("export", demo, tmp_path / "x.gguf", "--check"), "--format onnx"),
         (("export", DEMO, tmp_path / "x.gguf", "--quant", "int8"), "q4_0"),
         (("export", demo, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "quantized"),
         (("export", DEMO, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "int4"),
-        (("check", tmp_path, "--source", demo), "bezel export --format onnx"),
+        (("verify", tmp_path, "--source", demo), "bezel export --format onnx"),
+        (("verify", demo), "--source"),
         (("bake",), "bake"),
     ):
         assert message in bezel(*args, ok=False).stderr
@@ -164,12 +166,14 @@ def test_errors_name_what_is_wrong(tmp_path: Path, demo: Path) -> None:
 def test_onnx_folder(tmp_path: Path, demo: Path) -> None:
     """All verbs on a folder, made from the GGUF file."""
     folder = tmp_path / "onnx"
-    shown = bezel("export", "--from", demo, folder, "--format", "onnx", "--check").stdout
+    shown = bezel("export", "--from", demo, folder, "--format", "onnx").stdout
     assert "29 × int8, blocks of 32" in shown
+    shown = bezel("verify", folder, "--source", demo, "--run").stdout
     assert "128 to 159" in shown
     assert "OFF" not in shown
-    reports = json.loads(bezel("verify", folder, "--checkpoint", demo, "--json").stdout)
-    assert {report["error"] for report in reports} == {0}
+    verified = json.loads(bezel("verify", folder, "--source", demo, "--run", "--json").stdout)
+    assert {report["error"] for report in verified["tensors"]} == {0}
+    assert [span["ok"] for span in verified["logits"]] == [True] * 3
     facts = json.loads(bezel("inspect", folder, "--context", 700, "--json").stdout)
     assert facts["onnx"]["operators"]["TensorScatter"] == 8
     assert facts["windows"] == [64, None, 64, None]
@@ -178,8 +182,6 @@ def test_onnx_folder(tmp_path: Path, demo: Path) -> None:
     assert json.loads(run.stdout)["tokens"] == 12
     lines = ("Tell me a story.", f"/save {tmp_path / 's'}", "/reset", f"/load {tmp_path / 's'}", "/undo")
     assert "0 exchanges left" in bezel("chat", folder, "--max-tokens", 6, stdin="\n".join(lines)).stderr
-    spans = json.loads(bezel("check", folder, "--source", demo, "--json").stdout)
-    assert [span["ok"] for span in spans] == [True] * 3
     text = tmp_path / "text"
     text.write_text("Once upon a time there was a king who had three sons. " * 20)
     loss = bezel("measure", folder, "--reference", demo, "--text", text, "--chunk", 64, "--state", tmp_path, "--json")

@@ -1,23 +1,24 @@
-"""Work that can be interrupted: arrays by number in a folder, for one set of inputs."""
+"""Work that can be broken off: arrays by number in a folder, for one set of inputs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.files.atomic import atomic
+from ..runtime.arrays import Arrays
+from ..runtime.files.atomic import atomic
 
-Arrays = Mapping[str, npt.NDArray[Any]]
 
-
-class State:
+class KeptWork:
     """Arrays by number, in a folder of their own for each `key`, which holds all that they depend on.
 
     Each is in one file, which is whole or absent; a damaged one counts as absent.
@@ -27,13 +28,15 @@ class State:
         text = json.dumps(key, sort_keys=True)
         self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "key.json").write_text(text, encoding="utf-8")
+        with atomic(self._folder / "key.json") as file:
+            file.write(text.encode())
 
     def load(self, number: int) -> dict[str, npt.NDArray[Any]] | None:
         try:
             with np.load(self._path(number), allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        # RuntimeError: a flipped bit may say that the archive is encrypted, or packed in a way nobody knows.
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):
             return None
 
     def save(self, number: int, arrays: Arrays) -> None:
@@ -45,3 +48,11 @@ class State:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06}.npz"
+
+
+@contextmanager
+def work_on(out: Path, key: Mapping[str, Any]) -> Iterator[KeptWork]:
+    """What is kept of the work on the file `out`, beside it; removed when it is done, left when it is broken off."""
+    folder = out.with_name(f".{out.name}.work")
+    yield KeptWork(folder, key)
+    shutil.rmtree(folder, ignore_errors=True)

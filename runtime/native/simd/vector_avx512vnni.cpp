@@ -5,7 +5,7 @@
 
 namespace bezel {
 
-const VectorKernels& vector_avx512() noexcept {
+const VectorKernels& vector_avx512vnni() noexcept {
   static constexpr VectorKernels kernels{kAttention, kElementwise};
   return kernels;
 }

@@ -1,0 +1,85 @@
+"""The command `bezel sensitivity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ...runtime.files.atomic import atomic
+from ..loss.passages import CHUNK
+from ..loss.sensitivity import BY, CHUNKS
+from ..loss.sensitivity import sensitivity as run
+from ..loss.tables import show_sensitivity
+from .shared import goes_on, html_option, json_option, progress_line, state_option, texts_option
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@texts_option
+@click.option(
+    "--formats",
+    metavar="FORMAT[,FORMAT…]",
+    required=True,
+    help="What tensors are rounded to, such as q4_k,iq4_xs,q5_k,q6_k.",
+)
+@click.option("--by", type=click.Choice(BY), default=BY[0], show_default=True, help="What is rounded at a time.")
+@click.option("--chunk", type=int, help=f"Tokens in a chunk, whose second half is scored.  [default: {CHUNK}]")
+@click.option(
+    "--chunks", "limit", type=click.IntRange(min=1), default=CHUNKS, show_default=True, help="Read so many chunks."
+)
+@state_option
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the file for an export.")
+@html_option
+@json_option
+def sensitivity(
+    model: Path,
+    texts: tuple[Path, ...],
+    formats: str,
+    by: str,
+    chunk: int | None,
+    limit: int,
+    states: Path,
+    out: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure which tensors suffer from quantization: MODEL's are rounded one by one, everything else exact.
+
+    MODEL is a checkpoint folder or a GGUF file that is not quantized, which is computed with in float32 (4 bytes of
+    memory a weight). The file that --out names is what `bezel export --target-bpw` or --target-size finds the best mix
+    of formats by; it may hold as many formats as that should choose from.
+
+    What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there.
+
+    \b
+    Examples:
+      bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_k,iq4_xs,q5_k,q6_k -o sens.json
+      bezel export gemma-2-2b/ best.gguf --target-bpw 4.55 --sensitivity sens.json
+      bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_0 --by role --html report.html
+    """
+    with goes_on():
+        result = run(
+            model,
+            texts,
+            formats.split(","),
+            by=by,
+            chunk=chunk,
+            limit=limit,
+            states=states,
+            progress=progress_line("rounding"),
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        show_sensitivity(result)
+    if out:
+        with atomic(out) as file:
+            file.write((json.dumps(result.to_json(), indent=1) + "\n").encode())
+        click.echo(f"written to {out}", err=True)
+    if html:
+        from ..report.sensitivity import write_report
+
+        write_report(result, html)
+        click.echo(f"written to {html}", err=True)

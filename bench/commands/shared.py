@@ -1,0 +1,75 @@
+"""What the verbs that measure for long have in common: progress, going on after Ctrl-C, and options."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from ..loss.state import state_folder
+from ..progress import Progress, silent
+
+texts_option = click.option(
+    "--text",
+    "texts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    required=True,
+    help="What to read, UTF-8; may be given several times.",
+)
+state_option = click.option(
+    "--state",
+    "states",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=state_folder,
+    help="Folder for what is computed, so that the same command can go on.  [default: the user's cache]",
+)
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="[default: the performance cores]")
+html_option = click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a report for a browser here."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+
+
+@contextmanager
+def goes_on() -> Iterator[None]:
+    """Ctrl-C ends the program with a word that what is computed is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nstopped; the same command goes on from here", err=True)
+        raise SystemExit(130) from None
+
+
+def progress_line(what: str) -> Progress:
+    """Progress on a terminal; elsewhere none."""
+    return ProgressLine(what) if sys.stderr.isatty() else silent
+
+
+class ProgressLine:
+    """A line on the terminal with the time that is left."""
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._clock, self._started, self._first = what, clock, clock(), 0
+        self._last = 0
+
+    def __call__(self, done: int, total: int, found: str) -> None:
+        now = self._clock()
+        spent = now - self._started
+        if done - self._last <= 1 and spent < 0.05 * (done - self._first):  # loaded, not computed
+            self._started, self._first = now, done
+        self._last = done
+        computed = done - self._first
+        left = f", {_duration(spent / computed * (total - done))} left" if computed and done < total else ""
+        line = f"{self._what}: {done} of {total}{left}{'; ' if found else ''}{found}"
+        click.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), nl=False, err=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

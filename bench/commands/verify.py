@@ -1,0 +1,95 @@
+"""The command `bezel verify`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ...export.verify import TensorReport, open_source
+from ...export.verify import verify as compare_tensors
+from ..loss.agreement import LARGEST_KLD, Span, agreement
+from .shared import json_option, progress_line, threads_option
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="What MODEL was exported from: a checkpoint folder or a GGUF file.",
+)
+@click.option(
+    "--run", "as_run", is_flag=True, help="Also run both on a text past the second window, and compare logits."
+)
+@threads_option
+@json_option
+def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json: bool) -> None:
+    """Compare every tensor of MODEL, a GGUF file or an ONNX folder, with what it was exported from.
+
+    Prints the tensors, the worst first. --run also finds a graph or an engine that computes something else with the
+    same weights: it prints how far logits are apart in each window, everything computed with float32 activations. The
+    reference engine stands in for a checkpoint, which is not run itself; it takes 4 bytes of memory a weight, and its
+    time. Exits with 1 if a tensor is further off than its format explains, or a window than the order of sums does.
+
+    \b
+    Examples:
+      bezel verify gemma-2-2b-it.gguf --source gemma-2-2b-it/
+      bezel verify gemma-onnx/ --source gemma-q4_0.gguf --run
+    """
+    try:
+        line = progress_line("tensors")
+        with open_source(source) as opened:
+            reports = compare_tensors(model, opened, lambda done, total: line(done, total, ""))
+        spans = None
+        if as_run:
+            exact = all(report.error == 0 for report in reports)
+            spans = agreement(model, source, exact, threads, progress_line("positions"))
+    except KeyboardInterrupt:
+        click.echo("\ncancelled", err=True)
+        raise SystemExit(130) from None
+    reports.sort(key=lambda report: (report.ok, -report.error))
+    if as_json:
+        logits = None if spans is None else [asdict(span) | {"ok": span.ok} for span in spans]
+        click.echo(json.dumps({"tensors": [_as_json(report) for report in reports], "logits": logits}, indent=2))
+    else:
+        _show_tensors(reports)
+        if spans is not None:
+            _show_spans(spans)
+    if not all(found.ok for found in (*reports, *(spans or ()))):
+        raise SystemExit(1)
+
+
+def _as_json(report: TensorReport) -> dict[str, object]:
+    """The report with null for what JSON has no number for: the infinite SQNR of an exact tensor."""
+    values = asdict(report) | {"ok": report.ok}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _show_tensors(reports: Sequence[TensorReport]) -> None:
+    width = max(len(report.name) for report in reports)
+    click.echo(f"{'tensor':{width}}  format  rel. RMS error  allowed   max. error  SQNR dB")
+    for r in reports:
+        click.echo(
+            f"{r.name:{width}}  {r.format:6}  {r.error:14.2e}  {r.tolerance:.1e}  {r.max_error:.2e}  "
+            f"{r.sqnr_db:7.1f}{'' if r.ok else '  OFF'}"
+        )
+    off = sum(not report.ok for report in reports)
+    click.echo(f"{len(reports)} tensors, {off} off" if off else f"{len(reports)} tensors, all as expected")
+
+
+def _show_spans(spans: Sequence[Span]) -> None:
+    click.echo("\n       positions  largest difference  mean KLD  same top token")
+    for span in spans:
+        click.echo(
+            f"{f'{span.first} to {span.last}':>16}  {span.largest_difference:18.2e}  {span.kld:8.1e}  "
+            f"{span.same_top:14.2%}{'' if span.ok else '  OFF'}"
+        )
+    off = sum(not span.ok for span in spans)
+    what = f"{off} off" if off else "all as expected"
+    click.echo(f"{len(spans)} windows, {what}; a mean KLD of {LARGEST_KLD:.0e} is allowed")

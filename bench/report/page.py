@@ -1,0 +1,87 @@
+"""What the pages of reports share: the page itself, tables, figures with their captions, and how numbers are written.
+
+A page is one HTML file with neither scripts nor links, whose plots are inline SVG. Texts and vocabularies are
+untrusted: everything goes through `svg.element`, and the page forbids itself scripts and every connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from xml.etree.ElementTree import Element, tostring
+
+from ...runtime.files.atomic import atomic
+from . import svg
+from .svg import Axis, Row, element, number
+
+KLD = "KLD, nats per token"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_page(path: str | Path, title: str, subtitle: str, parts: Iterable[Element]) -> None:
+    """Write a page with this heading to `path`; the file is whole or absent."""
+    page = element(
+        "html",
+        element(
+            "head",
+            element("meta", charset="utf-8"),
+            element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("title", title),
+            element("style", files(__package__).joinpath("report.css").read_text("utf-8")),
+        ),
+        element("body", element("h1", title), element("p.soft", subtitle), *parts),
+        lang="en",
+    )
+    text = "<!DOCTYPE html>\n" + tostring(page, encoding="unicode", method="html") + "\n"
+    with atomic(Path(path)) as file:
+        file.write(text.encode())
+
+
+def section(title: str, *parts: Element | None) -> list[Element]:
+    """Figures under a title; nothing where there are none."""
+    shown = [part for part in parts if part is not None]
+    return [element("h2", title), element("div.figures", *shown)] if shown else []
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[Element]]) -> Element:
+    head = element("thead", element("tr", *(element("th", text, scope="col") for text in heads)))
+    return element("div.wide", element("table", head, element("tbody", *(element("tr", *row) for row in rows))))
+
+
+def value(shown: str, exact: float, low: str | None = None, high: str | None = None, unit: str = "") -> list[Element]:
+    """A figure, exact in its `data` element, and its interval."""
+    parts = [element("data", shown + unit, value=repr(exact))]
+    if low is not None and high is not None:
+        parts.append(element("span.interval", f"{low} – {high}{unit}"))
+    return parts
+
+
+def figure(title: str, plot: Element, caption: str, legend: Sequence[tuple[int, str]] = ()) -> Element:
+    keys = element("ul.legend")
+    for i, name in legend:
+        line = element(f"line.line.{svg.series_class(i)}", x1=0, x2=26, y1=5, y2=5, stroke_dasharray=svg.dash(i))
+        keys.append(element("li", element("svg", line, viewBox="0 0 26 10", aria_hidden="true"), name))
+    parts = (keys if len(legend) > 1 else None, plot, element("figcaption", caption))
+    return element("figure", element("h3", title), *parts)
+
+
+def axis_of(rows: Sequence[Row], label: str) -> Axis:
+    return Axis.around(label, [v for row in rows for v in (row.value, row.low, row.high) if v is not None])
+
+
+def file_size(size: float) -> str:
+    unit, per = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6)
+    return f"{size / per:,.2f} {unit}" if size / per < 100 else f"{size / per:,.0f} {unit}"
+
+
+def percent(share: float) -> str:
+    """The number before the sign."""
+    times = 100 * share
+    return f"{times:.2f}" if abs(times) >= 0.1 or times == 0 else number(times, 2)
+
+
+def joined(words: Iterable[str]) -> str:
+    *most, last = [*words] or [""]
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,57 @@
+"""A program that is measured, as the process that holds it sees it: one sequence, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ...runtime.errors import BezelError
+from ...runtime.version import bezel_version
+
+
+class NotMeasured(BezelError):
+    """A program that is not installed, refused the model, or crashed."""
+
+
+class Runner(Protocol):
+    """One sequence in some program. `vocab_size` bounds the ids; `kv` is how keys and values are stored."""
+
+    vocab_size: int
+    kv: str
+    version: str
+
+    def prefill(self, ids: Sequence[int]) -> None: ...
+
+    def step(self, token: int) -> None: ...
+
+    def rewind(self, n: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def kv_bytes(self) -> int | None:
+        """Bytes allocated for keys and values now, if the program tells."""
+
+
+class BezelRunner:
+    """bezel, through its Python interface."""
+
+    def __init__(self, model: str, context: int, threads: int, engine: str, kv: str) -> None:
+        from ...runtime import load
+
+        self._session = load(model, engine=engine, context=context, kv=kv, threads=threads).session()
+        self.vocab_size, self.kv, self.version = self._session.model.config.vocab_size, kv, bezel_version()
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        self._session.prefill(ids)
+
+    def step(self, token: int) -> None:
+        self._session.step(token)
+
+    def rewind(self, n: int) -> None:
+        self._session.rewind(n)
+
+    def reset(self) -> None:
+        self._session.reset()
+
+    def kv_bytes(self) -> int:
+        return self._session.engine.cache_bytes

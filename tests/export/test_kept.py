@@ -1,0 +1,50 @@
+"""What is kept of work that was broken off: whole, or absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bezel.export.kept import KeptWork
+
+ARRAYS = {"blk.0.a": np.arange(600, dtype=np.float32).reshape(20, 30), "b": np.ones(3, np.uint8)}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> tuple[KeptWork, Path]:
+    """With arrays under the number 3, and their file."""
+    work = KeptWork(tmp_path, {"of": 1})
+    work.save(3, ARRAYS)
+    (file,) = tmp_path.rglob("*.npz")
+    return work, file
+
+
+def test_arrays_come_back(kept: tuple[KeptWork, Path], tmp_path: Path) -> None:
+    found = kept[0].load(3)
+    assert found is not None
+    assert {name: (a.dtype, a.tolist()) for name, a in found.items()} == {
+        name: (a.dtype, a.tolist()) for name, a in ARRAYS.items()
+    }
+    assert kept[0].load(2) is None
+    assert KeptWork(tmp_path, {"of": 2}).load(3) is None
+    assert KeptWork(tmp_path, {"of": 1}).load(3) is not None
+    kept[0].drop(3)
+    assert kept[0].load(3) is None
+
+
+def test_a_damaged_file_counts_as_absent(kept: tuple[KeptWork, Path]) -> None:
+    """Cut anywhere, or with a bit flipped in an array or in what the archive says of how that is packed."""
+    work, file = kept
+    whole = file.read_bytes()
+    for length in range(0, len(whole), 7):
+        file.write_bytes(whole[:length])
+        assert work.load(3) is None, length
+    data, entry = whole.index(ARRAYS["blk.0.a"].tobytes()), whole.index(b"PK\x01\x02")
+    for at in [*range(data, data + 64), *range(entry + 8, entry + 12)]:  # the entry's flags and its method
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << bit
+            file.write_bytes(damaged)
+            found = work.load(3)
+            assert found is None or np.array_equal(found["blk.0.a"], ARRAYS["blk.0.a"]), (at, bit)

@@ -1,0 +1,69 @@
+"""Writes docs/python.md, the Python interface in the words of its docstrings: `python tests/make_docs.py`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bezel.runtime import Message, Model, Sampling, Session, errors, load
+from bezel.runtime.text.generation import Generation
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+HEAD = """# bezel from Python
+
+`import bezel` offers `bezel.load`, `bezel.Sampling`, `bezel.Message` and `bezel.__version__`. This page is made of the
+docstrings, by `python tests/make_docs.py`; a test holds them equal.
+
+```python
+import bezel
+
+with bezel.load("gemma.gguf", kv="int8") as model:
+    for piece in model.generate("Why is the sky blue?", sampling=bezel.Sampling(seed=1), max_tokens=200):
+        print(piece, end="", flush=True)
+
+    session = model.session()  # token by token
+    logits = session.prefill(model.tokenizer.encode("Once upon a time", bos=True))
+    session.save("story.bezel")  # and restore(): as if nothing had happened
+```
+"""
+
+
+def page() -> str:
+    parts = [HEAD, entry("load", load)]
+    for kind in (Model, Session, Generation, Sampling, Message):
+        parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n")
+        parts += [entry(name, member, "###") for name, member in members(kind)]
+    parts.append("## Errors\n")
+    for name, kind in vars(errors).items():
+        if inspect.isclass(kind) and issubclass(kind, errors.BezelError):
+            base = "" if kind is errors.BezelError else f", a `{kind.__base__.__name__}`"
+            parts.append(f"- **`{name}`**{base}: {' '.join((inspect.getdoc(kind) or '').split())}")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def members(kind: type) -> Iterator[tuple[str, Any]]:
+    """Its public methods and properties that say what they do, in the order of the source."""
+    for name, member in vars(kind).items():
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)) and member.__doc__:
+            yield name, member
+
+
+def entry(name: str, member: Any, level: str = "##") -> str:
+    if isinstance(member, property):
+        return f"{level} `{name}`\n\n{inspect.getdoc(member)}\n"
+    signature = inspect.signature(member)
+    shown = [str(p).partition(":")[0] + (f"={p.default!r}" if shows(p) else "") for p in signature.parameters.values()]
+    stars = [i for i, p in enumerate(signature.parameters.values()) if p.kind is p.KEYWORD_ONLY]
+    if stars:
+        shown.insert(stars[0], "*")
+    return f"{level} `{name}({', '.join(part for part in shown if part != 'self')})`\n\n{inspect.getdoc(member)}\n"
+
+
+def shows(parameter: inspect.Parameter) -> bool:
+    return parameter.default is not parameter.empty and not callable(parameter.default)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -25,7 +25,7 @@ from ..export.whole import WholeOps, WholeSequences, run_layers
 from ..quant.formats import Format
 from ..runtime.arrays import Floats, Ints
 from ..runtime.errors import BezelError, InvalidRequest
-from ..runtime.files.gguf import GGUFFile
+from ..runtime.files.gguf_model import GGUFModel
 from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import Tokenizer
 from .loss.passages import CHUNK, cut, read_texts
@@ -135,7 +135,7 @@ def command(
     """Quantize CHECKPOINT, a folder or an unquantized GGUF file, to OUT with llama.cpp's own quantizer."""
     formats = None
     if formats_of is not None:
-        with GGUFFile(formats_of) as file:
+        with GGUFModel(formats_of) as file:
             formats = {name: info.format for name, info in file.tensors.items() if len(info.shape) > 1}
     with open_checkpoint(checkpoint) as source, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         importance = None

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.errors import InvalidModelFile
-from ..runtime.files.gguf import GGUFFile
+from ..runtime.files.gguf_model import GGUFModel
 from ..runtime.files.model_file import ModelFile, Tensor, open_model
-from ..runtime.files.onnx_folder import OnnxFolder
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.tensors import TensorSpec, tensor_specs
 from ..runtime.text.tokenizer import NORMAL, Vocabulary
@@ -70,7 +69,7 @@ class Source(Protocol):
 
 
 class _QuantizedSource:
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFModel) -> None:
         self.path, self.config, self.vocabulary = file.path, file.config(), file.vocabulary
         file.check_tensors(self.config)
         self.specs = list(tensor_specs(self.config))
@@ -87,7 +86,7 @@ class _QuantizedSource:
 def open_source(path: Path) -> Iterator[Source]:
     """A checkpoint folder or a GGUF file, quantized or not. Raises what opening it raises."""
     if path.is_file():
-        with GGUFFile(path) as file:
+        with GGUFModel(path) as file:
             yield _QuantizedSource(file)
     else:
         with open_checkpoint(path) as checkpoint:
@@ -114,8 +113,7 @@ def verify(
                     f"config: {field.name} is {str(found)[:80]}, expected {str(want)[:80]} as in {source.path}",
                 )
         file.check_tensors(config)
-        if isinstance(file, OnnxFolder):
-            file.check_hashes()
+        file.check_hashes()
         _check_vocabulary(file, source)
         reports: list[TensorReport] = []
         for spec in source.specs:

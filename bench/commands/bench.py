@@ -17,8 +17,9 @@ import click
 
 from ...quant.recipes import PRESETS
 from ...runtime import _native
-from ...runtime.api import ENGINES, default_kv, load
+from ...runtime.api import load
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.engines import ENGINES
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import ModelFile, open_model
 from ...runtime.files.user_cache import cache_folder
@@ -101,7 +102,7 @@ def bench(
                 raise InvalidRequest(f"--engine: found {engine}, expected {' or '.join(opened.engines)} for {file}")
             engine = engine or opened.engines[0]
             facts = _facts(
-                opened, engine, kv or default_kv(opened, engine), threads or _native.default_threads(), context
+                opened, engine, kv or opened.kv_types(engine)[0], threads or _native.default_threads(), context
             )
             cost = TokenCost.of(opened)
         if as_profile:

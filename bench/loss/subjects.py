@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ...export.sources.checkpoint import Checkpoint, open_checkpoint
 from ...export.sources.safetensors import ITEM_SIZE
-from ...runtime.api import ACTIVATIONS, Model, Session, default_kv, load
+from ...runtime.api import ACTIVATIONS, load
 from ...runtime.arrays import Floats
 from ...runtime.cache.caches import default_chunk
 from ...runtime.cache.numpy_store import NumpyStore
@@ -23,6 +23,7 @@ from ...runtime.files.model_file import open_model
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights
+from ...runtime.session import Session
 from ...runtime.text.tokenizer import Tokenizer
 from .result import MeasuredModel
 
@@ -75,7 +76,7 @@ def parse_spec(text: str, default: Spec) -> Spec:
     engine = spec.engine or ("native" if spec.is_gguf else "ort")
     if engine == "ort" and "kv" not in options:
         with open_model(spec.path) as file:
-            spec = replace(spec, kv=default_kv(file, engine))
+            spec = replace(spec, kv=file.kv_types(engine)[0])
     return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
 
 
@@ -93,13 +94,17 @@ class FloatBackend(ModelBackend):
 
 @dataclass(frozen=True)
 class _Runnable:
-    """What a session uses of its model."""
+    """What a session needs of its model: one whose sessions nobody saves, and that stops at no token by itself."""
 
     config: ModelConfig
     tokenizer: Tokenizer
     backend: Backend
     kv: str
     context: int
+    stop_ids: frozenset[int] = frozenset()
+
+    def identity(self) -> dict[str, str]:
+        raise NotImplementedError("a measured sequence is not saved")
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class Subject:
     def session(self) -> Session:
         """An empty sequence that can be rewound; it cannot be saved."""
         runnable = _Runnable(self.config, self.tokenizer, self._backend(), self.spec.kv, self.config.context_length)
-        return Session(cast("Model", runnable), ring=self.spec.ring)
+        return Session(runnable, ring=self.spec.ring)
 
 
 class Opener:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...runtime.files.gguf import GGUFFile
+from ...runtime.files.gguf_model import GGUFModel
 from ..gguf.writer import ExportSummary
 from ..sources.checkpoint import open_checkpoint
 from ..sources.quantized import QuantizedCheckpoint, QuantizedFile, Source
@@ -19,7 +19,7 @@ def open_source(path: Path, quant: str | None, embedding: str | None) -> Iterato
     for others. Raises what opening it raises.
     """
     if path.is_file():
-        with GGUFFile(path) as file:
+        with GGUFModel(path) as file:
             if quant in (None, "f32") and embedding is None:
                 yield QuantizedFile(file, as_f32=quant is not None)
                 return

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.errors import InvalidCheckpoint
-from ...runtime.files.gguf import GGUFFile
+from ...runtime.files.gguf_model import GGUFModel
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES
 from ...runtime.model.families.hf import read_hf_config, text_name
@@ -321,7 +321,7 @@ def _folder_name(folder: Path) -> str:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    with GGUFFile(path) as gguf:
+    with GGUFModel(path) as gguf:
         config = gguf.config()
         gguf.check_tensors(config)
         stored = {}
@@ -350,7 +350,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         name = metadata.get("general.name")
 
     def load_vocabulary() -> Vocabulary:
-        with GGUFFile(path) as gguf:
+        with GGUFModel(path) as gguf:
             return gguf.vocabulary()
 
     return Checkpoint(

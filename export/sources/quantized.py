@@ -14,7 +14,7 @@ from ...quant.integers import INTEGER_FORMS
 from ...quant.recipes import preset
 from ...runtime.arrays import Floats
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
-from ...runtime.files.gguf import GGUFFile
+from ...runtime.files.gguf_model import GGUFModel
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import Vocabulary
@@ -98,7 +98,7 @@ class QuantizedFile:
 
     _KEPT = ("general.name", "general.sampling.", "tokenizer.chat_template", "bezel.generation.")
 
-    def __init__(self, file: GGUFFile, as_f32: bool = False) -> None:
+    def __init__(self, file: GGUFModel, as_f32: bool = False) -> None:
         self.path, self.files, self.config = file.path, (file.path,), file.config()
         file.check_tensors(self.config)
         self._file, self._as_f32, self.warnings = file, as_f32, ()

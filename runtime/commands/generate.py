@@ -17,7 +17,8 @@ import click
 from ..errors import BezelError, InvalidRequest
 
 if TYPE_CHECKING:
-    from ..api import Model, Session
+    from ..api import Model
+    from ..session import Session
     from ..text.generation import Generation
     from ..text.sampling import Sampling
 

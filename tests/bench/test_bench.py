@@ -30,7 +30,7 @@ from bezel.export.recipe import find_recipe
 from bezel.quant.recipes import PRESETS
 from bezel.runtime import Model, _native, load
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.hf import read_hf_config
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
@@ -175,7 +175,7 @@ def test_a_file_too_small_to_measure(tmp_path: Path) -> None:
 
 
 def test_what_a_token_costs(tmp_path: Path) -> None:
-    with GGUFFile(write_gguf(tmp_path / "x.gguf", "tiny-gemma-2", "q8_0")) as file:
+    with GGUFModel(write_gguf(tmp_path / "x.gguf", "tiny-gemma-2", "q8_0")) as file:
         cost = TokenCost.of(file)
         # Four layers: q 256 × 256, k and v 128 × 256 each, output as q, three of 512 × 256.
         assert cost.matrix_weights == 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)
@@ -205,7 +205,7 @@ def test_random_files_are_valid(shape: str, preset: str, tmp_path: Path) -> None
 def test_rows_of_pictures_are_left_out(tmp_path: Path) -> None:
     """As a converter leaves them out: of 4B's embedding only what the vocabulary has pieces for is written."""
     raw = SHAPES["tiny-gemma-3"] | {"vocab_size": 262208}
-    with GGUFFile(write_gguf(tmp_path / "x.gguf", raw, "q4_0", "q4_0")) as file:
+    with GGUFModel(write_gguf(tmp_path / "x.gguf", raw, "q4_0", "q4_0")) as file:
         assert file.tensors["token_embd.weight"].shape == (262144, 256)
         assert len(file.vocabulary().pieces) == file.config().vocab_size == 262144
 

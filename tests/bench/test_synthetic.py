@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bezel.bench.synthetic import SHAPES, vocabulary, write_checkpoint, write_gguf
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from bezel.runtime.text.chat import template_is_known
@@ -124,7 +124,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 def test_their_chats_are_gemmas(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "hf", "tiny-gemma-2")
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    with GGUFFile(write_gguf(tmp_path / "x.gguf", "tiny-gemma-2", "q8_0")) as file:
+    with GGUFModel(write_gguf(tmp_path / "x.gguf", "tiny-gemma-2", "q8_0")) as file:
         stored = file.metadata["tokenizer.chat_template"]
     assert template_is_known(config["chat_template"])
     assert stored == config["chat_template"]

@@ -25,7 +25,7 @@ from bezel.runtime.commands.main import main
 from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.reference import ReferenceBackend
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model import ops
 from bezel.runtime.model.families.hf import read_hf_config
 from click.testing import CliRunner
@@ -74,7 +74,7 @@ class Caught:
 
 def caught_moments(model: Path, sequences: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
     """By layer and role ("2.attn_q", "head"), from the reference engine on an F32 file."""
-    with GGUFFile(model) as file:
+    with GGUFModel(model) as file:
         config = file.config()
         backend = ReferenceBackend(file, config, None)
         roles = {id(w[role]): f"{i}.{role}" for i, w in enumerate(backend.weights.layers) for role in w}
@@ -242,7 +242,7 @@ def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):
 
 
 def logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    with GGUFFile(path) as file:
+    with GGUFModel(path) as file:
         backend = ReferenceBackend(file, file.config(), None)
         engine = backend.engine(len(ids), "f32", len(ids), True)
         return engine.forward(ids, len(ids)).astype(np.float64)
@@ -272,7 +272,7 @@ def test_calibration_loses_less_than_plain_export(tmp_path):
     assert max(lost["moments"], lost["text"]) < 0.7 * lost["plain"]
     for name in ("moments", "text"):
         path = tmp_path / f"{name}.gguf"
-        with GGUFFile(path) as file, GGUFFile(tmp_path / "plain.gguf") as plain, open_checkpoint(DEMO) as checkpoint:
+        with GGUFModel(path) as file, GGUFModel(tmp_path / "plain.gguf") as plain, open_checkpoint(DEMO) as checkpoint:
             assert {n: t.format for n, t in file.tensors.items()} == {n: t.format for n, t in plain.tensors.items()}
             assert file.metadata["bezel.provenance.calibration_text_sha256"] == read.sha256
             assert file.metadata["bezel.provenance.calibration_tokens"] == read.tokens

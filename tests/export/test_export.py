@@ -23,7 +23,7 @@ from bezel.quant.recipes import PRESETS
 from bezel.runtime.commands.inspect import inspect
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceProcessor
@@ -148,7 +148,7 @@ def test_the_tokens_are_those_of_the_tokenizer(demo_q4: gguf.GGUFReader) -> None
 
 def test_our_reader_takes_the_file(tiny: Path, tmp_path: Path) -> None:
     export(tiny, tmp_path / "out.gguf")
-    with open_checkpoint(tiny) as checkpoint, GGUFFile(tmp_path / "out.gguf") as file:
+    with open_checkpoint(tiny) as checkpoint, GGUFModel(tmp_path / "out.gguf") as file:
         assert file.config() == checkpoint.config
         file.check_tensors(checkpoint.config)
 
@@ -417,7 +417,7 @@ def test_a_recipe_file_is_followed_and_told(tiny: Path, tmp_path: Path) -> None:
     runner, out = CliRunner(), tmp_path / "out.gguf"
     result = runner.invoke(cli.export, [str(tiny), str(out), "--quant", str(tmp_path / "odd.json")])
     assert result.exit_code == 0, result.output
-    with GGUFFile(out) as file:
+    with GGUFModel(out) as file:
         formats = {name: info.format.name for name, info in file.tensors.items() if len(info.shape) > 1}
         assert {name for name, form in formats.items() if form == "q5_k"} == {
             "blk.1.attn_v.weight",

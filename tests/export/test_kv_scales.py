@@ -14,7 +14,7 @@ from bezel.export.sources.checkpoint import open_checkpoint
 from bezel.export.sources.quantized import QuantizedCheckpoint, QuantizedFile
 from bezel.runtime import Model
 from bezel.runtime.commands.main import main
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
 from tiny import DEMO, TEXT, checkpoint_folder
 
@@ -47,7 +47,7 @@ def test_scales_cover_what_the_caches_hold(name: str, model_of: Callable[..., Mo
 
 
 def test_a_gguf_file_as_the_source(gguf_of: Callable[..., Path]) -> None:
-    with open_checkpoint(DEMO) as checkpoint, GGUFFile(gguf_of("demo", "q8_0")) as file:
+    with open_checkpoint(DEMO) as checkpoint, GGUFModel(gguf_of("demo", "q8_0")) as file:
         sources = QuantizedCheckpoint(checkpoint, "int8"), QuantizedFile(file)
         exact, rounded = (kv_scales(source, read_text(source, TEXT, 512).sequences) for source in sources)
     for a, b in zip(exact, rounded, strict=True):

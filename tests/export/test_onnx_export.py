@@ -20,7 +20,7 @@ from bezel.export.verify import open_source, verify
 from bezel.runtime import load
 from bezel.runtime.cache.caches import Caches
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.files.onnx_folder import OnnxFolder
 from bezel.runtime.model.config import ModelConfig
 from bezel.runtime.model.families import FAMILIES as RECORDS
@@ -118,7 +118,7 @@ def test_weights_of_a_gguf_file_keep_their_bits(
 ) -> None:
     source = gguf_of(name, preset)
     folder = write(source, tmp_path / "out", dialect=dialect)
-    with OnnxFolder(folder) as found, GGUFFile(source) as want:
+    with OnnxFolder(folder) as found, GGUFModel(source) as want:
         for tensor in want.tensors:
             assert np.array_equal(found.dequantize(tensor), want.dequantize(tensor)), tensor
         assert found.metadata["bezel.provenance.source_files"] == [source.name]
@@ -155,7 +155,7 @@ def test_formats_without_integers(gguf_of: Callable[..., Path], tmp_path: Path) 
         write(mins, tmp_path / "out")
     assert not any(tmp_path.iterdir())
     folder = write(mins, tmp_path / "out", "f32")
-    with OnnxFolder(folder) as found, GGUFFile(mins) as want:
+    with OnnxFolder(folder) as found, GGUFModel(mins) as want:
         assert all(np.array_equal(found.dequantize(name), want.dequantize(name)) for name in want.tensors)
 
 

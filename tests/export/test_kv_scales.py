@@ -16,7 +16,7 @@ from bezel.runtime.commands.main import main
 from click.testing import CliRunner
 from tiny import DEMO, TEXT, checkpoint_folder
 
-NAMES = ("demo", "gemma1-mqa")
+NAMES = ("demo", "gemma3-gqa", "gemma1-mqa")
 
 
 @pytest.mark.parametrize("name", NAMES)

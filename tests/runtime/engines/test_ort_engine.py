@@ -133,7 +133,7 @@ class FixedScales(NumpyStore):
 
 
 @pytest.mark.parametrize("feed", FEEDINGS)
-@pytest.mark.parametrize("name", ["demo", "gemma2-gqa", "gemma2-mha-odd-layers", "gemma1-mqa"])
+@pytest.mark.parametrize("name", ["demo", "gemma2-gqa", "gemma2-mha-odd-layers", "gemma3-mqa-no-factor", "gemma1-mqa"])
 def test_int8_keys_and_values(name: str, feed: Any, onnx_of: OnnxOf) -> None:
     """The graph, which has two ways for few and for many tokens, against the same rounding in the reference engine."""
     folder, ids = onnx_of(name, "f32", "ort", "int8"), token_ids(name)

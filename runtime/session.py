@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .arrays import Floats
 from .cache.caches import default_chunk
 from .engines.protocol import Backend, Engine
-from .errors import CacheError, ContextFull, InvalidRequest, InvalidSession
+from .errors import BezelError, CacheError, ContextFull, InvalidRequest, InvalidSession
 from .files.atomic import replacing
 from .model.config import ModelConfig
 from .text.tokenizer import Tokenizer
@@ -83,7 +83,8 @@ class Session:
     ) -> Floats | None:
         """`prefill` that asks `make_room` for shorter ids when the context is full, and that can be cancelled.
 
-        `cancel` is asked before every chunk; None comes back if it stopped there. What was taken stays taken.
+        `cancel` is asked before every chunk; None comes back if it stopped there. What was taken stays taken, also
+        where the logits are not finite, which raises BezelError.
         """
         if make_room and self.position + len(ids) > self.model.context:
             ids = make_room([*self.ids, *ids])
@@ -96,6 +97,11 @@ class Session:
             logits = self.engine.forward(part, int(start + len(part) == len(checked)))
             self.ids += part.tolist()
         last: Floats = logits[0]
+        if not np.isfinite(last).all():
+            raise BezelError(
+                f"after {self.position} tokens the model gives logits that are not finite: its file is damaged, or it was "
+                "never sound; `bezel verify` compares it with its source"
+            )
         return last
 
     def check(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from bezel.runtime import Message, Model, Sampling
-from bezel.runtime.errors import ContextFull, InvalidRequest
+from bezel.runtime.arrays import Floats, Ints
+from bezel.runtime.errors import BezelError, ContextFull, InvalidRequest
 from bezel.runtime.text.conversation import Conversation, keep_prompt
 from bezel.runtime.text.generation import Generation
 
@@ -20,6 +22,27 @@ def model(model_of: ModelOf) -> Model:
 def test_same_seed_same_text(model: Model) -> None:
     texts = ["".join(model.generate("A king", max_tokens=20, sampling=Sampling(seed=s), raw=True)) for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_file_says_how_to_sample(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = "".join(model.generate("A king", max_tokens=20, sampling=GREEDY, raw=True))
+    assert {"".join(model.generate("A king", max_tokens=20, raw=True)) for _ in range(3)} != {greedy}
+    monkeypatch.setattr(model.file, "metadata", {**model.file.metadata, "general.sampling.temp": 0.0})
+    assert {"".join(model.generate("A king", max_tokens=20, raw=True)) for _ in range(3)} == {greedy}
+
+
+def test_logits_that_are_not_finite_are_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = model.session()
+    forward = session.engine.forward
+
+    def damaged(ids: Ints, wanted: int) -> Floats:
+        logits = forward(ids, wanted)
+        logits[-1:, 7] = np.nan
+        return logits
+
+    monkeypatch.setattr(session.engine, "forward", damaged)
+    with pytest.raises(BezelError, match="after 3 tokens the model gives logits that are not finite"):
+        list(Generation(session, [2, 100, 200], GREEDY))
 
 
 def test_pieces_add_up_and_ids_are_told(model: Model) -> None:

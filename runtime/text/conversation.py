@@ -46,7 +46,8 @@ class Conversation:
             self.prompt_ids(text),
             sampling,
             max_tokens=max_tokens,
-            stop_ids=self._model.stop_ids | ({start} - {None}),  # the model's turn ends where it would open another
+            # The model's turn ends where it would open another.
+            stop_ids=self._model.stop_ids | (set() if start is None else {start}),
             make_room=self._make_room if self._slide else None,
             cancel=cancel,
             hold_last=True,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..export.gguf.header import TensorRecord, aligned, encode_header
 from ..export.gguf.writer import plan_tensors
 from ..export.recipe import find_recipe
+from ..export.sources import safetensors
 from ..quant.formats import Format
 from ..runtime.errors import InvalidRequest
 from ..runtime.files.atomic import atomic
@@ -250,17 +251,9 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, shards: int, dt
 
 
 def _write_shard(path: Path, specs: list[TensorSpec], rng: np.random.Generator, dtype: str) -> None:
-    type_name, item_size = _DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        end = offset + int(np.prod(spec.shape)) * item_size
-        header[spec.hf] = {"dtype": type_name, "shape": spec.shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    tensors = {spec.hf: (_DTYPES[dtype][0], spec.shape) for spec in specs}
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(safetensors.encode_header(tensors, {"format": "pt"})[0])
         for spec in specs:
             left = int(np.prod(spec.shape))
             while left:

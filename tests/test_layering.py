@@ -16,6 +16,7 @@ ROOMS = ("runtime", "export", "quant", "bench")
 CONTRACT = (
     "runtime.errors",
     "runtime.arrays",
+    "runtime.version",
     "runtime.model",
     "runtime.cache",
     "runtime.files",
@@ -27,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "quant": ("quant", "numpy"),
     "runtime.errors": (),
     "runtime.arrays": ("numpy",),
+    "runtime.version": (),
     "runtime.model": ("runtime.errors", "runtime.arrays", "runtime.model", "runtime.files.strict_json", "numpy"),
     "runtime.cache": ("runtime.errors", "runtime.arrays", "runtime.cache", "numpy"),
     "runtime.files": (*CONTRACT, "quant.formats", "numpy"),

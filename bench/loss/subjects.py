@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...export.sources.checkpoint import Checkpoint, open_checkpoint
-from ...export.sources.safetensors import ITEM_SIZE
 from ...runtime.api import ACTIVATIONS, load
 from ...runtime.arrays import Floats
 from ...runtime.cache.caches import default_chunk
@@ -94,7 +93,7 @@ class FloatBackend(ModelBackend):
 
 @dataclass(frozen=True)
 class _Runnable:
-    """What a session needs of its model: one whose sessions nobody saves, and that stops at no token by itself."""
+    """What a session uses of its model."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -103,8 +102,8 @@ class _Runnable:
     context: int
     stop_ids: frozenset[int] = frozenset()
 
-    def identity(self) -> dict[str, str]:
-        raise NotImplementedError("a measured sequence is not saved")
+    def identity(self) -> Mapping[str, str]:
+        raise InvalidRequest("a session of a subject cannot be saved")
 
 
 @dataclass(frozen=True)
@@ -181,14 +180,14 @@ class Opener:
                 loaded.append(FloatBackend(checkpoint))
             return loaded[0]
 
-        bits = sum(math.prod(s.shape) * 8 * ITEM_SIZE[checkpoint.dtype(s)] for s in checkpoint.specs)
+        bits = sum(math.prod(s.shape) * 8 * checkpoint.format(s).block_bytes for s in checkpoint.specs)
         return _Opened(
             config=checkpoint.config,
             tokenizer=Tokenizer(checkpoint.vocabulary(), str(spec.path)),
             backend=backend,
             file_bytes=sum(file.stat().st_size for file in checkpoint.files),
             bits_per_weight=bits / sum(math.prod(s.shape) for s in checkpoint.specs),
-            formats=dict(Counter(checkpoint.dtype(s).lower() for s in checkpoint.specs)),
+            formats=dict(Counter(checkpoint.format(s).name for s in checkpoint.specs)),
         )
 
 

@@ -325,17 +325,12 @@ def test_the_commands(text, tmp_path):
     done = run("calibrate", folder, "--text", text, "--tokens", "512", "-o", tmp_path / "x.calib")
     assert done.exit_code == 0, done.output
     assert run("calibrate", folder, "--text", text, "-o", tmp_path / "x.calib").exit_code == 1
-    for calibration in (text, tmp_path / "x.calib"):
-        done = run(
-            "export",
-            folder,
-            tmp_path / "x.gguf",
-            "--calibration",
-            calibration,
-            "--calibration-tokens",
-            "512",
-            "--force",
-        )
+    tokens = ("--calibration-tokens", "512")
+    for calibration, more in ((text, tokens), (tmp_path / "x.calib", ())):
+        done = run("export", folder, tmp_path / "x.gguf", "--calibration", calibration, *more, "--force")
         assert done.exit_code == 0, done.output
         assert "calibration_text_sha256" in run("inspect", tmp_path / "x.gguf").output
+    done = run("export", folder, tmp_path / "y.gguf", "--calibration", tmp_path / "x.calib", *tokens)
+    assert done.exit_code == 1
+    assert "x.calib: has read its text already; leave --calibration-tokens out" in done.output
     assert run("export", folder, tmp_path / "x", "--format", "onnx", "--calibration", text).exit_code == 2

@@ -15,10 +15,10 @@ from bezel.export.onnx import writer as onnx_writer
 from bezel.export.onnx.export import export_folder
 from bezel.export.onnx.graph import DIALECTS, build_model
 from bezel.export.onnx.ops import GraphOps, Value
+from bezel.export.onnx.source import QUANTS
 from bezel.export.onnx.weights import Storage
 from bezel.export.sources.checkpoint import open_checkpoint
-from bezel.export.sources.quantized import QUANTS
-from bezel.export.verify import open_source, verify
+from bezel.export.verify import verify
 from bezel.runtime import load
 from bezel.runtime.cache.caches import Caches
 from bezel.runtime.engines.rows import Segment, SegmentRows
@@ -152,7 +152,7 @@ def test_weights_of_a_gguf_file_keep_their_bits(
             assert np.array_equal(found.dequantize(tensor), want.dequantize(tensor)), tensor
         assert found.metadata["bezel.provenance.source_files"] == [source.name]
         assert found.metadata["bezel.generation.stop_token_ids"] == [1, 5]
-    with open_source(source) as original:
+    with open_checkpoint(source, quantized=True) as original:
         assert all(report.error == 0 and report.ok for report in verify(folder, original))
 
 

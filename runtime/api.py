@@ -176,11 +176,12 @@ class Model:
     ) -> Generation:
         """Text after a prompt (see `prompt_ids`), as an iterable of pieces in a session of its own.
 
-        Ends at a stop token, a `stop` string (left out of the text), after `max_tokens`, or when `cancel` returns
-        True. Raises ContextFull, while iterating, when no position is left.
+        Without `sampling`, `default_sampling`. Ends at a stop token, a `stop` string (left out of the text), after
+        `max_tokens`, or when `cancel` returns True. Raises ContextFull, while iterating, when no position is left.
         """
         ids = self.prompt_ids(prompt, raw)
-        return Generation(self.session(), ids, sampling or Sampling(), max_tokens=max_tokens, stop=stop, cancel=cancel)
+        sampling = self.default_sampling if sampling is None else sampling
+        return Generation(self.session(), ids, sampling, max_tokens=max_tokens, stop=stop, cancel=cancel)
 
 
 def _stored_stop_ids(file: ModelFile, vocab_size: int) -> frozenset[int]:

@@ -1,22 +1,34 @@
-"""Run Gemma on this computer, offline: `bezel.load("gemma.gguf").generate("Why is the sky blue?")`."""
+"""Run Gemma on a laptop CPU, exactly: `bezel.load("gemma.gguf").generate("Why is the sky blue?")`.
+
+This file is installed as `bezel/__init__.py`.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Installed as bezel/__init__.py. Imports are late: `import bezel` alone loads nothing.
 if TYPE_CHECKING:
-    from bezel.runtime import Message, Model, Sampling, Session, load
+    from .runtime import Message as Message
+    from .runtime import Sampling as Sampling
+    from .runtime import load as load
 
     __version__: str
 
-__all__ = ["Message", "Model", "Sampling", "Session", "__version__", "load"]
+__all__ = ["Message", "Sampling", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'bezel' has no attribute {name!r}")
+    # Late, so that `import bezel` costs nothing.
     if name == "__version__":
-        return import_module("bezel.runtime.version").bezel_version()
-    return getattr(import_module("bezel.runtime"), name)
+        from .runtime.version import bezel_version
+
+        return bezel_version()
+    if name in __all__:
+        from . import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

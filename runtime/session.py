@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .arrays import Floats
 from .cache.caches import default_chunk
 from .engines.protocol import Backend, Engine
-from .errors import CacheError, ContextFull, InvalidRequest, InvalidSession
+from .errors import BezelError, CacheError, ContextFull, InvalidRequest, InvalidSession
 from .files.atomic import replacing
 from .model.config import ModelConfig
 from .text.tokenizer import Tokenizer
@@ -83,11 +83,16 @@ class Session:
     ) -> Floats | None:
         """`prefill` that asks `make_room` for shorter ids when the context is full, and that can be cancelled.
 
-        `cancel` is asked before every chunk; None comes back if it stopped there. What was taken stays taken.
+        `cancel` is asked before every chunk; None comes back if it stopped there. What was taken stays taken, also
+        where the logits are not finite, which raises BezelError. Shorter ids take the place of what is held once all
+        of them have gone through the model; until then nothing changes.
         """
         if make_room and self.position + len(ids) > self.model.context:
-            ids = make_room([*self.ids, *ids])
-            self.reset()
+            shorter = Session(self.model, ring=self._ring)
+            found = shorter.feed(make_room([*self.ids, *ids]), cancel=cancel)
+            if found is not None:
+                self.engine, self.ids = shorter.engine, shorter.ids
+            return found
         checked = self.check(ids)
         logits: Floats = np.empty((0, 0), np.float32)
         for start, part in self.chunks(checked):
@@ -96,6 +101,11 @@ class Session:
             logits = self.engine.forward(part, int(start + len(part) == len(checked)))
             self.ids += part.tolist()
         last: Floats = logits[0]
+        if not np.isfinite(last).all():
+            raise BezelError(
+                f"after {self.position} tokens the model gives logits that are not finite: its file is damaged, or was "
+                "never sound; `bezel verify` compares it with its source"
+            )
         return last
 
     def check(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -129,8 +139,11 @@ class Session:
         try:
             self.rewind(len(self.ids) - common)
         except CacheError:
-            self.reset()
-            common = 0
+            fresh = Session(self.model, ring=self._ring)
+            if ids:
+                fresh.prefill(ids)
+            self.engine, self.ids = fresh.engine, fresh.ids
+            return
         if ids[common:]:
             self.prefill(ids[common:])
 

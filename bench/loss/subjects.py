@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class FloatBackend(ModelBackend):
 
 @dataclass(frozen=True)
 class _Runnable:
-    """What a session uses of its model."""
+    """What a session needs of its model: one whose sessions nobody saves, and that stops at no token by itself."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -102,8 +102,8 @@ class _Runnable:
     context: int
     stop_ids: frozenset[int] = frozenset()
 
-    def identity(self) -> Mapping[str, str]:
-        raise InvalidRequest("a session of a subject cannot be saved")
+    def identity(self) -> dict[str, str]:
+        raise NotImplementedError("a measured sequence is not saved")
 
 
 @dataclass(frozen=True)

@@ -204,22 +204,17 @@ def chat(model: Path, **options: Any) -> None:
 
 def _answer(conversation: Any, text: str, sampling: Sampling, options: dict[str, Any]) -> None:
     session = conversation.session
-    before = session.position
     prompt = conversation.prompt_ids(text)
     _show_prompt(session.model, prompt, options)
-    try:
-        with _interruptible(session, before + len(prompt)) as cancel:
-            generation: Generation = conversation.ask(text, sampling, options["max_tokens"], cancel)
-            try:
-                for piece in generation:
-                    click.echo(piece, nl=False)
-            finally:
-                click.echo()
-        if generation.finish == "cancelled":
-            _note("stopped")
-    finally:
-        if session.position < before + len(prompt):  # a turn that was not read to its end
-            session.go_to(session.ids[:before])
+    with _interruptible(session, session.position + len(prompt)) as cancel:
+        generation: Generation = conversation.ask(text, sampling, options["max_tokens"], cancel)
+        try:
+            for piece in generation:
+                click.echo(piece, nl=False)
+        finally:
+            click.echo()
+    if generation.finish == "cancelled":
+        _note("stopped")
 
 
 def _load(path: Path, options: dict[str, Any]) -> Model:

@@ -242,9 +242,7 @@ class _Reader:
         location = tensor.get("data_location", 0)
         if location not in (0, _EXTERNAL):
             self.fail(f"{where}: found data location {location}, expected 0 or {_EXTERNAL}")
-        typed = [
-            key for key in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data") if key in tensor
-        ]
+        typed = [key for key in _TYPED_DATA if key in tensor]
         entries = tensor.get("external_data", ())
         if bool(entries) != (location == _EXTERNAL) or len(typed) + ("raw_data" in tensor) + bool(entries) > 1:
             self.fail(f"{where}: found no data or more than one kind of it, expected one; export the model anew")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..api import Model
 from ..errors import ContextFull, InvalidRequest
@@ -36,15 +36,18 @@ class Conversation:
         max_tokens: int | None = None,
         cancel: Callable[[], bool] = lambda: False,
     ) -> Generation:
-        """The model's reply to a user's turn, as an iterable of pieces."""
-        make_room = self._make_room if self._slide else None
-        prompt = self.prompt_ids(text)
-        return Generation(
+        """The model's reply to a user's turn, as an iterable of pieces.
+
+        A turn that is not read to its end, because it is cancelled or does not fit, leaves the chat as it was.
+        """
+        start = self._model.tokenizer.start_of_turn_id
+        return _Reply(
             self.session,
-            prompt,
+            self.prompt_ids(text),
             sampling,
             max_tokens=max_tokens,
-            make_room=make_room,
+            stop_ids=self._model.stop_ids | ({start} - {None}),  # the model's turn ends where it would open another
+            make_room=self._make_room if self._slide else None,
             cancel=cancel,
             hold_last=True,
         )
@@ -66,10 +69,10 @@ class Conversation:
         return [*system, chat.Message("user", text)]
 
     def _user_turns(self, ids: list[int]) -> list[int]:
-        """Where user turns start. Text cannot hold the marker's id, so every one is a turn."""
+        """Where user turns start. No text and no reply holds the marker's id, so every one is a turn."""
         tokenizer = self._model.tokenizer
-        opening = [tokenizer.start_of_turn_id, *tokenizer.encode("user\n")]
-        return [i for i in range(len(ids)) if ids[i] == opening[0] and ids[i + 1] == opening[1]]
+        opening = [tokenizer.start_of_turn_id, *tokenizer.encode("user\n")][:2]
+        return [i for i in range(len(ids)) if ids[i : i + 2] == opening]
 
     def _make_room(self, ids: list[int]) -> list[int]:
         """Without the oldest turns, down to three quarters of the context; the system text stays."""
@@ -89,6 +92,16 @@ class Conversation:
         text = tokenizer.decode(ids[start:end]).removeprefix("user\n")
         opening = chat.render(tokenizer, self._opening(text), reply=False)
         return [*opening[: -len(chat.turn_end(tokenizer))], *ids[end:]]
+
+
+class _Reply(Generation):
+    def __iter__(self) -> Iterator[str]:
+        before = self._session.position
+        try:
+            yield from super().__iter__()
+        finally:
+            if not self.prompt_read:
+                self._session.go_to(self._session.ids[:before])
 
 
 def keep_prompt(n_prompt: int, model: Model, announce: Callable[[str], None]) -> Callable[[list[int]], list[int]]:

@@ -11,7 +11,8 @@ from .sampling import Sampler, Sampling
 class Generation:
     """Text that is being generated after a prompt; iterate over it once for the pieces.
 
-    `ids` are the tokens generated so far, without the one that stopped it. `finish` says why it ended: "stop" (a
+    `ids` are the tokens generated so far, without the one that stopped it; `prompt_read` says that the model has seen
+    all of the prompt. `finish` says why it ended: "stop" (a
     stop token or string), "length" (max_tokens), "cancelled" (`cancel` returned True), None while it runs. If the
     context is full, `make_room` is asked for shorter ids to go on with; without it ContextFull is raised. The token
     that reaches max_tokens goes through the model, which costs a step, only if `hold_last`: where the session goes on.
@@ -32,6 +33,7 @@ class Generation:
     ) -> None:
         self.ids: list[int] = []
         self.finish: str | None = None
+        self.prompt_read = False
         self._session, self._prompt, self._sampler = session, list(prompt), Sampler(sampling)
         self._max_tokens, self._stop = max_tokens, [s for s in stop if s]
         self._stop_ids = session.model.stop_ids if stop_ids is None else stop_ids
@@ -58,6 +60,7 @@ class Generation:
     def _tokens(self) -> Iterator[int]:
         fed = self._prompt
         while (logits := self._session.feed(fed, self._make_room, self._cancel)) is not None:
+            self.prompt_read = True
             if self._reached_max():
                 self.finish = "length"
                 return

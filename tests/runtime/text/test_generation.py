@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from bezel.runtime import Message, Model, Sampling
-from bezel.runtime.errors import ContextFull, InvalidRequest
+from bezel.runtime.arrays import Floats, Ints
+from bezel.runtime.errors import BezelError, ContextFull, InvalidRequest
 from bezel.runtime.text.conversation import Conversation, keep_prompt
 from bezel.runtime.text.generation import Generation
 
@@ -20,6 +22,27 @@ def model(model_of: ModelOf) -> Model:
 def test_same_seed_same_text(model: Model) -> None:
     texts = ["".join(model.generate("A king", max_tokens=20, sampling=Sampling(seed=s), raw=True)) for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_file_says_how_to_sample(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = "".join(model.generate("A king", max_tokens=20, sampling=GREEDY, raw=True))
+    assert {"".join(model.generate("A king", max_tokens=20, raw=True)) for _ in range(3)} != {greedy}
+    monkeypatch.setattr(model.file, "metadata", {**model.file.metadata, "general.sampling.temp": 0.0})
+    assert {"".join(model.generate("A king", max_tokens=20, raw=True)) for _ in range(3)} == {greedy}
+
+
+def test_logits_that_are_not_finite_are_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = model.session()
+    forward = session.engine.forward
+
+    def damaged(ids: Ints, wanted: int) -> Floats:
+        logits = forward(ids, wanted)
+        logits[-1:, 7] = np.nan
+        return logits
+
+    monkeypatch.setattr(session.engine, "forward", damaged)
+    with pytest.raises(BezelError, match="after 3 tokens the model gives logits that are not finite"):
+        list(Generation(session, [2, 100, 200], GREEDY))
 
 
 def test_pieces_add_up_and_ids_are_told(model: Model) -> None:
@@ -175,6 +198,58 @@ class TestConversation:
             assert text.count("<bos>") == text.count("Be brief.") == 1
         assert said
         assert "dropped the oldest" in said[0]
+
+    def test_a_slide_keeps_every_reply(self, model_of: ModelOf) -> None:
+        """What was said in the newest exchanges stays, whole, whatever was dropped before them."""
+        from bezel.runtime.text import chat
+
+        model, said = model_of("demo", "q8_0", context=100), list[str]()
+        conversation = Conversation(model, None, True, said.append)
+        for i in range(12):
+            text = f"Story number {i}. " * (1 + i % 2)
+            reply = conversation.ask(text, GREEDY, max_tokens=30)
+            list(reply)
+            asked = chat.render(model.tokenizer, [Message("user", text)])[1:]
+            assert conversation.session.ids[-len(asked) - len(reply.ids) :] == [*asked, *reply.ids]
+        assert said
+
+    @pytest.mark.parametrize("slide", [False, True])
+    def test_a_turn_that_is_cancelled_while_it_is_read_leaves_the_chat(self, slide: bool, model_of: ModelOf) -> None:
+        model, said = model_of("demo", "q8_0", context=120 if slide else 300, engine="native"), list[str]()
+        conversation = Conversation(model, None, slide, said.append)
+        for i in range(3):
+            list(conversation.ask(f"Story number {i}.", GREEDY, max_tokens=10))
+        before = list(conversation.session.ids)
+        long = "Tell it all again. " * 12
+        assert len(conversation.prompt_ids(long)) > conversation.session.engine.chunk
+        asked = iter([False, True])
+        reply = conversation.ask(long, GREEDY, cancel=lambda: next(asked))
+        assert (list(reply), reply.finish, reply.prompt_read) == ([], "cancelled", False)
+        assert bool(said) == slide
+        assert (conversation.session.ids, conversation.session.position) == (before, len(before))
+        other = model.session()
+        other.prefill(before)
+        assert np.array_equal(other.step(7), conversation.session.step(7))
+
+    @pytest.mark.parametrize("slide", [False, True])
+    def test_what_does_not_fit_leaves_the_chat(self, slide: bool, model_of: ModelOf) -> None:
+        conversation = Conversation(model_of("demo", "q8_0", context=60), None, slide, print)
+        list(conversation.ask("A story.", GREEDY, max_tokens=4))
+        before = list(conversation.session.ids)
+        with pytest.raises(ContextFull):
+            list(conversation.ask("A very long story. " * 20, GREEDY))
+        assert (conversation.session.ids, conversation.turns()) == (before, 1)
+
+    def test_a_turn_that_the_model_opens_ends_its_own(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        conversation = Conversation(model, None, False, print)
+        start = model.tokenizer.start_of_turn_id
+        drawn = iter([300, start, 301])
+        monkeypatch.setattr("bezel.runtime.text.sampling.Sampler.__call__", lambda *_: next(drawn))
+        reply = conversation.ask("A story.", GREEDY)
+        list(reply)
+        assert (reply.ids, reply.finish, conversation.turns()) == ([300], "stop", 1)
+        conversation.session.step(start)
+        assert conversation.turns() == 1
 
     def test_one_exchange_too_long_is_an_error(self, model_of: ModelOf) -> None:
         conversation = Conversation(model_of("demo", "q8_0", context=40), None, True, print)

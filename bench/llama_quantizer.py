@@ -22,10 +22,10 @@ import numpy.typing as npt
 from ..export.gguf.writer import export_gguf
 from ..export.sources.checkpoint import Checkpoint, open_checkpoint
 from ..export.whole import WholeOps, WholeSequences, run_layers
-from ..quant.formats import Format
+from ..quant.formats import BF16, Format
 from ..runtime.arrays import Floats, Ints
 from ..runtime.errors import BezelError, InvalidRequest
-from ..runtime.files.gguf import GGUFFile
+from ..runtime.files.gguf_model import GGUFModel
 from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import Tokenizer
 from .loss.passages import CHUNK, cut, read_texts
@@ -135,7 +135,7 @@ def command(
     """Quantize CHECKPOINT, a folder or an unquantized GGUF file, to OUT with llama.cpp's own quantizer."""
     formats = None
     if formats_of is not None:
-        with GGUFFile(formats_of) as file:
+        with GGUFModel(formats_of) as file:
             formats = {name: info.format for name, info in file.tensors.items() if len(info.shape) > 1}
     with open_checkpoint(checkpoint) as source, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         importance = None
@@ -144,7 +144,7 @@ def command(
             chunk = min(CHUNK, source.config.context_length)
             importance = importance_of(source, [passage.ids for passage in cut(text, "chunks", chunk, chunks)])
         plain = Path(scratch) / "plain.gguf"
-        export_gguf(source, plain, "bf16" if source.dtype(source.specs[0]) == "BF16" else "f32")
+        export_gguf(source, plain, "bf16" if source.format(source.specs[0]) is BF16 else "f32")
         llama_quantize(plain, out, mix, importance, formats)
     click.echo(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
 

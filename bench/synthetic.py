@@ -1,7 +1,7 @@
 """Checkpoints of random weights in the real shapes, to measure speed and memory without the real weights.
 
-Everything but the numbers is as published: tensor names, dtypes, shards, configs, and a vocabulary of 256,000
-pieces with Gemma's special ids that sentencepiece loads.
+Everything but the numbers is as published: tensor names, dtypes, shards, configs, and a vocabulary with as many pieces
+and with Gemma's special ids that sentencepiece loads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from ..export.gguf.header import TensorRecord, aligned, encode_header
 from ..export.gguf.writer import plan_tensors
 from ..export.recipe import find_recipe
+from ..export.sources import safetensors
 from ..quant.formats import Format
 from ..runtime.errors import InvalidRequest
 from ..runtime.files.atomic import atomic
@@ -56,6 +58,27 @@ _GEMMA_2 = _GEMMA_1 | {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
+_GEMMA_3 = _GEMMA_1 | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "max_position_embeddings": 32768,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+# As text alone; 64 rows of its embedding are for pictures and belong to no piece.
+_GEMMA_3_4B = _GEMMA_3 | {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+    "vocab_size": 262208,
+}
 # Small enough for tests, with a window that bites and rows of whole 256-blocks.
 _TINY = {
     "head_dim": 64,
@@ -81,8 +104,14 @@ def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: in
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma-2-2b": _GEMMA_2 | _sizes(2304, 26, 8, 4, 9216),
     "gemma-2-9b": _GEMMA_2 | _sizes(3584, 42, 16, 8, 14336),
+    "gemma-3-270m": _GEMMA_3 | _sizes(640, 18, 4, 1, 2048),
+    "gemma-3-1b": _GEMMA_3 | _sizes(1152, 26, 4, 1, 6912),
+    "gemma-3-4b": _GEMMA_3_4B | _sizes(2560, 34, 8, 4, 10240),
     "gemma-2b": _GEMMA_1 | _sizes(2048, 18, 8, 1, 16384),
     "tiny-gemma-2": _GEMMA_2 | _TINY | {"num_key_value_heads": 2, "query_pre_attn_scalar": 64, "sliding_window": 8},
+    "tiny-gemma-3": _GEMMA_3
+    | _TINY
+    | {"num_hidden_layers": 7, "num_key_value_heads": 1, "query_pre_attn_scalar": 64, "sliding_window": 8},
     "tiny-gemma-1": _GEMMA_1 | _TINY | {"num_key_value_heads": 1},
 }
 
@@ -110,11 +139,12 @@ def write_checkpoint(
         raise InvalidRequest(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     raw = _raw_config(shape)
     config = read_hf_config(raw)
-    vocabulary = tokenizer_model(config.vocab_size)
+    vocab = vocabulary(config)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
 
-    generation = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
+    stop_ids = [vocab.eos_id, vocab.pieces.index(END_OF_TURN)]
+    generation = {"bos_token_id": 2, "eos_token_id": stop_ids, "pad_token_id": 0}
     tokenizer = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
@@ -128,7 +158,7 @@ def write_checkpoint(
         ("tokenizer_config.json", tokenizer),
     ):
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    (folder / "tokenizer.model").write_bytes(vocabulary)
+    (folder / "tokenizer.model").write_bytes(model_proto(vocab))
     _write_weights(folder, config, seed, shards, dtype)
     return folder
 
@@ -142,15 +172,16 @@ def write_gguf(
     whole or absent. Raises InvalidRequest and InvalidConfig.
     """
     config = read_hf_config(_raw_config(shape))
+    vocab = vocabulary(config)
+    config = replace(config, vocab_size=len(vocab.pieces))
     plan = plan_tensors(config, find_recipe(preset, config, embedding))
-    vocabulary = _vocabulary(config.vocab_size)
     metadata = {
         "general.architecture": config.family,
         "general.name": f"random {shape if isinstance(shape, str) else config.family} {preset}",
         "general.quantization_version": 2,
         **write_gguf_config(config),
-        **vocabulary.to_gguf(),
-        "tokenizer.ggml.eot_token_id": vocabulary.pieces.index(END_OF_TURN),
+        **vocab.to_gguf(),
+        "tokenizer.ggml.eot_token_id": vocab.pieces.index(END_OF_TURN),
         "tokenizer.chat_template": _chat_template(),
     }
     records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
@@ -220,17 +251,9 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, shards: int, dt
 
 
 def _write_shard(path: Path, specs: list[TensorSpec], rng: np.random.Generator, dtype: str) -> None:
-    type_name, item_size = _DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        end = offset + int(np.prod(spec.shape)) * item_size
-        header[spec.hf] = {"dtype": type_name, "shape": spec.shape, "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    tensors = {spec.hf: (_DTYPES[dtype][0], spec.shape) for spec in specs}
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(safetensors.encode_header(tensors, {"format": "pt"})[0])
         for spec in specs:
             left = int(np.prod(spec.shape))
             while left:
@@ -255,30 +278,82 @@ _TAGS = (
 )
 
 
-def _vocabulary(vocab_size: int) -> Vocabulary:
-    """BPE pieces with Gemma's ids up to 472, the printable characters, then made-up syllables.
+_TAGS_OF_GEMMA_3 = (*_TAGS, "a", "html", "body", "img", "span", "bbox", "ul", "li", "div", "iframe", "footer")
+_TURNS = ["<start_of_turn>", "<end_of_turn>"]
+_BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
-    Raises InvalidRequest if `vocab_size` has no room for the first two.
+Pieces = list[tuple[int, list[str]]]
+"""Pieces that follow each other, by type."""
+
+
+def _markup(tags: Sequence[str]) -> list[str]:
+    """Runs of newlines and of spaces, and tags."""
+    runs = ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
+    return [*runs, *(f"<{tag}>" for tag in tags), *(f"</{tag}>" for tag in tags)]
+
+
+def _unused(first: int, stop: int) -> list[str]:
+    return [f"<unused{i}>" for i in range(first, stop)]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which special pieces come before the normal ones and, in a vocabulary of `size` pieces, after them."""
+
+    before: Pieces
+    size: int
+    after: Pieces
+
+
+_START: Pieces = [(CONTROL, ["<pad>", "<eos>", "<bos>"]), (UNKNOWN, ["<unk>"])]
+_GEMMA_1_AND_2 = _Layout(
+    before=[
+        *_START,
+        (USER_DEFINED, ["<mask>", "<2mass>", "[@BOS@]", *_unused(0, 99), *_TURNS, *_markup(_TAGS)]),
+        (BYTE, _BYTES),
+    ],
+    size=256000,
+    after=[],
+)
+_LAYOUTS = {
+    "gemma": _GEMMA_1_AND_2,
+    "gemma2": _GEMMA_1_AND_2,
+    "gemma3": _Layout(
+        before=[
+            *_START,
+            (CONTROL, ["<mask>"]),
+            (USER_DEFINED, ["[multimodal]"]),
+            (CONTROL, [*_unused(0, 99), *_TURNS]),
+            (USER_DEFINED, _markup(_TAGS_OF_GEMMA_3)),
+            (BYTE, _BYTES),
+        ],
+        size=262144,
+        after=[
+            (USER_DEFINED, [*("\t" * n for n in range(1, 32)), "<start_of_image>", "<end_of_image>"]),
+            (CONTROL, _unused(99, 6242)),
+        ],
+    ),
+}
+
+
+def vocabulary(config: ModelConfig) -> Vocabulary:
+    """BPE pieces with the family's special ids: those, the printable characters, then made-up syllables.
+
+    No more than the family has; the embedding may have further rows. Raises InvalidRequest if there is no room.
     """
-    user_defined = ["<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99))]
-    user_defined += ["<start_of_turn>", "<end_of_turn>"]
-    user_defined += ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
-    user_defined += [f"<{tag}>" for tag in _TAGS] + [f"</{tag}>" for tag in _TAGS]
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *user_defined, *(f"<0x{i:02X}>" for i in range(256))]
-    types = [CONTROL] * 3 + [UNKNOWN] + [USER_DEFINED] * len(user_defined) + [BYTE] * 256
+    layout = _LAYOUTS[config.family]
+    size = min(config.vocab_size, layout.size)
+    after = layout.after if size == layout.size else []
     characters = ["▁", *(chr(i) for i in range(33, 127))]
-    room = vocab_size - len(pieces) - len(characters)
+    room = size - len(characters) - sum(len(pieces) for _, pieces in (*layout.before, *after))
     if room < 0:
-        raise InvalidRequest(f"vocab_size {vocab_size}: expected at least {vocab_size - room}")
-    pieces += [*characters, *itertools.islice(_syllables(), room)]
-    types += [NORMAL] * (vocab_size - len(types))
-    scores = np.where(np.array(types) == NORMAL, -np.arange(vocab_size), 0).astype(np.float32)
-    return Vocabulary(pieces, scores, np.array(types, np.int32), bos_id=2, eos_id=1, unk_id=3, pad_id=0)
-
-
-def tokenizer_model(vocab_size: int) -> bytes:
-    """`_vocabulary` as a SentencePiece model."""
-    return model_proto(_vocabulary(vocab_size))
+        raise InvalidRequest(f"vocab_size {size}: expected at least {size - room}")
+    normal = [*characters, *itertools.islice(_syllables(), room)]
+    runs = [*layout.before, (NORMAL, normal), *after]
+    pieces = [piece for _, run in runs for piece in run]
+    types = np.array([kind for kind, run in runs for _ in run], np.int32)
+    scores = np.where(types == NORMAL, -np.arange(size), 0).astype(np.float32)
+    return Vocabulary(pieces, scores, types, bos_id=2, eos_id=1, unk_id=3, pad_id=0)
 
 
 def _syllables() -> Iterator[str]:

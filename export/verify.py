@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.errors import InvalidModelFile
-from ..runtime.files.gguf import GGUFFile
 from ..runtime.files.model_file import ModelFile, Tensor, open_model
-from ..runtime.files.onnx_folder import OnnxFolder
-from ..runtime.model.config import ModelConfig
-from ..runtime.model.tensors import TensorSpec, tensor_specs
-from ..runtime.text.tokenizer import NORMAL, Vocabulary
-from .gguf.writer import CALIBRATION
-from .sources.checkpoint import open_checkpoint
+from ..runtime.model.tensors import TensorSpec
+from ..runtime.text.tokenizer import NORMAL
+from .metadata import CALIBRATION
+from .sources.checkpoint import Checkpoint
 
 _CHUNK_WEIGHTS = 1 << 20
 # With a calibration, weights move beyond the nearest value, and norms too, to make up for one another.
@@ -50,52 +45,8 @@ class TensorReport:
         return max(self.error, self.worst_chunk) <= self.tolerance
 
 
-class Source(Protocol):
-    """What a model was exported from: a `Checkpoint`, or a GGUF file, whose quantized weights count as they are."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def specs(self) -> Sequence[TensorSpec]: ...
-
-    def vocabulary(self) -> Vocabulary: ...
-
-    def dtype(self, spec: TensorSpec) -> str:
-        """The name of the tensor's format, in capitals."""
-
-    def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows start … stop−1 as float32 (rows, inputs); a one-dimensional tensor is one row."""
-
-
-class _QuantizedSource:
-    def __init__(self, file: GGUFFile) -> None:
-        self.path, self.config, self.vocabulary = file.path, file.config(), file.vocabulary
-        file.check_tensors(self.config)
-        self.specs = list(tensor_specs(self.config))
-        self._file = file
-
-    def dtype(self, spec: TensorSpec) -> str:
-        return self._file.tensors[spec.gguf].format.name.upper()
-
-    def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
-        return self._file.dequantize(spec.gguf, slice(start, stop))
-
-
-@contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """A checkpoint folder or a GGUF file, quantized or not. Raises what opening it raises."""
-    if path.is_file():
-        with GGUFFile(path) as file:
-            yield _QuantizedSource(file)
-    else:
-        with open_checkpoint(path) as checkpoint:
-            yield checkpoint
-
-
 def verify(
-    path: str | Path, source: Source, progress: Callable[[int, int], None] = lambda *_: None
+    path: str | Path, source: Checkpoint, progress: Callable[[int, int], None] = lambda *_: None
 ) -> list[TensorReport]:
     """A report for each tensor of the GGUF file or the ONNX folder, in the model's order.
 
@@ -114,8 +65,7 @@ def verify(
                     f"config: {field.name} is {str(found)[:80]}, expected {str(want)[:80]} as in {source.path}",
                 )
         file.check_tensors(config)
-        if isinstance(file, OnnxFolder):
-            file.check_hashes()
+        file.check_hashes()
         _check_vocabulary(file, source)
         reports: list[TensorReport] = []
         for spec in source.specs:
@@ -125,7 +75,7 @@ def verify(
         return reports
 
 
-def _check_vocabulary(file: ModelFile, source: Source) -> None:
+def _check_vocabulary(file: ModelFile, source: Checkpoint) -> None:
     found, want = file.vocabulary(), source.vocabulary()
     if len(found.pieces) != len(want.pieces):
         raise InvalidModelFile(
@@ -145,7 +95,7 @@ def _check_vocabulary(file: ModelFile, source: Source) -> None:
         )
 
 
-def _compare(file: ModelFile, spec: TensorSpec, source: Source) -> TensorReport:
+def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorReport:
     info = file.tensors[spec.gguf]
     n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
     step = max(1, _CHUNK_WEIGHTS // columns)
@@ -184,9 +134,9 @@ def _ratio(noise: float, signal: float) -> float:
     return math.sqrt(noise / signal) if signal else math.inf
 
 
-def _tolerance(info: Tensor, spec: TensorSpec, source: Source, calibrated: bool) -> float:
+def _tolerance(info: Tensor, spec: TensorSpec, source: Checkpoint, calibrated: bool) -> float:
     """The format's own, but nothing where source and file hold the same kind of number."""
-    same = info.format.name.upper() == source.dtype(spec) and spec.is_matrix
+    same = info.format is source.format(spec) and spec.is_matrix
     if calibrated and spec.role.startswith("post_"):
         return _CALIBRATED_NORM
     return 0.0 if same else info.format.tolerance * (_CALIBRATED_FACTOR if calibrated else 1.0)

@@ -6,13 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Model, Session, load
+    from .api import Model, load
+    from .session import Session
     from .text.chat import Message
     from .text.sampling import Sampling
 
 __all__ = ["Message", "Model", "Sampling", "Session", "load"]
 
-_HOME = {"Message": "text.chat", "Model": "api", "Sampling": "text.sampling", "Session": "api", "load": "api"}
+_HOME = {"Message": "text.chat", "Model": "api", "Sampling": "text.sampling", "Session": "session", "load": "api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bezel.export.onnx.source import OnnxSource
 from bezel.export.onnx.writer import export_onnx
 from bezel.export.sources.checkpoint import open_checkpoint
-from bezel.export.sources.quantized import QuantizedCheckpoint
 from bezel.runtime import Model, load
 from tiny import TEXT, checkpoint_folder, export
 
@@ -33,7 +33,7 @@ def onnx_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not out.exists():
             with open_checkpoint(checkpoint_folder(name, scratch)) as source:
                 text = TEXT if kv == "int8" else None
-                export_onnx(QuantizedCheckpoint(source, quant), out, dialect, kv_text=text)
+                export_onnx(OnnxSource(source, quant), out, dialect, kv_text=text)
         return out
 
     return make

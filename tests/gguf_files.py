@@ -16,7 +16,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 from bezel.runtime.errors import BezelError
-from bezel.runtime.files.gguf import GGUFFile, StringArray
+from bezel.runtime.files.gguf import StringArray
+from bezel.runtime.files.gguf_model import GGUFModel
 
 U8, U32, F32, BOOL, STRING, ARRAY = 0, 4, 6, 7, 8, 9
 MEMORY, SECONDS = 200 << 20, 2.0
@@ -127,7 +128,7 @@ def read_everything(path: str) -> str:
             complaints.append(f"{type(error).__name__}: {error}")
 
     def read() -> None:
-        with GGUFFile(path) as file:
+        with GGUFModel(path) as file:
             for value in file.metadata.values():
                 attempt(partial(list, value) if isinstance(value, StringArray) else partial(repr, value))
             for name in file.tensors:

@@ -17,15 +17,16 @@ import click
 
 from ...quant.recipes import PRESETS
 from ...runtime import _native
-from ...runtime.api import ENGINES, default_kv, load
+from ...runtime.api import load
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.engines import ENGINES
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import ModelFile, open_model
 from ...runtime.files.user_cache import cache_folder
 from ..speed import machine
 from ..speed.peers import OWN_FILE, SETTINGS
 from ..speed.profiling import profile
-from ..speed.speed import Measurement, Work, comparisons, figures
+from ..speed.speed import Race, TokenCost, comparisons, figures
 from ..speed.tables import show_profile, show_speed
 from ..speed.worker import Worker
 from ..synthetic import SHAPES, write_gguf
@@ -76,13 +77,14 @@ def bench(
     """Measure the speed and the memory of MODEL, a GGUF file or an exported ONNX folder, on this computer.
 
     Prints a table and, last, one line of JSON, which is kept in bench/results if there is such a folder, else with
-    the user's cached files. The whole bench takes minutes; --context 1024 is quick.
+    the user's cached files. The whole bench takes minutes, and more with a long --context; --context 1024 is quick.
 
     \b
     Examples:
       bezel bench gemma.gguf
       bezel bench gemma.gguf --vs llama.cpp --kv int8
       bezel bench --shape gemma-2-2b --quant q4_0 --context 1024
+      bezel bench --shape gemma-3-270m --quant q4_k_m --context 30000 --vs llama.cpp
       bezel bench gemma.gguf --profile
       bezel bench gemma-onnx/ --vs onnxruntime-genai --peer-model genai/
     """
@@ -100,15 +102,15 @@ def bench(
                 raise InvalidRequest(f"--engine: found {engine}, expected {' or '.join(opened.engines)} for {file}")
             engine = engine or opened.engines[0]
             facts = _facts(
-                opened, engine, kv or default_kv(opened, engine), threads or _native.default_threads(), context
+                opened, engine, kv or opened.kv_types(engine)[0], threads or _native.default_threads(), context
             )
-            work = Work.of(opened)
+            cost = TokenCost.of(opened)
         if as_profile:
             if engine == "ort":
                 raise InvalidRequest("--profile: found the engine ort, expected native or reference")
             _profile(facts, as_json, progress)
             return
-        result = _measure(facts, work, repeats, vs, peer_model, progress)
+        result = _measure(facts, cost, repeats, vs, peer_model, progress)
     except KeyboardInterrupt:
         progress("")
         click.echo("cancelled", err=True)
@@ -152,7 +154,7 @@ def _facts(file: ModelFile, engine: str, kv: str, threads: int, context: int | N
 
 def _measure(
     facts: Mapping[str, Any],
-    work: Work,
+    cost: TokenCost,
     repeats: int,
     vs: str | None,
     peer_model: Path | None,
@@ -166,10 +168,10 @@ def _measure(
         starts[name] = partial(Worker, str(vs), model=str(peer_model or path), **options, **common)
     progress("reading the file")
     probes = machine.Machine(_largest_file(Path(path)), threads)
-    samples = Measurement(starts, context, probe=probes.probe, progress=progress).run(repeats)
+    samples = Race(starts, context, probe=probes.probe, progress=progress).run(repeats)
     peaks = {name: median(values) for name, values in probes.samples.items()}
     bandwidth = max(peaks["memory_read_bytes_per_s"], peaks["file_read_bytes_per_s"])
-    runs = {name: figures(s, work, bandwidth, peaks["int8_peak_ops_per_s"]) for name, s in samples.items()}
+    runs = {name: figures(s, cost, bandwidth, peaks["int8_peak_ops_per_s"]) for name, s in samples.items()}
     result = {"repeats": repeats, "peaks": peaks, "runs": runs}
     if vs:
         result |= {

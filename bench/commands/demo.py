@@ -11,10 +11,11 @@ import numpy as np
 
 from ...export.gguf.writer import export_gguf
 from ...export.sources.checkpoint import open_checkpoint
-from ...runtime.api import Model, Session, load
+from ...runtime.api import Model, load
 from ...runtime.cache.caches import LARGEST_CHUNK
 from ...runtime.cache.sizes import cache_sizes
 from ...runtime.engines import bytes_for
+from ...runtime.session import Session
 from ...runtime.text.generation import Generation
 from ...runtime.text.sampling import Sampling
 from .. import DEMO

@@ -14,7 +14,7 @@ import click
 from ...export.gguf.receipt import check_room, stamp
 from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
-from ...runtime.files.gguf import GGUFFile
+from ...runtime.files.gguf_model import GGUFModel
 from ..loss.measure import measure as run
 from ..loss.passages import CHUNK, PROTOCOLS
 from ..loss.result import Measurement
@@ -124,7 +124,7 @@ def measure(
 def _check_receipts(specs: Sequence[Spec]) -> None:
     """Before hours of measuring rather than after them."""
     for spec in specs:
-        with GGUFFile(spec.path) as file:
+        with GGUFModel(spec.path) as file:
             check_room(file)
 
 

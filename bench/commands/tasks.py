@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
-from ...runtime.api import ACTIVATIONS, Session
+from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.session import Session
 from ..loss.state import KeptResults
 from ..loss.subjects import Opener, Spec, key_of, parse_spec, unique_names
 from ..tasks.tasks import run_tasks, show_answers

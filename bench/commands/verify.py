@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from ...export.verify import TensorReport, open_source
+from ...export.sources.checkpoint import open_checkpoint
+from ...export.verify import TensorReport
 from ...export.verify import verify as compare_tensors
 from ..loss.agreement import LARGEST_KLD, Span, agreement
 from .shared import json_option, progress_line, threads_option
@@ -44,7 +45,7 @@ def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json
     """
     try:
         line = progress_line("tensors")
-        with open_source(source) as opened:
+        with open_checkpoint(source, quantized=True) as opened:
             reports = compare_tensors(model, opened, lambda done, total: line(done, total, ""))
         spans = None
         if as_run:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ...export.sources.checkpoint import Checkpoint, open_checkpoint
-from ...export.sources.safetensors import ITEM_SIZE
-from ...runtime.api import ACTIVATIONS, Model, Session, default_kv, load
+from ...runtime.api import ACTIVATIONS, load
 from ...runtime.arrays import Floats
 from ...runtime.cache.caches import default_chunk
 from ...runtime.cache.numpy_store import NumpyStore
@@ -23,6 +22,7 @@ from ...runtime.files.model_file import open_model
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights
+from ...runtime.session import Session
 from ...runtime.text.tokenizer import Tokenizer
 from .result import MeasuredModel
 
@@ -75,7 +75,7 @@ def parse_spec(text: str, default: Spec) -> Spec:
     engine = spec.engine or ("native" if spec.is_gguf else "ort")
     if engine == "ort" and "kv" not in options:
         with open_model(spec.path) as file:
-            spec = replace(spec, kv=default_kv(file, engine))
+            spec = replace(spec, kv=file.kv_types(engine)[0])
     return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
 
 
@@ -100,6 +100,10 @@ class _Runnable:
     backend: Backend
     kv: str
     context: int
+    stop_ids: frozenset[int] = frozenset()
+
+    def identity(self) -> Mapping[str, str]:
+        raise InvalidRequest("a session of a subject cannot be saved")
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class Subject:
     def session(self) -> Session:
         """An empty sequence that can be rewound; it cannot be saved."""
         runnable = _Runnable(self.config, self.tokenizer, self._backend(), self.spec.kv, self.config.context_length)
-        return Session(cast("Model", runnable), ring=self.spec.ring)
+        return Session(runnable, ring=self.spec.ring)
 
 
 class Opener:
@@ -176,14 +180,14 @@ class Opener:
                 loaded.append(FloatBackend(checkpoint))
             return loaded[0]
 
-        bits = sum(math.prod(s.shape) * 8 * ITEM_SIZE[checkpoint.dtype(s)] for s in checkpoint.specs)
+        bits = sum(math.prod(s.shape) * 8 * checkpoint.format(s).block_bytes for s in checkpoint.specs)
         return _Opened(
             config=checkpoint.config,
             tokenizer=Tokenizer(checkpoint.vocabulary(), str(spec.path)),
             backend=backend,
             file_bytes=sum(file.stat().st_size for file in checkpoint.files),
             bits_per_weight=bits / sum(math.prod(s.shape) for s in checkpoint.specs),
-            formats=dict(Counter(checkpoint.dtype(s).lower() for s in checkpoint.specs)),
+            formats=dict(Counter(checkpoint.format(s).name for s in checkpoint.specs)),
         )
 
 

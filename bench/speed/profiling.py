@@ -43,7 +43,7 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Row:
+class OpTime:
     """One op over a forward pass: how often it was called, its seconds, and its share of the pass."""
 
     op: str
@@ -52,7 +52,7 @@ class Row:
     share: float
 
 
-def profile(model: Model, held: int, steps: int) -> dict[str, list[Row]]:
+def profile(model: Model, held: int, steps: int) -> dict[str, list[OpTime]]:
     """The rows of a "decode" step with `held` tokens held, a mean over `steps`, and of one "prefill" chunk.
 
     Slowest first; the last two are "Python and the rest" and "total". Raises ContextFull.
@@ -96,11 +96,15 @@ def _token(model: Model, i: int) -> int:
     return (2 + 7919 * i) % model.config.vocab_size
 
 
-def _rows(totals: Totals, seconds: float, passes: int) -> list[Row]:
+def _rows(totals: Totals, seconds: float, passes: int) -> list[OpTime]:
     rows = [
-        Row(op, calls / passes, spent / passes, spent / seconds)
+        OpTime(op, calls / passes, spent / passes, spent / seconds)
         for op, (calls, spent) in sorted(totals.items(), key=lambda item: -item[1][1])
         if calls
     ]
     rest = seconds - sum(spent for _, spent in totals.values())
-    return [*rows, Row("Python and the rest", 0, rest / passes, rest / seconds), Row("total", 0, seconds / passes, 1.0)]
+    return [
+        *rows,
+        OpTime("Python and the rest", 0, rest / passes, rest / seconds),
+        OpTime("total", 0, seconds / passes, 1.0),
+    ]

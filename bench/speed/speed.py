@@ -15,13 +15,13 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import tensor_specs
 from .runner import NotMeasured
 
-PREFILL = (128, 512, 4096, 7000)  # lengths of prompts
-DECODE = (16, 128, 512, 2048, 4200, 7000)  # tokens held; 4200 is past Gemma 2's window
+PREFILL = (128, 512, 4096, 7000, 16000, 29000)  # lengths of prompts
+DECODE = (16, 128, 512, 2048, 4200, 7000, 16000, 29000)  # tokens held; 4200 is past Gemma 2's window
 # Each walk fills an empty sequence and stops at these lengths to measure. The short ones are walked in every round,
 # the long one once, because peers take minutes for it, with the turns of all rounds at each stop. Its stops are whole
 # chunks as far as can be, so that what is taken in between costs what one long prompt costs.
 SHORT_WALKS = ((16,), (128,), (512,))
-LONG_WALK = (2048, 4096, 4200, 7000)
+LONG_WALK = (2048, 4096, 4200, 7000, 16000, 29000)
 FIRST_TOKEN_PROMPT = 128
 STEPS = 8  # tokens in a turn of decoding
 TURNS = 3  # turns at each stop, a round
@@ -51,7 +51,7 @@ class Samples:
     failure: str | None = None  # why there is no more
 
 
-class Measurement:
+class Race:
     """Measures what `starts` starts, by name, one after the other at every step; `run` does it all.
 
     Each holds up to `context` tokens; stops beyond it are left out. `probe` is called now and then while nobody
@@ -152,7 +152,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Work:
+class TokenCost:
     """What a token costs at least: what must be read for it, and what must be computed."""
 
     config: ModelConfig
@@ -160,7 +160,7 @@ class Work:
     matrix_weights: int  # that every token of a prompt is multiplied by
 
     @classmethod
-    def of(cls, file: ModelFile) -> Work:
+    def of(cls, file: ModelFile) -> TokenCost:
         config = file.config()
         read = [info.nbytes for name, info in file.tensors.items() if config.tied_head or name != "token_embd.weight"]
         in_layers = [spec for spec in tensor_specs(config) if spec.layer is not None and spec.is_matrix]
@@ -180,7 +180,7 @@ class Work:
         return 2 * self.matrix_weights * tokens
 
 
-def figures(samples: Samples, work: Work, bandwidth: float, int8_peak: float) -> dict[str, Any]:
+def figures(samples: Samples, cost: TokenCost, bandwidth: float, int8_peak: float) -> dict[str, Any]:
     """Medians with their units in the names, ready for JSON; the shares are of `bandwidth` and of `int8_peak`."""
     if samples.failure is not None:
         return {"not_measured": samples.failure}
@@ -190,23 +190,23 @@ def figures(samples: Samples, work: Work, bandwidth: float, int8_peak: float) ->
     return {
         **samples.about,
         "prefill_tokens_per_s": prefill,
-        "prefill_share_of_int8_peak": {n: work.prefill_ops(1) * speed / int8_peak for n, speed in prefill.items()},
+        "prefill_share_of_int8_peak": {n: cost.prefill_ops(1) * speed / int8_peak for n, speed in prefill.items()},
         "decode_tokens_per_s": decode,
-        "decode_share_of_bandwidth": {n: work.decode_bytes(n, kv) * v / bandwidth for n, v in decode.items()},
+        "decode_share_of_bandwidth": {n: cost.decode_bytes(n, kv) * v / bandwidth for n, v in decode.items()},
         "first_token_s": median(samples.first_token) if samples.first_token else None,
         **samples.memory,
     }
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TimesAsFast:
     """A peer at one point, in the faster of its settings: how many times as fast as that bezel is."""
 
     setting: str
     times_as_fast: float
 
 
-def compare(ours: list[float], theirs: Mapping[str, list[float]]) -> Comparison | None:
+def compare(ours: list[float], theirs: Mapping[str, list[float]]) -> TimesAsFast | None:
     """Seconds of bezel against those of a peer's settings: the median of the ratios, turn by turn.
 
     What slows the machine down for a while slows down both sides of a ratio. None where a side has no samples.
@@ -215,7 +215,7 @@ def compare(ours: list[float], theirs: Mapping[str, list[float]]) -> Comparison 
     if not ours or not measured:
         return None
     setting, seconds = min(measured.items(), key=lambda item: median(item[1]))
-    return Comparison(setting, median([b / a for a, b in zip(ours, seconds, strict=True)]))
+    return TimesAsFast(setting, median([b / a for a, b in zip(ours, seconds, strict=True)]))
 
 
 def comparisons(ours: Samples, theirs: Mapping[str, Samples]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .profiling import Row
+from .profiling import OpTime
 from .speed import FIRST_TOKEN_PROMPT
 
 _PEER = 20  # columns of a peer's figure
@@ -43,7 +43,7 @@ def show_speed(result: Mapping[str, Any]) -> None:
             click.echo(f"{name}: not measured: {run['not_measured']}")
 
 
-def show_profile(title: str, rows: list[Row]) -> None:
+def show_profile(title: str, rows: list[OpTime]) -> None:
     """Print one table of `profiling.profile`."""
     click.echo(f"{title + ', by op':<44}{'calls':>8}{'µs':>14}{'share':>9}")
     for row in rows:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ...runtime.api import Session
+from ...runtime.session import Session
 
 _AT_ONCE = 64  # positions whose logits are held at a time: 64 MiB at Gemma's vocabulary
 

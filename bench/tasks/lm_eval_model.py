@@ -1,6 +1,6 @@
 """A bezel model for EleutherAI's lm-evaluation-harness (the extra `lm-eval`): the files that ship, scored by its tasks.
 
-    python -m bezel.bench.lm_eval_model --model bezel --model_args path=gemma.gguf --tasks hellaswag
+    python -m bezel.bench.tasks.lm_eval_model --model bezel --model_args path=gemma.gguf --tasks hellaswag
 
 All of the harness's own options apply; `--model_args` takes what `bezel.runtime.load` takes.
 """

@@ -28,8 +28,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.api import Session
 from ...runtime.errors import BezelError, InvalidRequest
+from ...runtime.session import Session
 from ..loss.intervals import Interval
 from ..loss.state import KeptResults
 from ..progress import Progress, silent

@@ -8,27 +8,24 @@ A row whose output a norm divides by its root mean square r counts 1 / r²: that
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ...quant.formats import F32
 from ...runtime.arrays import Arrays, Floats, Ints
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import tensor_specs
 from ...runtime.text.tokenizer import Tokenizer
-from ..gguf.writer import tool_version
+from ...runtime.version import bezel_version
 from ..kept import work_on
 from ..sources.checkpoint import Checkpoint
-from ..sources.quantized import Source
-from ..sources.safetensors import read_header, read_metadata
+from ..sources.safetensors import encode_header, read_header, read_metadata
 from ..whole import WholeSequences, run_layers
 from .noting import HEAD, NotingOps, moments, widths
 from .sweep import Sweep
@@ -71,7 +68,7 @@ def default_tokens(config: ModelConfig) -> int:
     return min(max(_TOKENS, int(_TOKENS * _WEIGHTS / weights)), _TOKENS_OF_SMALL)
 
 
-def read_text(checkpoint: Checkpoint | Source, path: Path, tokens: int | None = None) -> CalibrationText:
+def read_text(checkpoint: Checkpoint, path: Path, tokens: int | None = None) -> CalibrationText:
     """So many tokens of the text, or `default_tokens`; all of a text that has fewer.
 
     Raises InvalidRequest for a file that is not UTF-8, or has too few tokens for one sequence.
@@ -110,7 +107,7 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
     Work is kept beside `out` until that is complete: broken off, the same call goes on from the last whole layer.
     """
     config, sites = checkpoint.config, widths(checkpoint.config)
-    origin = Origin(text.sha256, text.tokens, source_sha256(checkpoint), f"bezel {tool_version()}")
+    origin = Origin(text.sha256, text.tokens, source_sha256(checkpoint), f"bezel {bezel_version()}")
 
     def passing(start: int, streams: Arrays) -> Iterator[tuple[Arrays, Arrays]]:
         rows, ops = WholeSequences(config.layers, text.sequences), NotingOps(config, checkpoint.rows)
@@ -123,7 +120,8 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
             yield {"x": x}, found
 
     with work_on(out, {"moments": 2, **asdict(origin)}) as kept, atomic(out) as file:
-        header, places = _header(sites, origin)
+        labels = {"bezel_calibration": "1", **{key: str(value) for key, value in asdict(origin).items()}}
+        header, places = encode_header({site: ("F32", (n, n)) for site, n in sites.items()}, labels)
         file.write(header)
         sweep = Sweep(kept, passing)
         for i in range(config.n_layers):
@@ -131,19 +129,6 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
                 file.seek(places[site])
                 file.write(array.astype("<f4").data)
     return origin
-
-
-def _header(sites: Mapping[str, int], origin: Origin) -> tuple[bytes, dict[str, int]]:
-    """How the file begins, and where in it the moments of each site do."""
-    metadata = {"bezel_calibration": "1", **{key: str(value) for key, value in asdict(origin).items()}}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    starts, position = {}, 0
-    for site, n in sites.items():
-        starts[site], position = position, position + 4 * n * n
-        header[site] = {"dtype": "F32", "shape": [n, n], "data_offsets": [starts[site], position]}
-    text = json.dumps(header).encode()
-    begin = struct.pack("<Q", len(text)) + text
-    return begin, {site: len(begin) + start for site, start in starts.items()}
 
 
 def is_calibration(path: Path) -> bool:
@@ -166,8 +151,8 @@ class Calibration:
             raise InvalidRequest(f"{error}; expected what `bezel calibrate` wrote") from None
         if metadata.get("bezel_calibration") != "1":
             raise InvalidRequest(f"{path}: is no calibration; expected what `bezel calibrate` wrote")
-        expected = {name: ("F32", (n, n)) for name, n in widths(checkpoint.config).items()}
-        if {name: (s.dtype, s.shape) for name, s in stored.items()} != expected:
+        expected = {name: (F32, (n, n)) for name, n in widths(checkpoint.config).items()}
+        if {name: (s.format, s.shape) for name, s in stored.items()} != expected:
             raise InvalidRequest(f"{path}: holds the moments of a model of another shape; calibrate {checkpoint.path}")
         self.path, self._stored = path, stored
         self.origin = Origin(

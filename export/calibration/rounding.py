@@ -14,13 +14,16 @@ from ...quant.feedback import feedback_factor, quantize_with_feedback, retargete
 from ...quant.formats import EVEN, F32, Format
 from ...quant.recipes import Recipe
 from ...runtime.arrays import Arrays, Floats, Ints
+from ...runtime.errors import InvalidRequest
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.ops import rms_norm
 from ...runtime.model.tensors import TensorSpec
-from ..gguf.writer import ExportSummary, export_gguf, plan_tensors, tool_version
+from ...runtime.version import bezel_version
+from ..gguf.writer import export_gguf, plan_tensors
 from ..kept import KeptWork, work_on
 from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint
+from ..summary import ExportSummary
 from ..whole import ROWS, ReadRows, WholeOps, WholeSequences, on_every_core, run_layers
 from .moments import Calibration, CalibrationText, is_calibration, read_text, source_sha256
 from .noting import HEAD, Note, NotingOps, moments, site_of
@@ -54,6 +57,8 @@ def export_calibrated(
         recipe = find_recipe(recipe, checkpoint.config, embedding)
     formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.config, recipe)}
     if is_calibration(calibration):
+        if tokens is not None:
+            raise InvalidRequest(f"{calibration}: has read its text already; leave --calibration-tokens out")
         moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
         return export_gguf(checkpoint, out, recipe, None, progress, force, moments)
     text = read_text(checkpoint, calibration, tokens)
@@ -129,7 +134,7 @@ class Sequential:
             "text": text.sha256,
             "tokens": text.tokens,
             "source": source_sha256(checkpoint),
-            "tool": tool_version(),
+            "tool": bezel_version(),
             "formats": {name: form.name for name, form in formats.items()},
         }
 

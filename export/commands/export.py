@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,28 +17,102 @@ from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ...quant.recipes import Recipe
-    from ..gguf.writer import ExportSummary
     from ..sources.checkpoint import Checkpoint
+    from ..summary import ExportSummary
 
 
 _ONNX_QUANTS = ("int8", "int4")  # and f32, f16
 
 
-def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> int | None:  # noqa: ARG001
-    """1.5GB, 800 MiB or 1500000 as a number."""
+@dataclass(frozen=True)
+class _Target:
+    """What a mix of formats has to fit in: so many bits a weight, or else bytes of the file."""
+
+    bits: float | None = None
+    size: int = 0
+
+
+def _target(context: click.Context, param: click.Parameter, text: str | None) -> _Target | None:  # noqa: ARG001
+    """4.55bpw, 1.5GB or 800 MiB."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+|\d*\.\d+)\s*([KMG]?)(i?)B?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d+|\d*\.\d+)\s*(?:(bpw)|([KMG]?)(i?)B)", text, re.IGNORECASE)
     if not match:
-        raise click.BadParameter(f"found {text!r}, expected a size such as 1.5GB or 800MB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMG".index(match[2].upper() or " "))
+        raise click.BadParameter(f"found {text!r}, expected bits a weight such as 4.55bpw, or a size such as 1.5GB")
+    number = float(match[1])
+    if not match[2]:
+        return _Target(size=int(number * (1024 if match[4] else 1000) ** " KMG".index(match[3].upper() or " ")))
+    if not 1 <= number <= 32:
+        raise click.BadParameter(f"found {number:g} bits a weight, expected 1 to 32")
+    return _Target(bits=number)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What was asked for, named as on the command line; None where nothing was."""
+
+    container: str
+    quant: str | None
+    embedding: str | None
+    target: _Target | None
+    sensitivity: Path | None
+    calibration: Path | None
+    calibration_tokens: int | None
+    dialect: str | None
+    kv: str | None
+    requantize: bool
+    force: bool
+
+    def check(self) -> None:
+        """Raises UsageError for options that do not go together."""
+        onnx, mixed = self.container == "onnx", self.target is not None
+        wrong = (
+            (not onnx and (self.dialect or self.kv), "--dialect and --kv go with --format onnx."),
+            (
+                not onnx and (self.quant == "int8" or self.embedding in _ONNX_QUANTS),
+                "int8, and int4 for the embedding, go with --format onnx; GGUF has q8_0 and q4_0.",
+            ),
+            (
+                onnx and (self.calibration is not None) != (self.kv == "int8"),
+                "For ONNX, --kv int8 and --calibration TEXT need each other; to calibrate the weights, export to GGUF "
+                "and that file to ONNX.",
+            ),
+            (
+                self.calibration_tokens and (onnx or not self.calibration),
+                "--calibration-tokens goes with --calibration and --format gguf.",
+            ),
+            (onnx and mixed, "--target goes with --format gguf."),
+            (
+                mixed and (self.quant or self.embedding),
+                "--target chooses every format: leave --quant and --embedding out.",
+            ),
+            (
+                mixed and self.sensitivity is None,
+                "--target needs --sensitivity; the file is written by `bezel sensitivity CHECKPOINT --text FILE "
+                "--formats q4_k,iq4_xs,q5_k,q6_k -o sens.json`.",
+            ),
+            (self.sensitivity is not None and not mixed, "--sensitivity needs --target."),
+        )
+        for found, words in wrong:
+            if found:
+                raise click.UsageError(words)
+
+    def recipe(self, source: Checkpoint) -> Recipe:
+        """The formats of a GGUF file."""
+        from ..gguf.writer import file_size
+        from ..recipe import find_recipe, solve_bits, solve_size
+
+        if self.target is None or self.sensitivity is None:
+            return find_recipe(self.quant or "q8_0", source.config, self.embedding)
+        if self.target.bits is not None:
+            return solve_bits(self.sensitivity, source.config, self.target.bits)
+        more = 1024 if self.calibration else 0  # what a calibrated file says of that
+        return solve_size(self.sensitivity, source.config, self.target.size - more, lambda r: file_size(source, r))
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path), required=False)
-@click.option("--from", "source", type=click.Path(path_type=Path), help="CHECKPOINT, where it is not said first.")
+@click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
     "container",
@@ -60,13 +134,11 @@ def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> 
     "where that fits), or int8 for ONNX.",
 )
 @click.option(
-    "--target-bpw",
-    type=click.FloatRange(min=1, max=32),
-    metavar="BITS",
-    help="Instead of --quant: the mix of formats that loses least in so many bits a weight; needs --sensitivity.",
-)
-@click.option(
-    "--target-size", metavar="SIZE", callback=_bytes, help="The same for the size of the file, such as 1.5GB."
+    "--target",
+    metavar="BPW|SIZE",
+    callback=_target,
+    help="Instead of --quant: the mix of formats that loses least in so many bits a weight, such as 4.55bpw, or in a "
+    "file of a size, such as 1.5GB; needs --sensitivity.",
 )
 @click.option(
     "--sensitivity",
@@ -97,30 +169,20 @@ def _bytes(context: click.Context, param: click.Parameter, text: str | None) -> 
     help="ONNX: how keys and values are kept. int8 takes a quarter of the memory and is much faster where the context "
     "is long; needs --calibration TEXT, on which each channel's range is measured.  [default: f32]",
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Allow a CHECKPOINT that is quantized already. What was lost then and what is lost now add up.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def export(
-    checkpoint: Path,
-    out: Path | None,
-    source: Path | None,
-    container: str,
-    quant: str | None,
-    embedding: str | None,
-    target_bpw: float | None,
-    target_size: int | None,
-    sensitivity: Path | None,
-    calibration: Path | None,
-    calibration_tokens: int | None,
-    dialect: str | None,
-    kv: str | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write CHECKPOINT to OUT: a GGUF file, or a folder with an ONNX graph.
 
     CHECKPOINT is a folder as downloaded from the hub (config.json, tokenizer.model, safetensors), or a GGUF
-    file that is not quantized; for ONNX it may be, and its weights then stay what they are. OUT may be a folder; a
-    GGUF file is then named after the checkpoint. `bezel verify` compares what was written with its source.
+    file that is not quantized; for ONNX it may be, and its weights then stay what they are. With --requantize it may
+    be for GGUF, too. OUT may be a folder; a GGUF file is then named after the checkpoint. `bezel verify` compares what
+    was written with its source.
 
     \b
     Examples:
@@ -129,10 +191,11 @@ def export(
       bezel export gemma-2-2b-it/ small.gguf --quant q4_0 --embedding q4_0
       bezel export gemma-2-2b-it/ better.gguf --quant q4_0 --calibration text.txt
       bezel export gemma-2-2b-it/ mine.gguf --quant recipe.json
-      bezel export gemma-2-2b-it/ best.gguf --target-bpw 4.55 --sensitivity sens.json
+      bezel export gemma-2-2b-it/ best.gguf --target 4.55bpw --sensitivity sens.json
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4 --kv int8 --calibration text.txt
-      bezel export --from small.gguf gemma-onnx/ --format onnx
+      bezel export small.gguf gemma-onnx/ --format onnx
+      bezel export gemma-q8_0.gguf gemma-q4_0.gguf --quant q4_0 --requantize
 
     A recipe file is JSON; the first rule that matches a tensor decides. A rule asks for a role (a name or a list), for
     layers and for a regular expression that the tensor's name in GGUF matches, or for some of these:
@@ -143,54 +206,11 @@ def export(
         {"role": ["attn_v", "ffn_down"], "layers": "0-3, 25", "format": "q5_k"},
         {"tensor": "blk\\\\.2\\\\..*", "format": "q8_0"}]}
     """
-    if (out is None) == (source is None):
-        raise click.UsageError("Give CHECKPOINT and OUT, or OUT and --from.")
-    if source is not None:
-        checkpoint, out = source, checkpoint
-    assert out is not None
-    if container == "gguf" and (dialect or kv):
-        raise click.UsageError("--dialect and --kv go with --format onnx.")
-    if container == "onnx" and (calibration is not None) != (kv == "int8"):
-        raise click.UsageError(
-            "For ONNX, --kv int8 and --calibration TEXT need each other; to calibrate the weights, export to GGUF and "
-            "that file to ONNX with --from."
-        )
-    if container == "gguf" and (quant == "int8" or embedding in _ONNX_QUANTS):
-        raise click.UsageError("int8, and int4 for the embedding, go with --format onnx; GGUF has q8_0 and q4_0.")
-    targets = (target_bpw is not None) + (target_size is not None)
-    if targets and container == "onnx":
-        raise click.UsageError("--target-bpw and --target-size go with --format gguf.")
-    if targets > 1:
-        raise click.UsageError("Give --target-bpw or --target-size, not both.")
-    if targets and sensitivity is None:
-        raise click.UsageError(
-            "--target-bpw and --target-size need --sensitivity; the file is written by `bezel sensitivity "
-            f"{checkpoint} --text FILE --formats q4_k,iq4_xs,q5_k,q6_k -o sens.json`."
-        )
-    if sensitivity is not None and not targets:
-        raise click.UsageError("--sensitivity needs --target-bpw or --target-size.")
-    if targets and (quant or embedding):
-        raise click.UsageError("--target-bpw and --target-size choose every format: leave --quant and --embedding out.")
-
-    def recipe_for(source: Checkpoint) -> Recipe:
-        from ..gguf.writer import file_size
-        from ..recipe import find_recipe, solve_bits, solve_size
-
-        if sensitivity is not None and target_bpw is not None:
-            return solve_bits(sensitivity, source.config, target_bpw)
-        if sensitivity is not None and target_size is not None:
-            more = 1024 if calibration else 0  # what a calibrated file says of that
-            return solve_size(sensitivity, source.config, target_size - more, lambda r: file_size(source, r))
-        return find_recipe(quant or "q8_0", source.config, embedding)
-
+    asked = _Options(**options)
+    asked.check()
     with progress_bar(out.name) as progress:
         try:
-            if container == "onnx":
-                summary = _export_folder(
-                    checkpoint, out, quant, embedding, dialect or "ort", progress, force, calibration
-                )
-            else:
-                summary = _export_file(checkpoint, out, recipe_for, calibration, calibration_tokens, progress, force)
+            summary = (_export_folder if asked.container == "onnx" else _export_file)(checkpoint, out, asked, progress)
         except KeyboardInterrupt:
             click.echo("\ncancelled", err=True)
             raise SystemExit(130) from None
@@ -200,37 +220,41 @@ def export(
         _print_summary(summary)
 
 
-def _export_folder(path: Path, *arguments: Any) -> ExportSummary:
+def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[int, int], None]) -> ExportSummary:
     try:
         from ..onnx.export import export_folder
     except ModuleNotFoundError as error:
         if error.name != "onnx":
             raise
         raise InvalidRequest("--format onnx needs the package onnx: pip install 'bezel-lm[onnx]'") from None
-    return export_folder(path, *arguments)
+    return export_folder(
+        path,
+        out,
+        asked.quant,
+        asked.embedding,
+        asked.dialect or "ort",
+        progress,
+        asked.force,
+        asked.calibration,
+        asked.requantize,
+    )
 
 
-def _export_file(
-    checkpoint: Path,
-    out: Path,
-    recipe_for: Callable[[Checkpoint], Recipe],
-    calibration: Path | None,
-    tokens: int | None,
-    progress: Callable[[int, int], None],
-    force: bool,
-) -> ExportSummary:
+def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int, int], None]) -> ExportSummary:
     from ..calibration.rounding import export_calibrated
     from ..gguf.writer import export_gguf
     from ..sources.checkpoint import open_checkpoint
 
-    with open_checkpoint(checkpoint) as source:
-        recipe = recipe_for(source)
+    with open_checkpoint(path, asked.requantize) as source:
+        recipe = asked.recipe(source)
         if out.is_dir():
             name, suffix = (re.sub(r"[^\w.-]+", "-", text).strip("-.") for text in (source.name, recipe.name))
             out = out / f"{name or 'model'}-{suffix or 'recipe'}.gguf"
-        if calibration is not None:
-            return export_calibrated(source, out, recipe, None, calibration, progress, force, tokens)
-        return export_gguf(source, out, recipe, progress=progress, force=force)
+        if asked.calibration is None:
+            return export_gguf(source, out, recipe, progress=progress, force=asked.force)
+        return export_calibrated(
+            source, out, recipe, None, asked.calibration, progress, asked.force, asked.calibration_tokens
+        )
 
 
 def _print_summary(summary: ExportSummary) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import InvalidRequest
-from ...runtime.files.gguf import RECEIPT, GGUFFile
+from ...runtime.files.gguf import RECEIPT
+from ...runtime.files.gguf_model import GGUFModel
 from .header import encode_value
 
 _FIGURES = ("kld_mean", "kld_p999", "top1", "perplexity_ratio", "kld_mean_low", "kld_mean_high")
@@ -60,7 +61,7 @@ class Receipt:
     perplexity_ratio: float
 
 
-def check_room(file: GGUFFile) -> None:
+def check_room(file: GGUFModel) -> None:
     """Raises InvalidRequest unless the file has room for a receipt, empty or filled in."""
     for key, placeholder in PLACEHOLDERS.items():
         found, span = file.metadata.get(key), file.receipt_spans.get(key, slice(0, 0))
@@ -79,7 +80,7 @@ def stamp(path: str | Path, receipt: Receipt) -> None:
     """
     path = Path(path)
     values = _values(receipt)
-    with GGUFFile(path) as file:
+    with GGUFModel(path) as file:
         check_room(file)
         before, spans = file.fingerprint(), file.receipt_spans
     start, end = min(s.start for s in spans.values()), max(s.stop for s in spans.values())
@@ -97,7 +98,7 @@ def stamp(path: str | Path, receipt: Receipt) -> None:
 
         try:
             write(bytes(new))
-            with GGUFFile(path) as file:
+            with GGUFModel(path) as file:
                 if file.fingerprint() != before:
                     raise InvalidRequest(f"{path}: another program changed the file; measure it again")
         except BaseException:  # Ctrl-C too
@@ -108,7 +109,7 @@ def stamp(path: str | Path, receipt: Receipt) -> None:
 def model_sha256(model: Path) -> str:
     """Which model this is: a GGUF file's fingerprint; of a folder, the SHA-256 of its weight files."""
     if model.is_file():
-        with GGUFFile(model) as file:
+        with GGUFModel(model) as file:
             return file.fingerprint()
     hashes = []
     for path in sorted([*model.glob("*.safetensors"), *model.glob("*.onnx*")]):

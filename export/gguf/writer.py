@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import EVEN, FORMATS, Format
+from ...quant.formats import FORMATS, Format
 from ...quant.recipes import PRESETS, Recipe
-from ...runtime.errors import InvalidCheckpoint, InvalidRequest
+from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families.gguf import read_gguf_config, write_gguf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
-from ...runtime.text.tokenizer import END_OF_TURN, Vocabulary
+from ...runtime.text.tokenizer import END_OF_TURN
+from ...runtime.version import bezel_version
+from ..hashes import background_hashes
+from ..metadata import CALIBRATION, described
+from ..ordered import CHUNK_WEIGHTS, ordered
 from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint
+from ..summary import ExportSummary
 from .header import TensorRecord, aligned, encode_header
 from .receipt import PLACEHOLDERS
-
-CALIBRATION = "bezel.provenance.calibration"  # the key of a calibrated file; others begin with it
-CHUNK_WEIGHTS = 1 << 18  # 1 MiB of float32: a chunk and its temporaries stay in a core's cache
 
 # llama.cpp's `llama_ftype`, by preset or by the format of most matrices.
 _FILE_TYPES = {form.name: form.file_type for form in FORMATS.values()} | {"q4_k_m": 15, "q5_k_m": 17}
@@ -72,20 +68,6 @@ class Calibrated(Protocol):
 
     def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
         """The whole tensor (rows, row_bytes); None leaves it to the writer. Called in the order of the tensors."""
-
-
-@dataclass(frozen=True)
-class ExportSummary:
-    """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs."""
-
-    path: str
-    file_bytes: int
-    weights: int
-    bits_per_weight: float
-    formats: dict[str, int]
-    fallbacks: list[str]
-    warnings: list[str]
-    seconds: float
 
 
 def export_gguf(
@@ -139,7 +121,11 @@ def export_gguf(
         bits_per_weight=sum(p.n_rows * p.row_bytes for p in plan) * 8 / total,
         formats=dict(Counter(p.format.name for p in plan)),
         fallbacks=_fallbacks(plan),
-        warnings=[*checkpoint.warnings, *_warnings(checkpoint.config, metadata)],
+        warnings=[
+            *checkpoint.warnings,
+            *checkpoint.added_losses({p.spec.gguf: p.format for p in plan}),
+            *_warnings(checkpoint.config, metadata),
+        ],
         seconds=time.monotonic() - start,
     )
 
@@ -193,60 +179,24 @@ def _check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
 def _quantized(
     checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated: Calibrated | None
 ) -> Iterator[tuple[PlannedTensor, int, NDArray[np.uint8]]]:
-    """(tensor, first row, quantized rows) in order; a few chunks are in hand at a time."""
+    """(tensor, first row, quantized rows) in order."""
 
-    def quantize(planned: PlannedTensor, start: int, stop: int) -> NDArray[np.uint8]:
-        rows = checkpoint.rows(planned.spec, start, stop)
-        try:
-            return planned.format.quantize(rows, EVEN)
-        except ValueError as error:
-            raise InvalidCheckpoint(f"{checkpoint.path}: tensor '{planned.spec.hf}': {error}") from None
-
-    workers = os.cpu_count() or 1
-    pending: deque[tuple[PlannedTensor, int, Future[NDArray[np.uint8]]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
+    def pieces() -> Iterator[tuple[PlannedTensor, slice, NDArray[np.uint8] | None]]:
         for planned in plan:
             whole = calibrated.blocks(planned.spec) if calibrated else None
-            if whole is not None:
-                while pending:
-                    done, row, block = pending.popleft()
-                    yield done, row, block.result()
-                yield planned, 0, whole
-                continue
-            step = max(1, CHUNK_WEIGHTS // planned.spec.shape[-1])
+            step = planned.n_rows if whole is not None else max(1, CHUNK_WEIGHTS // planned.spec.shape[-1])
             for start in range(0, planned.n_rows, step):
-                stop = min(start + step, planned.n_rows)
-                pending.append((planned, start, pool.submit(quantize, planned, start, stop)))
-                if len(pending) > 2 * workers:
-                    done, row, block = pending.popleft()
-                    yield done, row, block.result()
-        while pending:
-            done, row, block = pending.popleft()
-            yield done, row, block.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+                yield planned, slice(start, min(start + step, planned.n_rows)), whole
 
+    def quantize(
+        piece: tuple[PlannedTensor, slice, NDArray[np.uint8] | None],
+    ) -> tuple[PlannedTensor, int, NDArray[np.uint8]]:
+        planned, rows, blocks = piece
+        if blocks is None:
+            blocks = checkpoint.blocks(planned.spec, rows.start, rows.stop, planned.format)
+        return planned, rows.start, blocks
 
-@contextmanager
-def background_hashes(files: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
-    """SHA-256 of each file, computed by a thread of its own while the tensors are quantized."""
-    stop = threading.Event()
-
-    def sha256(path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while not stop.is_set() and (block := file.read(1 << 20)):
-                digest.update(block)
-        return digest.hexdigest()
-
-    pool = ThreadPoolExecutor(1)
-    futures = [pool.submit(sha256, file) for file in files]
-    try:
-        yield lambda: [future.result() for future in futures]
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+    return ordered(quantize, pieces())
 
 
 def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTensor]) -> dict[str, Any]:
@@ -255,7 +205,6 @@ def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTens
     commonest = Counter(p.format.name for p in plan if p.spec.is_matrix).most_common(1)[0][0]
     metadata: dict[str, Any] = {
         "general.architecture": checkpoint.config.family,
-        "general.name": checkpoint.name,
         "general.file_type": _FILE_TYPES.get(recipe.name, _FILE_TYPES[commonest]),
         "general.quantization_version": 2,
         **write_gguf_config(checkpoint.config),
@@ -263,11 +212,9 @@ def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTens
     }
     if END_OF_TURN in vocabulary.pieces:
         metadata["tokenizer.ggml.eot_token_id"] = vocabulary.pieces.index(END_OF_TURN)
-    if checkpoint.chat_template is not None:
-        metadata["tokenizer.chat_template"] = checkpoint.chat_template
     return metadata | {
-        **generation_metadata(checkpoint, vocabulary),
-        "bezel.provenance.tool": f"bezel {tool_version()}",
+        **described(checkpoint),
+        "bezel.provenance.tool": f"bezel {bezel_version()}",
         "bezel.provenance.recipe": recipe.name,
         **({} if recipe.name in PRESETS else {"bezel.provenance.recipe_rules": json.dumps(recipe.to_json())}),
         "bezel.provenance.embedding_format": formats["token_embd"],
@@ -287,33 +234,6 @@ def _calibration_metadata(calibrated: Calibrated | None) -> dict[str, Any]:
     }
 
 
-def generation_metadata(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The defaults that the checkpoint gives for sampling, and every token that ends a turn."""
-    config = checkpoint.generation_config
-
-    def fail(key: str, want: str) -> InvalidCheckpoint:
-        return InvalidCheckpoint(
-            f"{checkpoint.path}: generation config: key '{key}': found {str(config[key])[:80]}, expected {want}"
-        )
-
-    out: dict[str, Any] = {}
-    for key, gguf_key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p")):
-        value = config.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 << 31:
-            raise fail(key, "a number ≥ 0")
-        out[f"general.sampling.{gguf_key}"] = int(value) if key == "top_k" else float(value)
-
-    stops = config.get("eos_token_id")
-    if stops is not None:
-        stops = stops if isinstance(stops, list) else [stops]
-        if not stops or not all(type(i) is int and 0 <= i < len(vocabulary.pieces) for i in stops):
-            raise fail("eos_token_id", f"token ids below {len(vocabulary.pieces)}")
-        out["bezel.generation.stop_token_ids"] = stops
-    return out
-
-
 def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
     """What llama.cpp, which has no keys for it, would read differently from bezel."""
     standard = {key: value for key, value in metadata.items() if not key.startswith("bezel.")}
@@ -328,10 +248,3 @@ def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
         for field in fields(config)
         if getattr(theirs, field.name) != getattr(config, field.name)
     ]
-
-
-def tool_version() -> str:
-    try:
-        return version("bezel-lm")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"

@@ -90,7 +90,7 @@ class GraphRows:
     ) -> Value:
         past = self._nodes.input(f"past.{layer}.{name}", data_type, shape)
         present = self._nodes.output(f"present.{layer}.{name}", shape, data_type)
-        form = {"axis": axis, "mode": "linear" if self._kinds[layer] == "global" else "circular"}
+        form: dict[str, Any] = {"axis": axis, "mode": "linear" if self._kinds[layer] == "global" else "circular"}
         self._nodes.node(
             "TensorScatter", [past, rows, self._first], f"/layers.{layer}/attention/{name}_cache", present, **form
         )

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from ...runtime.files.gguf import GGUFFile
-from ..gguf.writer import ExportSummary
 from ..sources.checkpoint import open_checkpoint
-from ..sources.quantized import QuantizedCheckpoint, QuantizedFile, Source
+from ..summary import ExportSummary
+from .source import OnnxSource
 from .writer import export_onnx
-
-
-@contextmanager
-def open_source(path: Path, quant: str | None, embedding: str | None) -> Iterator[Source]:
-    """A checkpoint folder, by default quantized to int8; or a GGUF file, whose numbers are kept unless `quant` asks
-    for others. Raises what opening it raises.
-    """
-    if path.is_file():
-        with GGUFFile(path) as file:
-            if quant in (None, "f32") and embedding is None:
-                yield QuantizedFile(file, as_f32=quant is not None)
-                return
-    with open_checkpoint(path) as checkpoint:
-        yield QuantizedCheckpoint(checkpoint, quant or "int8", embedding)
 
 
 def export_folder(
@@ -36,10 +20,12 @@ def export_folder(
     progress: Callable[[int, int], None],
     force: bool,
     kv_text: Path | None = None,
+    requantize: bool = False,
 ) -> ExportSummary:
-    """Write the checkpoint or the GGUF file `path` to the ONNX folder `out`; see `export_onnx`.
+    """Write the checkpoint or the GGUF file `path` to the ONNX folder `out`; see `OnnxSource` and `export_onnx`.
 
     Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
     """
-    with open_source(path, quant, embedding) as source:
+    with open_checkpoint(path, quantized=True) as checkpoint:
+        source = OnnxSource(checkpoint, quant, embedding, requantize)
         return export_onnx(source, out, dialect, progress, force, kv_text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...runtime.arrays import Floats, Ints
-from ..sources.quantized import Source
+from ..sources.checkpoint import Checkpoint
 from ..whole import WholeOps, WholeSequences, run_layers
 
 TOKENS = 2048  # of a text: a minute or two of work for Gemma 2 2B
@@ -24,7 +24,7 @@ class KVScales:
 
 
 def kv_scales(
-    source: Source, sequences: Sequence[Ints], progress: Callable[[int, int], None] | None = None
+    source: Checkpoint, sequences: Sequence[Ints], progress: Callable[[int, int], None] | None = None
 ) -> list[KVScales]:
     """The scales for each layer, from what `sequences` reach with the weights of `source`.
 

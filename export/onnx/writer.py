@@ -7,9 +7,8 @@ import math
 import os
 import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,14 @@ from ...runtime.files.onnx_folder import CONFIG, KV_STORAGE, MANIFEST, MODEL, TO
 from ...runtime.model.families.hf import write_hf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import model_proto
+from ...runtime.version import bezel_version
 from ..calibration.moments import read_text
-from ..gguf.writer import CHUNK_WEIGHTS, ExportSummary, background_hashes, tool_version
-from ..sources.quantized import Source
+from ..hashes import background_hashes
+from ..ordered import CHUNK_WEIGHTS, ordered
+from ..summary import ExportSummary
 from .graph import DIALECTS, build_model
 from .kv_scales import TOKENS, kv_scales
+from .source import OnnxSource
 from .weights import External, Storage
 
 DATA = "model.onnx.data"
@@ -40,7 +42,7 @@ _STRIP_WEIGHTS = 1 << 23
 
 
 def export_onnx(
-    source: Source,
+    source: OnnxSource,
     out: str | Path,
     dialect: str = DIALECTS[0],
     progress: Callable[[int, int], None] | None = None,
@@ -67,9 +69,9 @@ def export_onnx(
     scales, done, metadata = None, 0, dict(source.metadata)
     report = progress or (lambda *_: None)
     if kv_text is not None:
-        text = read_text(source, kv_text, TOKENS)
+        text = read_text(source.checkpoint, kv_text, TOKENS)
         done, total = total // 2, total + total // 2  # it takes about half as long
-        scales = kv_scales(source, text.sequences, lambda i, n: report(done * i // n, total))
+        scales = kv_scales(source.checkpoint, text.sequences, lambda i, n: report(done * i // n, total))
         metadata["bezel.provenance.kv_text_sha256"] = text.sha256
     model, tensors = build_model(config, storage, dialect, scales)
     offsets, size = _layout(tensors)
@@ -92,7 +94,7 @@ def export_onnx(
                 for name, digest in zip(names, hashes(), strict=True)
             }
         metadata |= {
-            "bezel.provenance.tool": f"bezel {tool_version()}",
+            "bezel.provenance.tool": f"bezel {bezel_version()}",
             "bezel.provenance.recipe": source.quant,
             "bezel.provenance.source_files": [file.name for file in source.files],
             "bezel.provenance.source_sha256": source_hashes(),
@@ -124,7 +126,7 @@ def export_onnx(
     )
 
 
-def _storage(source: Source, spec: TensorSpec, dialect: str) -> Storage:
+def _storage(source: OnnxSource, spec: TensorSpec, dialect: str) -> Storage:
     form = INTEGER_FORMS.get(source.format(spec))
     if form is None:
         return Storage(16 if source.format(spec) is F16 else 32)
@@ -159,7 +161,7 @@ def _initializer(tensor: External, offset: int) -> TensorProto:
 def _write_data(
     path: Path,
     size: int,
-    source: Source,
+    source: OnnxSource,
     tensors: list[External],
     offsets: Mapping[str, int],
     progress: Callable[[int], None],
@@ -186,13 +188,22 @@ def _write_data(
 Converted = tuple[External, int, NDArray[np.uint8]]
 
 
-def _converted(source: Source, tensors: list[External]) -> Iterator[Converted]:
-    """(tensor, first row of the weight, bytes laid out as the tensor has them, in rows); a few chunks are in hand."""
+def _converted(source: OnnxSource, tensors: list[External]) -> Iterator[Converted]:
+    """(tensor, first row of the weight, bytes laid out as the tensor has them, in rows)."""
     parts: dict[str, list[External]] = {}
     for tensor in tensors:
         parts.setdefault(tensor.spec.gguf, []).append(tensor)
 
-    def convert(group: list[External], start: int, stop: int) -> list[Converted]:
+    def jobs() -> Iterator[tuple[list[External], int, int]]:
+        for group in parts.values():
+            spec = group[0].spec
+            n_rows = 1 if spec.is_norm else spec.shape[0]
+            step = max(2, (_STRIP_WEIGHTS if group[0].transposed else CHUNK_WEIGHTS) // spec.shape[-1] & ~1)
+            for start in range(0, n_rows, step):
+                yield group, start, min(start + step, n_rows)
+
+    def convert(job: tuple[list[External], int, int]) -> list[Converted]:
+        group, start, stop = job
         spec = group[0].spec
         data, format_ = source.blocks(spec, start, stop), source.format(spec)
         if group[0].part == "weights":
@@ -203,22 +214,8 @@ def _converted(source: Source, tensors: list[External]) -> Iterator[Converted]:
             raise InvalidModelFile(source.path, f"tensor '{spec.gguf}': {error}") from None
         return [(t, start, _laid_out(t, codes if t.part == "codes" else scales)) for t in group]
 
-    workers = os.cpu_count() or 1
-    pending: deque[Future[list[Converted]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for group in parts.values():
-            spec = group[0].spec
-            n_rows = 1 if spec.is_norm else spec.shape[0]
-            step = max(2, (_STRIP_WEIGHTS if group[0].transposed else CHUNK_WEIGHTS) // spec.shape[-1] & ~1)
-            for start in range(0, n_rows, step):
-                pending.append(pool.submit(convert, group, start, min(start + step, n_rows)))
-                if len(pending) > 2 * workers:
-                    yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for converted in ordered(convert, jobs()):
+        yield from converted
 
 
 def _laid_out(tensor: External, rows: NDArray[Any]) -> NDArray[np.uint8]:
@@ -233,7 +230,7 @@ def _laid_out(tensor: External, rows: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
-def _check_target(source: Source, out: Path, force: bool) -> None:
+def _check_target(source: OnnxSource, out: Path, force: bool) -> None:
     if not out.resolve().parent.is_dir():
         raise InvalidRequest(f"{out.parent}: no such folder; create it first")
     if out.is_symlink() or (out.exists() and not out.is_dir()):

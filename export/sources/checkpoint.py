@@ -1,4 +1,4 @@
-"""Lazy reader of what is exported: a Hugging Face folder, or a GGUF file that is not quantized.
+"""Lazy reader of what is exported: a Hugging Face folder, or a GGUF file.
 
 A tensor is read when it is asked for, by rows, with positioned reads instead of a map, so that reading a
 checkpoint of any size costs only the rows in hand. Both kinds of source give the same numbers: those that
@@ -20,31 +20,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...quant.formats import EVEN, F32, Format
 from ...runtime.errors import InvalidCheckpoint
-from ...runtime.files.gguf import GGUFFile
+from ...runtime.files.gguf_model import GGUFModel
+from ...runtime.files.packaged import find_model
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES
 from ...runtime.model.families.hf import read_hf_config, text_name
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import Vocabulary
-from .safetensors import ITEM_SIZE, StoredTensor, read_header, read_json, to_float32
+from .safetensors import DTYPES, StoredTensor, read_header, read_json
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A Hugging Face folder (safetensors, one file or sharded) or a GGUF file of F32, F16 or BF16 tensors.
+def open_checkpoint(path: str | Path, quantized: bool = False) -> Checkpoint:
+    """A Hugging Face folder (safetensors, one file or sharded) or a GGUF file, which may be `quantized` if asked for.
 
-    Checks everything but the numbers: files, names, shapes, extents. Raises InvalidCheckpoint, InvalidConfig,
-    and InvalidModelFile for a damaged GGUF file.
+    A packaged model may be given by name; see `packaged.find_model`. Checks everything but the numbers: files, names,
+    shapes, extents. Raises InvalidCheckpoint, InvalidConfig, and InvalidModelFile for a damaged GGUF file.
     """
-    path = Path(path)
+    path = find_model(path)
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
-        return _open_gguf(path)
+        checkpoint = _open_gguf(path)
+        if not quantized:
+            checkpoint.check_unquantized()
+        return checkpoint
     raise InvalidCheckpoint(f"{path}: no such file or folder; expected a checkpoint folder or a GGUF file")
 
 
@@ -89,9 +94,32 @@ class Checkpoint:
                 file.close()
             self._open.clear()
 
-    def dtype(self, spec: TensorSpec) -> str:
-        """How the checkpoint stores the tensor: "F32", "F16" or "BF16"."""
-        return self.stored[spec.gguf].dtype
+    def format(self, spec: TensorSpec) -> type[Format]:
+        """How the checkpoint stores the tensor."""
+        return self.stored[spec.gguf].format
+
+    def check_unquantized(self) -> None:
+        """Raises InvalidCheckpoint if a tensor is quantized already."""
+        for name, stored in self.stored.items():
+            if stored.format.block > 1:
+                raise InvalidCheckpoint(
+                    f"{self.path}: tensor '{name}' is {stored.format.name}, expected one of "
+                    f"{', '.join(form.name for form in DTYPES.values())}: this file is quantized already, and rounding "
+                    "it again would lose more than rounding the original once; `bezel export --requantize` does it "
+                    "all the same"
+                )
+
+    def added_losses(self, formats: Mapping[str, type[Format]]) -> list[str]:
+        """A warning if tensors that are quantized already are to be rounded to other `formats`, by name in GGUF."""
+        rounded = {
+            stored.format.name
+            for name, stored in self.stored.items()
+            if stored.format.block > 1 and formats[name] not in (stored.format, F32)
+        }
+        if not rounded:
+            return []
+        before = ", ".join(sorted(rounded))
+        return [f"{before} weights are rounded again: what was lost before and what is lost now add up"]
 
     def tensor(self, spec: TensorSpec) -> NDArray[np.float32]:
         """The whole tensor, `spec.shape`; a norm is weight + 1, as GGUF stores it."""
@@ -104,7 +132,7 @@ class Checkpoint:
         May be called from several threads. Raises InvalidCheckpoint at a number that is not finite.
         """
         stored = self.stored[spec.gguf]
-        values = to_float32(self._read(stored, start, stop), stored.dtype).reshape(-1, stored.shape[-1])
+        values = stored.format.dequantize(self._read(stored, start, stop))
         if not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]
             raise InvalidCheckpoint(
@@ -112,6 +140,19 @@ class Checkpoint:
                 f"[{start + row}, {column}], expected finite numbers; the checkpoint is damaged"
             )
         return values + self._norm_offset if spec.is_norm else values
+
+    def blocks(self, spec: TensorSpec, start: int, stop: int, form: type[Format]) -> NDArray[np.uint8]:
+        """Rows start … stop−1 in a format, uint8 (rows, bytes); blocks that are in it already stay as they are.
+
+        May be called from several threads. Raises InvalidCheckpoint at a number that is not finite, or too large.
+        """
+        stored = self.stored[spec.gguf]
+        if form is stored.format and form.block > 1:
+            return self._read(stored, start, stop)
+        try:
+            return form.quantize(self.rows(spec, start, stop), EVEN)
+        except ValueError as error:
+            raise InvalidCheckpoint(f"{self.path}: tensor '{spec.hf}': {error}") from None
 
     def some_rows(self, spec: TensorSpec, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """The rows (len(indices), inputs) at `indices`, as `rows` reads them."""
@@ -128,7 +169,7 @@ class Checkpoint:
         return vocabulary
 
     def _read(self, stored: StoredTensor, start: int, stop: int) -> NDArray[np.uint8]:
-        row_bytes = stored.shape[-1] * ITEM_SIZE[stored.dtype]
+        row_bytes = stored.format.row_bytes(stored.shape[-1])
         out = np.empty((stop - start) * row_bytes, np.uint8)
         with self._lock:  # the handle has one position
             if stored.file not in self._open:
@@ -141,7 +182,7 @@ class Checkpoint:
                 if not got:
                     raise InvalidCheckpoint(f"{stored.file}: ends early: it was cut while it was being read")
                 done += got
-        return out
+        return out.reshape(stop - start, row_bytes)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -274,7 +315,7 @@ def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor
 
 def _check_tied_head(checkpoint: Checkpoint, head: StoredTensor, embedding: StoredTensor) -> None:
     """A head saved beside a tied embedding must be the embedding, bit for bit."""
-    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    same = (head.format, head.shape) == (embedding.format, embedding.shape)
     step = 1024
     for start in range(0, embedding.shape[0] if same else 0, step):
         stop = min(start + step, embedding.shape[0])
@@ -321,20 +362,11 @@ def _folder_name(folder: Path) -> str:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    with GGUFFile(path) as gguf:
+    with GGUFModel(path) as gguf:
         config = gguf.config()
         gguf.check_tensors(config)
-        stored = {}
-        for spec in tensor_specs(config):
-            info = gguf.tensors[spec.gguf]
-            dtype = info.format.name.upper()
-            if dtype not in ITEM_SIZE:
-                raise InvalidCheckpoint(
-                    f"{path}: tensor '{spec.gguf}' is {dtype}, expected one of {', '.join(ITEM_SIZE)}: this "
-                    "file is quantized already, and rounding it again would lose more than rounding the "
-                    "original once"
-                )
-            stored[spec.gguf] = StoredTensor(path, dtype, info.shape, info.offset)
+        tensors = (gguf.tensors[spec.gguf] for spec in tensor_specs(config))
+        stored = {info.name: StoredTensor(path, info.format, info.shape, info.offset) for info in tensors}
         metadata = gguf.metadata
         generation_config = {
             name: np.asarray(metadata[key]).tolist()
@@ -350,7 +382,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         name = metadata.get("general.name")
 
     def load_vocabulary() -> Vocabulary:
-        with GGUFFile(path) as gguf:
+        with GGUFModel(path) as gguf:
             return gguf.vocabulary()
 
     return Checkpoint(

@@ -1,4 +1,4 @@
-"""Reader of safetensors headers that believes nothing it has not checked.
+"""Safetensors headers: a reader that believes nothing it has not checked, and what writers begin with.
 
 The format: a little-endian uint64 header length, a JSON header of tensor name → dtype, shape, data_offsets,
 then the data, which the tensors cover without gap or overlap (https://github.com/huggingface/safetensors).
@@ -6,37 +6,44 @@ then the data, which the tensors cover without gap or overlap (https://github.co
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ...quant.formats import BF16, F16, F32, Format
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files import strict_json
 
 MAX_HEADER = 100_000_000
-ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPES: dict[str, type[Format]] = {"F32": F32, "F16": F16, "BF16": BF16}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `offset` in bytes from the start of `file`; `dtype` is a key of ITEM_SIZE."""
+    """Where a tensor lies, row after row: `offset` in bytes from the start of `file`, `shape` outputs × inputs."""
 
     file: Path
-    dtype: str
+    format: type[Format]
     shape: tuple[int, ...]
     offset: int
 
 
-def to_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Little-endian bytes of F32, F16 or BF16 numbers as float32, exactly."""
-    if dtype == "F32":
-        return raw.view("<f4").astype(np.float32, copy=False)
-    if dtype == "F16":
-        return raw.view("<f2").astype(np.float32)
-    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+def encode_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """How a file of `tensors`, their dtypes and shapes by name, begins; and at which byte each one's data does."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    starts, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        starts[name], end = end, end + math.prod(shape) * DTYPES[dtype].block_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    begin = len(text).to_bytes(8, "little") + text
+    return begin, {name: len(begin) + start for name, start in starts.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     extents = []
     for name, entry in header.items():
         dtype, shape, (begin, end) = _entry(path, name, entry)
-        want = ITEM_SIZE[dtype]
+        want = DTYPES[dtype].block_bytes
         for n in shape:
             want *= n
         if end - begin != want or end > data_size:
@@ -77,7 +84,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"({dtype} {list(shape)}) inside the {data_size} bytes of data; if the file is cut short, "
                 "fetch it again"
             )
-        tensors[name] = StoredTensor(path, dtype, shape, data_start + begin)
+        tensors[name] = StoredTensor(path, DTYPES[dtype], shape, data_start + begin)
         extents.append((begin, end, name))
 
     position = 0
@@ -112,8 +119,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tup
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InvalidCheckpoint(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise InvalidCheckpoint(f"{where}: dtype {str(dtype)[:20]!r}, expected one of {', '.join(ITEM_SIZE)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InvalidCheckpoint(f"{where}: dtype {str(dtype)[:20]!r}, expected one of {', '.join(DTYPES)}")
     if not sizes(shape) or len(shape) > 8:
         raise InvalidCheckpoint(f"{where}: shape {str(shape)[:80]}, expected a list of sizes")
     if not sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -17,7 +17,8 @@ import click
 from ..errors import BezelError, InvalidRequest
 
 if TYPE_CHECKING:
-    from ..api import Model, Session
+    from ..api import Model
+    from ..session import Session
     from ..text.generation import Generation
     from ..text.sampling import Sampling
 
@@ -35,7 +36,8 @@ _OPTIONS = [
     click.option(
         "--kv",
         type=click.Choice(["f32", "f16", "int8"]),
-        help="KV cache storage.  [default: f16; with ort the export's]",
+        help="How keys and values are kept. int8 takes half the memory of f16 and is faster in long contexts; on "
+        "Gemma 3 270M it costs 7e-4 nats a token, f16 3e-7.  [default: f16; with ort the export's]",
     ),
     click.option("--threads", type=int, help="Threads to compute with.  [default: the performance cores]"),
     click.option(

@@ -10,14 +10,11 @@ from typing import Any
 
 import click
 
-from ..cache.caches import LARGEST_CHUNK
 from ..cache.sizes import cache_sizes
-from ..cache.store import KV_TYPES
 from ..engines import bytes_for
 from ..errors import InvalidRequest
 from ..files.gguf import RECEIPT
 from ..files.model_file import ModelFile, open_model
-from ..files.onnx_folder import CHUNK, OnnxFolder
 from ..model.config import ModelConfig
 
 MIB = 1 << 20
@@ -42,9 +39,7 @@ def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> N
         file.check_tensors(config)
         if context is not None and not 1 <= context <= config.context_length:
             raise InvalidRequest(f"context: found {context}, expected 1 to {config.context_length}")
-        facts = _facts(file, config, context)
-        if isinstance(file, OnnxFolder):
-            facts["onnx"] = _onnx_facts(file)
+        facts = _facts(file, config, context) | file.facts()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -60,9 +55,12 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         row["bytes"] += info.nbytes
     weights = sum(row["weights"] for row in formats.values())
     tensor_bytes = sum(row["bytes"] for row in formats.values())
-    kv_types, largest_chunk = ((file.kv,), CHUNK) if isinstance(file, OnnxFolder) else (KV_TYPES, LARGEST_CHUNK)
-    store = bytes_for(file.engines[0])
+    engine = file.engines[0]
     contexts = [context] if context else _contexts(config.context_length)
+
+    def cache(kv: str) -> list[dict[str, int]]:
+        return [cache_sizes(config.layers, n, kv, file.largest_chunk, bytes_for(engine)) for n in contexts]
+
     return {
         "file": str(file.path),
         "file_bytes": file.file_bytes,
@@ -90,24 +88,13 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         "windows": [layer.window for layer in config.layers],
         "rope_bases": [layer.rope_base for layer in config.layers],
         "rope_factors": [layer.rope_factor for layer in config.layers],
-        "cache": {kv: [cache_sizes(config.layers, n, kv, largest_chunk, store) for n in contexts] for kv in kv_types},
+        "cache": {kv: cache(kv) for kv in file.kv_types(engine)},
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [
             {"name": info.name, "shape": info.shape, "format": info.format.name, "bytes": info.nbytes}
             for info in file.tensors.values()
         ],
-    }
-
-
-def _onnx_facts(folder: OnnxFolder) -> dict[str, Any]:
-    """What only a graph has. Operators are named with their domain, unless it is ONNX's own."""
-    return {
-        "quant": folder.quant,
-        "dialect": folder.dialect,
-        "opsets": {domain or "ai.onnx": version for domain, version in folder.model.opsets.items()},
-        "operators": {f"{domain}.{op}".lstrip("."): n for (domain, op), n in sorted(folder.model.operators.items())},
-        "files": {name: entry["bytes"] for name, entry in folder.files.items()},
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .. import _native
 from ..arrays import Arrays, Floats, Ints
 from ..errors import InvalidRequest
-from ..files.gguf import GGUFFile
+from ..files.gguf_model import GGUFModel
 from ..model import ops
 from ..model.config import ModelConfig
 from ..model.forward import Weights
@@ -86,7 +86,7 @@ class NativeBackend(ModelBackend):
     machine does not have, and for a file in a format without kernels.
     """
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, threads: int | None, exact: bool) -> None:
+    def __init__(self, file: GGUFModel, config: ModelConfig, threads: int | None, exact: bool) -> None:
         try:
             _native.isa()
         except ValueError as error:

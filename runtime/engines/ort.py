@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,7 @@ class OrtEngine(CachedEngine):
             _store(cache).written(cache.length)
         try:
             self._bind_caches()
-            inputs = {
+            inputs: dict[str, npt.NDArray[Any]] = {
                 "input_ids": np.ascontiguousarray(ids),
                 "positions": np.arange(start, start + n),
                 "wanted": rows,

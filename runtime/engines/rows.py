@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from ..arrays import Floats, Ints
 from ..cache.caches import Caches
 from ..model.forward import Ops
+
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,14 @@ class SegmentRows:
         self._all = _spans([len(segment.inputs) for segment in segments])
         self._last = _spans([segment.wanted for segment in segments])
         starts = [segment.caches.length for segment in segments]
-        self.positions = _joined(
+        self.positions: Ints = _joined(
             [np.arange(start, start + len(s.inputs)) for start, s in zip(starts, segments, strict=True)]
         )
 
     def embed(self, ops: Ops, weight: object, scale: float) -> Floats:
         def one(inputs: Ints | Floats) -> Floats:
-            found: Floats = inputs if inputs.ndim > 1 else ops.embed(weight, inputs, scale)
-            return found
+            rows: Any = inputs if inputs.ndim > 1 else ops.embed(weight, inputs, scale)
+            return cast("Floats", rows)
 
         return _joined([one(segment.inputs) for segment in self._segments])
 
@@ -80,5 +84,5 @@ def _spans(lengths: Sequence[int]) -> list[slice]:
     return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
 
 
-def _joined(parts: list[Floats]) -> Floats:
+def _joined(parts: list[npt.NDArray[T]]) -> npt.NDArray[T]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

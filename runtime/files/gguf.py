@@ -10,7 +10,6 @@ asked for. Every count, length, size and offset is compared with what the file c
 
 from __future__ import annotations
 
-import hashlib
 import math
 import mmap
 import os
@@ -22,17 +21,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...quant.formats import FORMAT_OF_TYPE, Format
 from ..errors import InvalidModelFile, InvalidRequest
-from ..model.config import ModelConfig
-from ..model.families.gguf import read_gguf_config
-from ..model.tensors import tensor_specs
-from ..text.tokenizer import Vocabulary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Bounds on what a hostile header costs to read. Gemma's own headers hold under 7 MB, 50 keys and 600 tensors.
 _MAX_HEADER = 16 << 20
@@ -42,7 +40,6 @@ _ALIGNMENTS = tuple(1 << i for i in range(3, 17))
 
 _SMALLEST_KEY = 8 + 1 + 4 + 1  # length, one letter, value type, a one-byte value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # length, one letter, one dimension, type, offset
-_SAMPLE = 4096  # bytes of each tensor that the fingerprint covers
 RECEIPT = "bezel.receipt."  # keys whose values may be filled in later, and so are no part of the fingerprint
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -115,9 +112,6 @@ class GGUFFile:
     and the last array that was read from it is gone.
     """
 
-    kind = "a GGUF file"
-    engines = ("native", "reference")
-
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._raw = _map_file(self.path)
@@ -138,72 +132,28 @@ class GGUFFile:
         """The tensor's bytes, uint8 (rows, row_bytes), a read-only view on the map; a vector is one row."""
         if self._closed:
             raise InvalidRequest(f"{self.path}: the file is closed")
-        info = self._info(name)
+        info = self.info(name)
         return self._raw[info.offset : info.offset + info.nbytes].reshape(math.prod(info.shape[:-1]), -1)
 
     def dequantize(self, name: str, rows: slice | NDArray[np.integer[Any]] | None = None) -> NDArray[np.float32]:
         """The tensor as float32 in its own shape, or only the chosen rows, float32 (chosen, inputs)."""
-        info, data = self._info(name), self.data(name)
+        info, data = self.info(name), self.data(name)
         if rows is None:
             return info.format.dequantize(data).reshape(info.shape)
         return info.format.dequantize(data[rows])
 
-    def config(self) -> ModelConfig:
-        """The model's description. Raises InvalidConfig, or InvalidModelFile where there is no embedding."""
-        embedding = self._info("token_embd.weight")
-        if len(embedding.shape) != 2:
-            raise InvalidModelFile(
-                self.path,
-                f"tensor 'token_embd.weight': found shape {_shape(embedding.shape)}, expected a matrix",
-            )
-        return read_gguf_config(
-            self.metadata,
-            vocab_size=embedding.shape[0],
-            tied_head="output.weight" not in self.tensors,
-            source=str(self.path),
-        )
-
-    def check_tensors(self, config: ModelConfig) -> None:
-        """Raises InvalidModelFile unless the file holds exactly the tensors of `config`, in their shapes."""
-        expected = {spec.gguf: spec.shape for spec in tensor_specs(config)}
-        for name, shape in expected.items():
-            found = self.tensors.get(name)
-            if found is None or found.shape != shape:
-                what = "nothing" if found is None else f"shape {_shape(found.shape)}"
-                raise InvalidModelFile(self.path, f"tensor {name!r}: found {what}, expected shape {_shape(shape)}")
-        for name, info in self.tensors.items():
-            if name not in expected:
-                scaled = name == "rope_freqs.weight"
-                why = "bezel has no scaled RoPE" if scaled else f"a {config.family} model has no such tensor"
-                raise InvalidModelFile(
-                    self.path, f"tensor {name!r}: found shape {_shape(info.shape)}, expected nothing: {why}"
-                )
-
-    def vocabulary(self) -> Vocabulary:
-        """The tokenizer's pieces. Raises InvalidModelFile."""
-        return Vocabulary.from_gguf(self.metadata, str(self.path))
-
-    def fingerprint(self) -> str:
-        """Which model this is: SHA-256 (hex) of the size, the header and the first 4 KiB of each tensor.
-
-        Receipts count as zeros: what was measured of a model does not make it another.
-        """
-        digest = hashlib.sha256(_U64.pack(self._raw.size))
-        header = self._raw[: self._header_size]
-        if self.receipt_spans:
-            header = header.copy()
-            for span in self.receipt_spans.values():
-                header[span] = 0
-        digest.update(header.data)
-        for name in self.tensors:
-            digest.update(self.data(name).reshape(-1)[:_SAMPLE].data)
-        return digest.hexdigest()
+    def header(self) -> NDArray[np.uint8]:
+        """The bytes before the tensors' data and the padding, a copy with zeros for what receipts hold."""
+        header = self._raw[: self._header_size].copy()
+        for span in self.receipt_spans.values():
+            header[span] = 0
+        return header
 
     def close(self) -> None:
         self._closed = True
         self._raw = np.empty(0, np.uint8)
 
-    def __enter__(self) -> GGUFFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -211,7 +161,8 @@ class GGUFFile:
     ) -> None:
         self.close()
 
-    def _info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies. Raises InvalidModelFile if there is none of that name."""
         if name not in self.tensors:
             raise InvalidModelFile(self.path, f"there is no tensor {name!r}")
         return self.tensors[name]
@@ -408,7 +359,7 @@ class _Header:
             self.fail(f"{what} has type {type_id} ({type_name}); bezel reads {known}", start)
         kind = FORMAT_OF_TYPE[type_id]
         if 0 in shape:
-            self.fail(f"{what} has shape {_shape(shape)}: a dimension is zero", start)
+            self.fail(f"{what} has shape {shape_text(shape)}: a dimension is zero", start)
         if shape[-1] % kind.block:
             self.fail(
                 f"{what} has rows of {shape[-1]} weights, {kind.name} needs a multiple of {kind.block}",
@@ -417,7 +368,7 @@ class _Header:
         nbytes = math.prod(shape[:-1]) * kind.row_bytes(shape[-1])
         if nbytes > self.raw.size:
             self.fail(
-                f"{what} of shape {_shape(shape)} takes {_count(nbytes)} bytes, more than the whole file of "
+                f"{what} of shape {shape_text(shape)} takes {_count(nbytes)} bytes, more than the whole file of "
                 f"{self.raw.size}; is the download complete?",
                 start,
             )
@@ -426,7 +377,7 @@ class _Header:
         return TensorInfo(name, shape, kind, offset, nbytes)
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     return " × ".join(map(_count, shape))
 
 

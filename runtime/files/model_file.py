@@ -14,7 +14,7 @@ from ...quant.formats import Format
 from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
 from ..text.tokenizer import Vocabulary
-from .gguf import GGUFFile
+from .gguf_model import GGUFModel
 from .onnx_folder import OnnxFolder
 from .packaged import find_model
 
@@ -33,7 +33,10 @@ class Tensor(Protocol):
 
 
 class ModelFile(Protocol):
-    """`GGUFFile` or `OnnxFolder`. `metadata` has GGUF's keys; `engines` those that run it, default first."""
+    """`GGUFModel` or `OnnxFolder`. `metadata` has GGUF's keys; `engines` those that run it, default first.
+
+    `largest_chunk` is the most tokens that the first of them takes at once.
+    """
 
     @property
     def path(self) -> Path: ...
@@ -47,6 +50,11 @@ class ModelFile(Protocol):
     def tensors(self) -> Mapping[str, Tensor]: ...
     @property
     def file_bytes(self) -> int: ...
+    @property
+    def largest_chunk(self) -> int: ...
+
+    def kv_types(self, engine: str) -> tuple[str, ...]:
+        """How an engine can store keys and values, default first: keys of KV_DTYPES."""
 
     def config(self) -> ModelConfig:
         """The model's description. Raises InvalidConfig."""
@@ -63,6 +71,12 @@ class ModelFile(Protocol):
     def fingerprint(self) -> str:
         """Which model this is."""
 
+    def check_hashes(self) -> None:
+        """Raises InvalidModelFile if a part does not have the content that the file says it has."""
+
+    def facts(self) -> dict[str, Any]:
+        """What to tell of the file that files of other kinds do not have, for JSON."""
+
     def close(self) -> None: ...
     def __enter__(self) -> ModelFile: ...
     def __exit__(
@@ -70,7 +84,7 @@ class ModelFile(Protocol):
     ) -> None: ...
 
 
-def open_model(path: str | Path) -> GGUFFile | OnnxFolder:
+def open_model(path: str | Path) -> ModelFile:
     """A GGUF file, a folder that `bezel export --format onnx` wrote, or a model by name; see `packaged.find_model`.
 
     Raises InvalidModelFile, and InvalidRequest for a named model that is not installed.
@@ -78,4 +92,4 @@ def open_model(path: str | Path) -> GGUFFile | OnnxFolder:
     path = find_model(path)
     if path.suffix == ".onnx" and path.is_file():
         raise InvalidModelFile(path, f"this is one file of a model; give its folder, {path.parent}")
-    return OnnxFolder(path) if path.is_dir() else GGUFFile(path)
+    return OnnxFolder(path) if path.is_dir() else GGUFModel(path)

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.store import INT8_CHANNEL
+from ..cache.store import INT8_CHANNEL, KV_TYPES
 from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
 from ..model.families.hf import read_hf_config
@@ -57,6 +57,7 @@ class OnnxFolder:
 
     kind = "an ONNX folder"
     engines = ("ort", "reference")
+    largest_chunk = CHUNK
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -79,6 +80,10 @@ class OnnxFolder:
     def file_bytes(self) -> int:
         """Size of the whole folder, as far as `bezel.json` lists it."""
         return sum(entry["bytes"] for entry in self.files.values())
+
+    def kv_types(self, engine: str) -> tuple[str, ...]:
+        """How an engine can store keys and values, default first; the graph has one way."""
+        return (self.kv,) if engine == "ort" else KV_TYPES
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """An initialiser's bytes, uint8 (nbytes,), read-only, mapped where they lie in a file of their own."""
@@ -149,6 +154,19 @@ class OnnxFolder:
                     digest.update(block)
             if digest.hexdigest() != entry["sha256"]:
                 self._fail(name, f"found SHA-256 {digest.hexdigest()}, expected {entry['sha256']} by {MANIFEST}")
+
+    def facts(self) -> dict[str, Any]:
+        """What only a graph has. Operators are named with their domain, unless it is ONNX's own."""
+        operators = {f"{domain}.{op}".lstrip("."): n for (domain, op), n in sorted(self.model.operators.items())}
+        return {
+            "onnx": {
+                "quant": self.quant,
+                "dialect": self.dialect,
+                "opsets": {domain or "ai.onnx": version for domain, version in self.model.opsets.items()},
+                "operators": operators,
+                "files": {name: entry["bytes"] for name, entry in self.files.items()},
+            }
+        }
 
     def close(self) -> None:
         self._data = {}

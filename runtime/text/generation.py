@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from ..session import MakeRoom, Session
 from .sampling import Sampler, Sampling
-
-if TYPE_CHECKING:
-    from ..api import Session
-
-MakeRoom = Callable[[list[int]], list[int]]
-"""Given all ids of a session whose context is full, the shorter ones to go on with."""
 
 
 class Generation:

@@ -16,7 +16,7 @@ from bezel.runtime.commands.main import main
 from bezel.runtime.engines import native
 from bezel.runtime.engines import ort as ort_engine
 from bezel.runtime.errors import BezelError
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
 from tiny import DEMO
 
@@ -112,7 +112,7 @@ def test_a_damaged_graph(tmp_path: Path) -> None:
 
 def test_a_model_without_numbers_is_named(tmp_path: Path, gguf_of: GgufOf) -> None:
     original = gguf_of("demo", "q8_0")
-    with GGUFFile(original) as gguf:
+    with GGUFModel(original) as gguf:
         offset = gguf.tensors["output_norm.weight"].offset
     raw = bytearray(original.read_bytes())
     raw[offset : offset + 4] = np.float32(np.nan).tobytes()

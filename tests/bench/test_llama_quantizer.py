@@ -14,14 +14,14 @@ from bezel.export.recipe import find_recipe
 from bezel.export.sources.checkpoint import open_checkpoint
 from bezel.quant.formats import FORMATS, Format
 from bezel.runtime.errors import BezelError, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model import ops
 from click.testing import CliRunner
 from tiny import DEMO, TEXT, checkpoint_folder, export
 
 
 def formats_of(path: Path) -> dict[str, type[Format]]:
-    with GGUFFile(path) as file:
+    with GGUFModel(path) as file:
         return {name: info.format for name, info in file.tensors.items() if len(info.shape) > 1}
 
 
@@ -55,7 +55,7 @@ def test_importance_counts_and_formats_can_be_asked_for(gguf_of: Callable[..., P
         llama_quantize(plain, tmp_path / "out.gguf", "q8_0", weights, asked)
         found = formats_of(tmp_path / "out.gguf")
         assert {tensor: form for tensor, form in found.items() if form.name != "q8_0"} == asked
-        with GGUFFile(tmp_path / "out.gguf") as file, GGUFFile(plain) as source:
+        with GGUFModel(tmp_path / "out.gguf") as file, GGUFModel(plain) as source:
             errors.append(np.square(file.dequantize(name) - source.dequantize(name)).mean(axis=0))
     unweighted, weighted = errors
     others = importance == 1

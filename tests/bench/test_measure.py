@@ -348,7 +348,7 @@ def test_specs() -> None:
     assert parse_spec(f"{here}@engine=reference", default).activations == "f32"
     assert parse_spec(str(DEMO), default) == Spec(DEMO, "reference", "int8", "f32")
     for wrong, said in (
-        (f"{here}@kv=int4", "kv: found 'int4', expected one of f32, f16, int8"),
+        (f"{here}@kv=int4", "kv: found 'int4', expected one of f16, f32, int8"),
         (f"{here}@ring=maybe", "ring: found 'maybe'"),
         (f"{here}.missing", "no such file or folder"),
         (f"{DEMO}@engine=native", "runs on 'reference' only"),
@@ -386,10 +386,10 @@ def test_what_cannot_be_measured_is_refused(
 def test_a_model_whose_logits_are_broken_is_named(
     run: Callable[..., Measurement], gguf_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from bezel.runtime.files.gguf import GGUFFile
+    from bezel.runtime.files.gguf_model import GGUFModel
 
     original = gguf_of(TINY)
-    with GGUFFile(original) as gguf:
+    with GGUFModel(original) as gguf:
         offset = gguf.tensors["output_norm.weight"].offset
     raw = bytearray(original.read_bytes())
     raw[offset : offset + 4] = np.float32(np.nan).tobytes()

@@ -8,28 +8,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bezel.bench.synthetic import SHAPES, tokenizer_model, write_checkpoint, write_gguf
+from bezel.bench.synthetic import SHAPES, vocabulary, write_checkpoint, write_gguf
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from bezel.runtime.text.chat import template_is_known
-from bezel.runtime.text.tokenizer import Vocabulary
+from bezel.runtime.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, model_proto
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 
 # Published parameter counts, in millions.
 PARAMETERS = {"gemma-2-2b": 2614.3, "gemma-2-9b": 9241.7, "gemma-2b": 2506.2}
+PARAMETERS |= {"gemma-3-270m": 268.1, "gemma-3-1b": 999.9, "gemma-3-4b": 3880.1}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_shapes_have_the_published_size(name: str) -> None:
     config = read_hf_config(SHAPES[name])
-    assert sum(math.prod(spec.shape) for spec in tensor_specs(config)) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.1)
+    rows_of_pictures = 64 * config.hidden_size if config.vocab_size == 262208 else 0
+    size = sum(math.prod(spec.shape) for spec in tensor_specs(config)) - rows_of_pictures
+    assert size / 1e6 == pytest.approx(PARAMETERS[name], abs=0.1)
+
+
+def processor(name: str, **changes: int) -> SentencePieceProcessor:
+    config = read_hf_config(SHAPES[name] | changes)
+    return SentencePieceProcessor(model_proto=model_proto(vocabulary(config)))
 
 
 def test_the_vocabulary_is_one_that_sentencepiece_runs() -> None:
-    tokenizer = SentencePieceProcessor(model_proto=tokenizer_model(256000))
+    tokenizer = processor("gemma-2-2b")
     assert tokenizer.get_piece_size() == 256000
     assert (tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.bos_id(), tokenizer.unk_id()) == (0, 1, 2, 3)
     assert [tokenizer.id_to_piece(i) for i in (106, 107)] == ["<start_of_turn>", "<end_of_turn>"]
@@ -42,14 +50,31 @@ def test_the_vocabulary_is_one_that_sentencepiece_runs() -> None:
     assert len(ids) < len(text)  # syllables do merge
 
 
+@pytest.mark.parametrize("name", ["gemma-3-270m", "gemma-3-4b"])
+def test_the_vocabulary_of_gemma_3(name: str) -> None:
+    """Ids and types as the published files have them, but for <unk>, which llama.cpp makes a control piece."""
+    tokenizer = processor(name)
+    assert tokenizer.get_piece_size() == 262144
+    places = {"<mask>": 4, "<unused0>": 6, "<unused98>": 104, "<start_of_turn>": 105, "<end_of_turn>": 106, "\n": 107}
+    places |= {"▁▁": 138, "<table>": 168, "<0x00>": 238, "<0xFF>": 493, "\t": 255968, "<start_of_image>": 255999}
+    places |= {"<end_of_image>": 256000, "<unused99>": 256001, "<unused6241>": 262143}
+    assert {piece: tokenizer.piece_to_id(piece) for piece in places} == places
+    types = vocabulary(read_hf_config(SHAPES[name])).types
+    counts = dict(zip(*np.unique(types, return_counts=True), strict=True))
+    assert counts == {NORMAL: 255474, UNKNOWN: 1, CONTROL: 6248, USER_DEFINED: 165, BYTE: 256}
+    text = "Hello  world,\n\nthe quick brown fox\tcosts 10 €."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_a_vocabulary_needs_room_for_its_special_pieces(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="expected at least 568"):
-        tokenizer_model(567)
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model(568))
-    assert len(Vocabulary.from_model_file(tmp_path / "tokenizer.model").pieces) == 568
+    for name, least in (("tiny-gemma-2", 568), ("tiny-gemma-3", 589)):
+        with pytest.raises(InvalidRequest, match=f"expected at least {least}"):
+            processor(name, vocab_size=least - 1)
+        folder = write_checkpoint(tmp_path / name, SHAPES[name] | {"vocab_size": least})
+        assert len(Vocabulary.from_model_file(folder / "tokenizer.model").pieces) == least
 
 
-@pytest.mark.parametrize("name", ["tiny-gemma-1", "tiny-gemma-2"])
+@pytest.mark.parametrize("name", ["tiny-gemma-1", "tiny-gemma-2", "tiny-gemma-3"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_safetensors_library_reads_the_shards(tmp_path: Path, name: str, shards: int) -> None:
     write_checkpoint(tmp_path, name, shards=shards, dtype="f32")
@@ -99,7 +124,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 def test_their_chats_are_gemmas(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "hf", "tiny-gemma-2")
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    with GGUFFile(write_gguf(tmp_path / "x.gguf", "tiny-gemma-2", "q8_0")) as file:
+    with GGUFModel(write_gguf(tmp_path / "x.gguf", "tiny-gemma-2", "q8_0")) as file:
         stored = file.metadata["tokenizer.chat_template"]
     assert template_is_known(config["chat_template"])
     assert stored == config["chat_template"]

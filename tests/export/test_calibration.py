@@ -25,7 +25,7 @@ from bezel.runtime.commands.main import main
 from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.reference import ReferenceBackend
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model import ops
 from bezel.runtime.model.families.hf import read_hf_config
 from click.testing import CliRunner
@@ -74,7 +74,7 @@ class Caught:
 
 def caught_moments(model: Path, sequences: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
     """By layer and role ("2.attn_q", "head"), from the reference engine on an F32 file."""
-    with GGUFFile(model) as file:
+    with GGUFModel(model) as file:
         config = file.config()
         backend = ReferenceBackend(file, config, None)
         roles = {id(w[role]): f"{i}.{role}" for i, w in enumerate(backend.weights.layers) for role in w}
@@ -242,7 +242,7 @@ def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):
 
 
 def logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    with GGUFFile(path) as file:
+    with GGUFModel(path) as file:
         backend = ReferenceBackend(file, file.config(), None)
         engine = backend.engine(len(ids), "f32", len(ids), True)
         return engine.forward(ids, len(ids)).astype(np.float64)
@@ -276,7 +276,7 @@ def test_calibration_loses_less_than_plain_export(tmp_path):
     assert lost("text", read.sequences[0]) < 0.8 * lost("moments", read.sequences[0])
     for name in ("moments", "text"):
         path = tmp_path / f"{name}.gguf"
-        with GGUFFile(path) as file, GGUFFile(tmp_path / "plain.gguf") as plain, open_checkpoint(DEMO) as checkpoint:
+        with GGUFModel(path) as file, GGUFModel(tmp_path / "plain.gguf") as plain, open_checkpoint(DEMO) as checkpoint:
             assert {n: t.format for n, t in file.tensors.items()} == {n: t.format for n, t in plain.tensors.items()}
             assert file.metadata["bezel.provenance.calibration_text_sha256"] == read.sha256
             assert file.metadata["bezel.provenance.calibration_tokens"] == read.tokens
@@ -373,17 +373,12 @@ def test_the_commands(text, tmp_path):
     done = run("calibrate", folder, "--text", text, "--tokens", "512", "-o", tmp_path / "x.calib")
     assert done.exit_code == 0, done.output
     assert run("calibrate", folder, "--text", text, "-o", tmp_path / "x.calib").exit_code == 1
-    for calibration in (text, tmp_path / "x.calib"):
-        done = run(
-            "export",
-            folder,
-            tmp_path / "x.gguf",
-            "--calibration",
-            calibration,
-            "--calibration-tokens",
-            "512",
-            "--force",
-        )
+    tokens = ("--calibration-tokens", "512")
+    for calibration, more in ((text, tokens), (tmp_path / "x.calib", ())):
+        done = run("export", folder, tmp_path / "x.gguf", "--calibration", calibration, *more, "--force")
         assert done.exit_code == 0, done.output
         assert "calibration_text_sha256" in run("inspect", tmp_path / "x.gguf").output
+    done = run("export", folder, tmp_path / "y.gguf", "--calibration", tmp_path / "x.calib", *tokens)
+    assert done.exit_code == 1
+    assert "x.calib: has read its text already; leave --calibration-tokens out" in done.output
     assert run("export", folder, tmp_path / "x", "--format", "onnx", "--calibration", text).exit_code == 2

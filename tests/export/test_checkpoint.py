@@ -15,7 +15,10 @@ import pytest
 from bezel.bench.synthetic import SHAPES, write_checkpoint
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.checkpoint import Checkpoint, open_checkpoint
+from bezel.quant.formats import F32, Q6_K
 from bezel.runtime.errors import BezelError, InvalidCheckpoint, InvalidConfig
+from bezel.runtime.files.gguf_model import GGUFModel
+from bezel.runtime.model.families import FAMILIES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -132,8 +135,27 @@ def test_a_gguf_source_gives_the_same_numbers_as_the_folder(tmp_path: Path, pres
 def test_a_quantized_gguf_source_is_refused(sound: Path, tmp_path: Path) -> None:
     with open_checkpoint(sound) as source:
         export_gguf(source, tmp_path / "q.gguf", "q8_0")
-    with pytest.raises(InvalidCheckpoint, match=r"token_embd.weight' is Q8_0, .*quantized already"):
+    with pytest.raises(InvalidCheckpoint, match=r"token_embd.weight' is q8_0, .*quantized already.*--requantize"):
         open_checkpoint(tmp_path / "q.gguf")
+
+
+def test_a_quantized_gguf_source_gives_what_its_blocks_stand_for(sound: Path, tmp_path: Path) -> None:
+    with open_checkpoint(sound) as source:
+        export_gguf(source, tmp_path / "q.gguf", "q4_k_m")
+    with open_checkpoint(tmp_path / "q.gguf", quantized=True) as checkpoint, GGUFModel(tmp_path / "q.gguf") as file:
+        for spec in checkpoint.specs:
+            stored = file.tensors[spec.gguf].format
+            assert checkpoint.format(spec) is stored
+            assert np.array_equal(checkpoint.tensor(spec), file.dequantize(spec.gguf))
+            if spec.is_matrix:
+                assert np.array_equal(checkpoint.rows(spec, 3, 9), file.dequantize(spec.gguf)[3:9])
+                assert np.array_equal(checkpoint.blocks(spec, 3, 9, stored), file.data(spec.gguf)[3:9])
+                assert np.array_equal(checkpoint.blocks(spec, 3, 9, F32).view("<f4"), checkpoint.rows(spec, 3, 9))
+        formats = {spec.gguf: checkpoint.format(spec) for spec in checkpoint.specs}
+        assert checkpoint.added_losses(formats) == checkpoint.added_losses(dict.fromkeys(formats, F32)) == []
+        assert checkpoint.added_losses(formats | {"blk.0.attn_q.weight": Q6_K})[0].startswith(
+            "q4_k weights are rounded"
+        )
 
 
 # --- checkpoints with pictures
@@ -480,4 +502,5 @@ def test_a_model_that_bezel_does_not_run(folder: Path) -> None:
 
 
 def test_the_tiny_shapes_are_those_of_the_families() -> None:
-    assert {SHAPES[name]["model_type"] for name in SHAPES if name.startswith("tiny")} == {"gemma", "gemma2"}
+    shapes = {SHAPES[name]["model_type"] for name in SHAPES if name.startswith("tiny")}
+    assert shapes == {family.hf_type for family in FAMILIES.values()}

@@ -18,12 +18,13 @@ from bezel.export.gguf import writer as gguf_writer
 from bezel.export.gguf.writer import ExportSummary, export_gguf
 from bezel.export.recipe import find_recipe
 from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.verify import verify
 from bezel.quant.formats import FORMATS
 from bezel.quant.recipes import PRESETS
 from bezel.runtime.commands.inspect import inspect
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceProcessor
@@ -148,7 +149,7 @@ def test_the_tokens_are_those_of_the_tokenizer(demo_q4: gguf.GGUFReader) -> None
 
 def test_our_reader_takes_the_file(tiny: Path, tmp_path: Path) -> None:
     export(tiny, tmp_path / "out.gguf")
-    with open_checkpoint(tiny) as checkpoint, GGUFFile(tmp_path / "out.gguf") as file:
+    with open_checkpoint(tiny) as checkpoint, GGUFModel(tmp_path / "out.gguf") as file:
         assert file.config() == checkpoint.config
         file.check_tensors(checkpoint.config)
 
@@ -417,7 +418,7 @@ def test_a_recipe_file_is_followed_and_told(tiny: Path, tmp_path: Path) -> None:
     runner, out = CliRunner(), tmp_path / "out.gguf"
     result = runner.invoke(cli.export, [str(tiny), str(out), "--quant", str(tmp_path / "odd.json")])
     assert result.exit_code == 0, result.output
-    with GGUFFile(out) as file:
+    with GGUFModel(out) as file:
         formats = {name: info.format.name for name, info in file.tensors.items() if len(info.shape) > 1}
         assert {name for name, form in formats.items() if form == "q5_k"} == {
             "blk.1.attn_v.weight",
@@ -429,6 +430,30 @@ def test_a_recipe_file_is_followed_and_told(tiny: Path, tmp_path: Path) -> None:
         rules = json.loads(file.metadata["bezel.provenance.recipe_rules"])
         assert rules == recipe | {"name": "odd", "rules": [recipe["rules"][0] | {"role": ["attn_v"]}]}  # type: ignore[index]
     assert "recipe_rules" in runner.invoke(inspect, [str(out)]).output
+
+
+def test_requantizing(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source.gguf"
+    export(tiny, source, "q8_0")
+
+    def run(*options: str) -> Any:
+        return CliRunner().invoke(main, ["export", str(source), str(tmp_path / "out.gguf"), "--force", *options])
+
+    refused = run("--quant", "q4_0")
+    assert refused.exit_code == 1
+    assert "quantized already" in refused.output
+    assert "`bezel export --requantize`" in refused.output
+    assert not (tmp_path / "out.gguf").exists()
+    twice = run("--quant", "q4_0", "--requantize")
+    assert twice.exit_code == 0, twice.output
+    assert "q8_0 weights are rounded again: what was lost before and what is lost now add up" in twice.output
+    with open_checkpoint(source, quantized=True) as eight:
+        assert all(report.ok for report in verify(tmp_path / "out.gguf", eight))
+    for quant in ("q8_0", "f32"):  # blocks that stay, and their very numbers
+        kept = run("--quant", quant, "--requantize")
+        assert "rounded again" not in kept.output
+        with GGUFModel(source) as want, GGUFModel(tmp_path / "out.gguf") as found:
+            assert all(np.array_equal(want.dequantize(name), found.dequantize(name)) for name in want.tensors)
 
 
 @pytest.fixture
@@ -451,30 +476,41 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
         assert result.exit_code == 0, result.output
         return dict(json.loads(result.stdout))
 
-    by_bits = run("--target-bpw", "5.2")
+    by_bits = run("--target", "5.2bpw")
     assert 5.1 < by_bits["bits_per_weight"] <= 5.2
     assert len(by_bits["formats"]) > 2
     size = int(by_bits["file_bytes"]) + 100
-    for given in (str(size), f"{size / 1e6:.6f}MB", f"{size / 1024:.4f} KiB"):
-        assert size - 20_000 < run("--target-size", given)["file_bytes"] <= size
+    for given in (f"{size}B", f"{size / 1e6:.6f}MB", f"{size / 1024:.4f} KiB"):
+        assert size - 20_000 < run("--target", given)["file_bytes"] <= size
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target-bpw", "5"], "need --sensitivity; the file is written by `bezel sensitivity "),
-        (["--target-bpw", "5", "--target-size", "1GB"], "not both"),
-        (["--sensitivity", "s.json"], "--sensitivity needs --target-bpw or --target-size"),
-        (["--target-bpw", "5", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),
-        (["--target-bpw", "5", "--sensitivity", "s.json", "--embedding", "q8_0"], "leave --quant and --embedding out"),
-        (["--target-size", "5 bits", "--sensitivity", "s.json"], "found '5 bits', expected a size such as 1.5GB"),
-        (["--target-size", "1KB", "--sensitivity", "s.json"], "the smallest mix has"),
-        (["--target-bpw", "5", "--sensitivity", "s.json", "--format", "onnx"], "go with --format gguf"),
+        (["--target", "5bpw"], "needs --sensitivity; the file is written by `bezel sensitivity "),
+        (["--sensitivity", "s.json"], "--sensitivity needs --target"),
+        (["--target", "5bpw", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),
+        (["--target", "5bpw", "--sensitivity", "s.json", "--embedding", "q8_0"], "leave --quant and --embedding out"),
+        (["--target", "5 bits", "--sensitivity", "s.json"], "found '5 bits', expected bits a weight such as 4.55bpw"),
+        (["--target", "5", "--sensitivity", "s.json"], "found '5', expected bits a weight such as 4.55bpw, or a size"),
+        (["--target", "33bpw", "--sensitivity", "s.json"], "found 33 bits a weight, expected 1 to 32"),
+        (["--target", "1KB", "--sensitivity", "s.json"], "the smallest mix has"),
+        (["--target", "5bpw", "--sensitivity", "s.json", "--format", "onnx"], "goes with --format gguf"),
+        (["--calibration-tokens", "512"], "--calibration-tokens goes with --calibration"),
+        (
+            ["--format", "onnx", "--kv", "int8", "--calibration", "s.json", "--calibration-tokens", "5"],
+            "and --format gg",
+        ),
+        (["--format", "onnx", "--kv", "int8"], "--kv int8 and --calibration TEXT need each other"),
+        (["--format", "onnx", "--calibration", "s.json"], "--kv int8 and --calibration TEXT need each other"),
+        (["--kv", "f32"], "--dialect and --kv go with --format onnx"),
+        (["--dialect", "ort"], "--dialect and --kv go with --format onnx"),
+        (["--embedding", "int4"], "go with --format onnx"),
         (["--quant", "int8"], "go with --format onnx"),
         (["--quant", "q3"], "unknown preset 'q3': expected one of f32, "),
     ],
 )
-def test_targets_that_make_no_sense(
+def test_options_that_make_no_sense(
     tiny: Path, tmp_path: Path, sensitivities: Path, options: list[str], message: str
 ) -> None:
     options = [str(sensitivities) if option == "s.json" else option for option in options]

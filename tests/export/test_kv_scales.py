@@ -11,22 +11,19 @@ import pytest
 from bezel.export.calibration.moments import read_text
 from bezel.export.onnx.kv_scales import TOKENS, kv_scales
 from bezel.export.sources.checkpoint import open_checkpoint
-from bezel.export.sources.quantized import QuantizedCheckpoint, QuantizedFile
 from bezel.runtime import Model
 from bezel.runtime.commands.main import main
-from bezel.runtime.files.gguf import GGUFFile
 from click.testing import CliRunner
 from tiny import DEMO, TEXT, checkpoint_folder
 
-NAMES = ("demo", "gemma1-mqa")
+NAMES = ("demo", "gemma3-gqa", "gemma1-mqa")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_cover_what_the_caches_hold(name: str, model_of: Callable[..., Model], tmp_path: Path) -> None:
     with open_checkpoint(checkpoint_folder(name, tmp_path)) as checkpoint:
-        source = QuantizedCheckpoint(checkpoint, "f32")
-        sequences = read_text(source, TEXT, TOKENS).sequences
-        scales = kv_scales(source, sequences)
+        sequences = read_text(checkpoint, TEXT, TOKENS).sequences
+        scales = kv_scales(checkpoint, sequences)
     assert sum(map(len, sequences)) == TOKENS
     model = model_of(name)
     reach: list[dict[str, Any]] = [{"keys": 0.0, "values": 0.0} for _ in scales]
@@ -47,8 +44,8 @@ def test_scales_cover_what_the_caches_hold(name: str, model_of: Callable[..., Mo
 
 
 def test_a_gguf_file_as_the_source(gguf_of: Callable[..., Path]) -> None:
-    with open_checkpoint(DEMO) as checkpoint, GGUFFile(gguf_of("demo", "q8_0")) as file:
-        sources = QuantizedCheckpoint(checkpoint, "int8"), QuantizedFile(file)
+    with open_checkpoint(DEMO) as checkpoint, open_checkpoint(gguf_of("demo", "q8_0"), quantized=True) as file:
+        sources = checkpoint, file
         exact, rounded = (kv_scales(source, read_text(source, TEXT, 512).sequences) for source in sources)
     for a, b in zip(exact, rounded, strict=True):
         assert not np.array_equal(a.keys, b.keys)

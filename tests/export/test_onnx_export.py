@@ -14,20 +14,26 @@ import pytest
 from bezel.export.onnx import writer as onnx_writer
 from bezel.export.onnx.export import export_folder
 from bezel.export.onnx.graph import DIALECTS, build_model
+from bezel.export.onnx.ops import GraphOps, Value
+from bezel.export.onnx.source import QUANTS
+from bezel.export.onnx.weights import Storage
 from bezel.export.sources.checkpoint import open_checkpoint
-from bezel.export.sources.quantized import QUANTS
-from bezel.export.verify import open_source, verify
+from bezel.export.verify import verify
 from bezel.runtime import load
 from bezel.runtime.cache.caches import Caches
+from bezel.runtime.engines.rows import Segment, SegmentRows
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.files.onnx_folder import OnnxFolder
-from bezel.runtime.model.config import ModelConfig
+from bezel.runtime.model import ops
+from bezel.runtime.model.config import LayerConfig, ModelConfig
 from bezel.runtime.model.families import FAMILIES as RECORDS
+from bezel.runtime.model.forward import Weights, forward
+from bezel.runtime.model.tensors import TensorSpec, tensor_specs
 from onnx.reference import ReferenceEvaluator
 from tiny import COLUMNS, CONFIGS, DEMO, GOLDEN, TOLERANCE, checkpoint_folder, token_ids
 
-FAMILIES = ("gemma2-gqa", "gemma2-mha-odd-layers", "gemma1-mqa")
+FAMILIES = ("gemma2-gqa", "gemma2-mha-odd-layers", "gemma3-gqa", "gemma3-mqa-no-factor", "gemma1-mqa")
 OnnxOf = Callable[..., Path]
 
 
@@ -60,16 +66,15 @@ def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, kv: str, on
 class Evaluator:
     """One sequence through onnx's reference evaluator, its caches carried along as arrays."""
 
-    def __init__(self, folder: Path, config: ModelConfig, context: int, chunk: int) -> None:
-        self.session = ReferenceEvaluator(onnx.load(folder / "model.onnx"))
+    def __init__(self, model: onnx.ModelProto, config: ModelConfig, context: int, chunk: int) -> None:
+        self.session = ReferenceEvaluator(model)
         self.caches = Caches(config.layers, context, "f32", chunk)
         names = self.session.input_names
         self.kinds = {name: name.removeprefix("visible.") for name in names if name.startswith("visible.")}
         self.layers = config.layers
-        width = config.layers[0].kv_size
         self.past = {
-            f"past.{i}.{name}": np.zeros((1, cache.capacity, width), np.float32)
-            for i, cache in enumerate(self.caches)
+            f"past.{i}.{name}": np.zeros((1, cache.capacity, layer.kv_size), np.float32)
+            for i, (cache, layer) in enumerate(zip(self.caches, config.layers, strict=True))
             for name in ("key", "value")
         }
 
@@ -102,12 +107,36 @@ def test_reference_evaluator(name: str, quant: str, onnx_of: OnnxOf) -> None:
     """The standard dialect as onnx itself understands it, in chunks through several windows, against bezel's NumPy."""
     folder = onnx_of(name, quant, "standard")
     model, ids = load(folder, engine="reference", kv="f32"), token_ids(name)
-    evaluator = Evaluator(folder, model.config, len(ids), 5)
+    evaluator = Evaluator(onnx.load(folder / "model.onnx"), model.config, len(ids), 5)
     ends = [*range(5, len(ids) - 2, 5), len(ids) - 2, len(ids) - 1, len(ids)]
     found = np.concatenate([evaluator.forward(ids[a:b]) for a, b in pairwise([0, *ends])])
     assert np.abs(found - model.logits(ids)).max() < TOLERANCE
     if quant == "f32":
         assert np.abs(found[:, ::COLUMNS] - np.load(GOLDEN / f"{name}.npy")).max() < TOLERANCE
+
+
+def test_layers_need_not_be_alike() -> None:
+    """Each has its own heads, head_dim, feed-forward, RoPE and norms; what computes is onnx, and the specification."""
+    a = LayerConfig(5, 4, 2, 16, 48, 1e4, 1.0, True, True)
+    b = LayerConfig(None, 3, 1, 8, 32, 1e6, 8.0, False, True)
+    c = LayerConfig(5, 2, 2, 24, 64, 1e4, 1.0, True, False)
+    d = LayerConfig(None, 4, 1, 8, 48, 1e4, 2.0, False, False)
+    config = ModelConfig("gemma3", 96, 32, 64, 1e-6, 32**0.5, 12.0, None, None, True, (a, b, c, d))
+    random, specs = np.random.default_rng(1), list(tensor_specs(config))
+    gain = {spec.gguf: 1.0 if spec.is_norm else spec.shape[1] ** -0.5 for spec in specs}
+    arrays = {s.gguf: random.standard_normal(s.shape, np.float32) * np.float32(gain[s.gguf]) for s in specs}
+    model, tensors = build_model(config, {spec.gguf: Storage(32) for spec in specs}, "standard")
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(arrays[t.name], t.name) for t in tensors)
+    weights = Weights(
+        {spec.role: arrays[spec.gguf] for spec in specs if spec.layer is None},
+        [{spec.role: arrays[spec.gguf] for spec in specs if spec.layer == i} for i in range(4)],
+    )
+    ids = random.integers(0, 96, 23)
+    evaluator, caches = Evaluator(model, config, len(ids), 4), Caches(config.layers, len(ids), "f32", 4)
+    for part in np.split(ids, range(4, len(ids), 4)):
+        want = forward(config, ops, weights, SegmentRows([Segment(caches, part, len(part))]))
+        assert np.abs(evaluator.forward(part.tolist()) - want).max() < TOLERANCE
+    assert np.abs(want).max() > 1
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -118,12 +147,12 @@ def test_weights_of_a_gguf_file_keep_their_bits(
 ) -> None:
     source = gguf_of(name, preset)
     folder = write(source, tmp_path / "out", dialect=dialect)
-    with OnnxFolder(folder) as found, GGUFFile(source) as want:
+    with OnnxFolder(folder) as found, GGUFModel(source) as want:
         for tensor in want.tensors:
             assert np.array_equal(found.dequantize(tensor), want.dequantize(tensor)), tensor
         assert found.metadata["bezel.provenance.source_files"] == [source.name]
         assert found.metadata["bezel.generation.stop_token_ids"] == [1, 5]
-    with open_source(source) as original:
+    with open_checkpoint(source, quantized=True) as original:
         assert all(report.error == 0 and report.ok for report in verify(folder, original))
 
 
@@ -155,7 +184,7 @@ def test_formats_without_integers(gguf_of: Callable[..., Path], tmp_path: Path) 
         write(mins, tmp_path / "out")
     assert not any(tmp_path.iterdir())
     folder = write(mins, tmp_path / "out", "f32")
-    with OnnxFolder(folder) as found, GGUFFile(mins) as want:
+    with OnnxFolder(folder) as found, GGUFModel(mins) as want:
         assert all(np.array_equal(found.dequantize(name), want.dequantize(name)) for name in want.tensors)
 
 
@@ -216,7 +245,48 @@ def test_a_flipped_parity_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert difference[8:].min() > 50 * TOLERANCE
 
 
+Fault = Callable[[ModelConfig], ModelConfig]
+
+
+def in_layers(change: Callable[[LayerConfig], LayerConfig]) -> Fault:
+    return lambda config: replace(config, layers=tuple(map(change, config.layers)))
+
+
+FAULTS: dict[str, Fault] = {
+    "local base in global layers": in_layers(lambda layer: replace(layer, rope_base=1e4)),
+    "no factor": in_layers(lambda layer: replace(layer, rope_factor=1.0)),
+    "factor in local layers": in_layers(lambda layer: replace(layer, rope_factor=8.0)),
+    "pattern shifted": lambda config: replace(config, layers=(*config.layers[1:], config.layers[0])),
+    "wider window": in_layers(lambda layer: replace(layer, window=layer.window and layer.window + 1)),
+    "narrower window": in_layers(lambda layer: replace(layer, window=layer.window and layer.window - 1)),
+    "query scale by head_dim": lambda config: replace(config, query_pre_attn_scalar=32.0),
+    "no norm of queries": lambda config: config,
+    "no norm of keys": lambda config: config,
+    "nothing": lambda config: config,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_gemma_3_is_seen(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, rms_norm = "gemma3-gqa", GraphOps.rms_norm
+    left_out = {"no norm of queries": "attn_q_norm", "no norm of keys": "attn_k_norm"}.get(fault)
+
+    def norm(self: GraphOps, x: Value, weight: TensorSpec, eps: float) -> Value:
+        found = rms_norm(self, x, weight, eps)
+        return x if weight.role == left_out else found
+
+    monkeypatch.setattr(GraphOps, "rms_norm", norm)
+    monkeypatch.setattr(onnx_writer, "build_model", lambda config, *rest: build_model(FAULTS[fault](config), *rest))
+    model = load(write(checkpoint_folder(name, tmp_path), tmp_path / "out", "f32"))
+    config = model.config = model.backend.config = FAULTS[fault](model.config)  # type: ignore[attr-defined]
+    local = [layer.window is not None for layer in config.layers]
+    masks = {"visible.global": local.index(False), "visible.local": local.index(True)}
+    model.backend.masks = masks  # type: ignore[attr-defined]
+    difference = np.abs(model.logits(token_ids(name))[:, ::COLUMNS] - np.load(GOLDEN / f"{name}.npy")).max()
+    assert difference < TOLERANCE if fault == "nothing" else difference > 50 * TOLERANCE
+
+
 def test_config_names_cover_the_families() -> None:
-    assert {CONFIGS[name]["model_type"] for name in FAMILIES} == {"gemma", "gemma2"}
+    assert {CONFIGS[name]["model_type"] for name in FAMILIES} == {"gemma", "gemma2", "gemma3_text"}
     with open_checkpoint(DEMO) as checkpoint:
         assert checkpoint.config.tied_head

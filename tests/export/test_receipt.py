@@ -21,7 +21,7 @@ from bezel.export.gguf.receipt import PLACEHOLDERS, Receipt, stamp
 from bezel.runtime import load
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidModelFile, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
 from measured import result
 from tiny import TEXT
@@ -49,7 +49,7 @@ def test_a_receipt_says_what_was_measured(model: Path, gguf_of: GgufOf) -> None:
     assert receipt(model) is None
     stamp(model, measured)
     figures = {"kld_mean": 0.0123456, "kld_mean_low": 0.0123456 * 0.97, "kld_p999": 0.31415, "top1": 0.9412}
-    with GGUFFile(gguf_of("demo", "f32")) as reference:
+    with GGUFModel(gguf_of("demo", "f32")) as reference:
         texts = {
             "reference": "exact",
             "reference_sha256": reference.fingerprint(),
@@ -80,7 +80,7 @@ def test_nothing_but_the_receipt_changes(model: Path, gguf_of: GgufOf, tmp_path:
     session = load(model).session()
     session.prefill([2, 100, 200])
     session.save(tmp_path / "session")
-    with GGUFFile(model) as file:
+    with GGUFModel(model) as file:
         print1, spans = file.fingerprint(), file.receipt_spans
     for measured in receipts_of(gguf_of("demo", "f32")):  # a second receipt takes the place of the first
         stamp(model, measured)
@@ -89,13 +89,13 @@ def test_nothing_but_the_receipt_changes(model: Path, gguf_of: GgufOf, tmp_path:
         assert changed
         assert all(any(span.start <= i < span.stop for span in spans.values()) for i in changed)
     assert receipt(model)["kld_mean"] == pytest.approx(0.00123456)
-    with GGUFFile(model) as file:
+    with GGUFModel(model) as file:
         assert file.fingerprint() == print1
     load(model).session().restore(tmp_path / "session")
     other = bytearray(before)  # whereas another key's value makes it another model
     other[before.index(b"fairy-gemma2")] = ord("F")
     model.write_bytes(other)
-    with GGUFFile(model) as file:
+    with GGUFModel(model) as file:
         assert file.fingerprint() != print1
 
 
@@ -131,7 +131,7 @@ def test_a_failure_leaves_the_file_as_it_was(model: Path, gguf_of: GgufOf, monke
     before = model.read_bytes()
     measured, _ = receipts_of(gguf_of("demo", "f32"))
     prints = iter(["one", "another"])
-    monkeypatch.setattr(GGUFFile, "fingerprint", lambda _: next(prints))
+    monkeypatch.setattr(GGUFModel, "fingerprint", lambda _: next(prints))
     with pytest.raises(InvalidRequest, match="another program"):
         stamp(model, measured)
     assert model.read_bytes() == before
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_cut_and_what_is_missing_stays_empty(model: Path, t
 
 
 def test_placeholders_are_no_receipt(gguf_of: GgufOf) -> None:
-    with GGUFFile(gguf_of("demo", "q4_0")) as file:
+    with GGUFModel(gguf_of("demo", "q4_0")) as file:
         assert file.receipt_spans.keys() == PLACEHOLDERS.keys()
         assert math.isnan(file.metadata["bezel.receipt.kld_mean"])
     assert "Receipt" not in CliRunner().invoke(main, ["inspect", str(gguf_of("demo", "q4_0"))]).output

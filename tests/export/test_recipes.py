@@ -363,5 +363,5 @@ def test_a_sensitivity_file_of_something_else_is_refused(tmp_path: Path, change:
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
-    with pytest.raises(InvalidRequest, match=rf"s.json: {message}.*expected a file that `bezel measure"):
+    with pytest.raises(InvalidRequest, match=rf"s.json: {message}.*expected a file that `bezel sensitivity"):
         solve(file, CONFIG, 10**6, "x")

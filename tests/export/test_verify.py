@@ -18,7 +18,7 @@ from bezel.export.sources.checkpoint import Checkpoint, open_checkpoint
 from bezel.export.verify import TensorReport, verify
 from bezel.quant.recipes import PRESETS
 from bezel.runtime.errors import InvalidModelFile
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.tensors import TensorSpec
 from tiny import DEMO
 
@@ -47,7 +47,7 @@ def off(reports: dict[str, TensorReport]) -> set[str]:
 
 def edit(file: Path, change: Callable[[Callable[[str], np.ndarray]], None]) -> None:
     """Change a file's tensors in place: `change` gets a writable view of any of them, bytes by row."""
-    with GGUFFile(file) as gguf:
+    with GGUFModel(file) as gguf:
         extents = {name: (t.offset, t.nbytes, gguf.data(name).shape) for name, t in gguf.tensors.items()}
     raw = np.frombuffer(bytearray(file.read_bytes()), np.uint8)
 
@@ -75,7 +75,7 @@ def test_every_preset_passes(tmp_path: Path, preset: str) -> None:
 
 def test_the_figures(exported: Path, tiny: Path) -> None:
     report = check(exported, tiny)["blk.0.ffn_up.weight"]
-    with open_checkpoint(tiny) as checkpoint, GGUFFile(exported) as gguf:
+    with open_checkpoint(tiny) as checkpoint, GGUFModel(exported) as gguf:
         spec = next(s for s in checkpoint.specs if s.gguf == report.name)
         source = checkpoint.tensor(spec).astype(np.float64)
         error = gguf.dequantize(report.name) - source

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from bezel.runtime import Model, load
+from bezel.runtime.api import _stored_stop_ids
 from bezel.runtime.errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
+from bezel.runtime.files.gguf_model import GGUFModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tiny import token_ids
 
 ModelOf = Callable[..., Model]
@@ -156,6 +160,21 @@ class TestSavedFiles:
         with pytest.raises(InvalidSession, match="engine reference, expected native"):
             model_of("gemma2-gqa", engine="native").session().restore(saved[1])
 
+    def test_another_engine_for_the_same_bits(self, saved: tuple[Model, Path], model_of: ModelOf) -> None:
+        """The reference engine never rounds activations, whether asked to or not."""
+        session = model_of("gemma2-gqa", activations="f32").session()
+        session.restore(saved[1])
+        assert session.ids == IDS
+
+    @pytest.mark.parametrize(("version", "said"), [("1", "a session of version 1"), (None, "no session")])
+    def test_another_version(self, version: str | None, said: str, saved: tuple[Model, Path]) -> None:
+        model, path = saved
+        with safe_open(path, framework="numpy") as file:
+            labels, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(arrays, path, {k: v for k, v in (labels | {"bezel_session": version}).items() if v})
+        with pytest.raises(InvalidSession, match=f"found {said}, expected one of version 2"):
+            model.session().restore(path)
+
     def test_too_long(self, saved: tuple[Model, Path], model_of: ModelOf) -> None:
         with pytest.raises(InvalidSession, match="expected up to 20"):
             model_of("gemma2-gqa", context=20).session().restore(saved[1])
@@ -185,19 +204,39 @@ class TestSavedFiles:
             assert session.position == len(session.ids)
 
 
-def test_load_refuses_nonsense(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_load_refuses_nonsense(gguf_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = gguf_of("gemma2-gqa")
+    opened: list[GGUFModel] = []
+    close = GGUFModel.close
+    monkeypatch.setattr(GGUFModel, "close", lambda self: (opened.append(self), close(self)))
     for options, message in (
         ({"engine": "magic"}, "engine.*magic"),
-        ({"kv": "int3"}, "kv.*int3"),
+        ({"engine": "ort"}, "engine: found 'ort', expected native or reference: .* is a GGUF file"),
+        ({"kv": "int3"}, "kv: found 'int3', expected 'f16' or 'f32' or 'int8', with which native runs"),
         ({"context": 0}, "context"),
         ({"context": 257}, "1 to 256"),
         ({"threads": 0}, "threads"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             load(path, **options)  # type: ignore[arg-type]
+    assert len(opened) == 4  # what was opened was closed: "magic" and 0 threads are seen before
     with pytest.raises(InvalidModelFile):
         load(tmp_path / "nothing.gguf")
+
+
+def test_a_model_lets_go_of_its_file(gguf_of: Callable[..., Path]) -> None:
+    with load(gguf_of("gemma2-gqa"), engine="reference") as model:
+        model.logits(IDS)
+    with pytest.raises(InvalidRequest, match="closed"):
+        model.file.dequantize("token_embd.weight")
+
+
+@pytest.mark.parametrize("stored", [1, [1], np.array([1]), "1", None, [[1], [1, 2]], 1 << 40])
+def test_a_stored_stop_token_leaves_the_others(stored: Any, gguf_of: Callable[..., Path]) -> None:
+    with GGUFModel(gguf_of("gemma2-gqa")) as file:
+        file.metadata = {"tokenizer.ggml.eot_token_id": 5, "bezel.generation.stop_token_ids": stored}
+        known = isinstance(stored, np.ndarray) or stored in (1, [1])
+        assert _stored_stop_ids(file, 4096) == ({1, 5} if known else {5})
 
 
 def test_threads_change_no_token(model_of: ModelOf) -> None:

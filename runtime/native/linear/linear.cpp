@@ -22,8 +22,10 @@ constexpr int64_t kTokenBlock = 512;
 constexpr int64_t kItemGroups = 8;
 constexpr int64_t kItemsPerThread = 8;  // at least, where a matrix has the rows: the last ones leave threads idle
 
-// For few: bytes of weights in a work item. See Item.
-constexpr int64_t kItemBytes = 256 * 1024;
+// For few: bytes of weights in a work item (see Item), not a power of two, because rows that begin a multiple of
+// 4 KiB apart are in each other's way in a cache; and how far ahead weights are fetched.
+constexpr int64_t kItemBytes = 276 * 1024;
+constexpr int64_t kAheadBytes = 24 * 1024;
 
 using Geglu = decltype(ElementwiseKernels::geglu);
 
@@ -208,6 +210,7 @@ void Linear::multiply(const Matrix& w, const Item& item, const uint8_t* next, fl
   // pass by the same columns of the activations.
   const int64_t step = !quantized ? kFloatPanelCols : x_.n == 1 ? w.cols : kPanelCols;
   const int64_t steps = (w.cols + step - 1) / step, count = groups(item);
+  const int64_t groups_ahead = std::max<int64_t>(1, kAheadBytes / (k_.rows * row_bytes));
   const auto place = [&](int64_t i) {
     return few_ ? std::pair(i / steps, i % steps) : std::pair(i % count, i / count);
   };
@@ -215,10 +218,13 @@ void Linear::multiply(const Matrix& w, const Item& item, const uint8_t* next, fl
     const auto [g, s] = place(i);
     const int64_t cols = std::min(step, w.cols - s * step);
     const int64_t offset = s * step / format.block * format.bytes, bytes = cols / format.block * format.bytes;
-    const uint8_t* ahead = next + (few_ ? offset : 0);
-    const auto [next_g, next_s] = place(few_ ? i + steps : i + 1);
-    if (next_g < full && next_s < steps)
+    const uint8_t* ahead = next;
+    if (few_) {
+      const int64_t after = g + groups_ahead - full;  // this item's groups
+      ahead = (after < 0 ? data + (full + after) * row_bytes : next + after * row_bytes) + offset;
+    } else if (const auto [next_g, next_s] = place(i + 1); next_g < full && next_s < steps) {
       ahead = data + next_g * between_groups + next_s * step / format.block * format.bytes;
+    }
     Group group{data + g * between_groups + offset, between_rows, ahead};
     if (g == full) group = {tail + offset, row_bytes, ahead};
     Fetch fetch{ahead, between_rows, bytes, k_.rows, 0};

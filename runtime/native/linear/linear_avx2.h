@@ -79,12 +79,12 @@ BEZEL_INLINE F load_float(const float* p) { return _mm256_loadu_ps(p); }
 BEZEL_INLINE void store_float(float* p, F v) { _mm256_storeu_ps(p, v); }
 BEZEL_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
-// 16 where the bit of the column is set: of bits 0 … 15 of each lane, or of bits 16 … 31.
-template <int kHalf>
+// 16 where the bit of the column is set, of the two bytes of each lane that begin at byte kAt.
+template <int kAt>
 BEZEL_INLINE I fifth_bits(I v) {
   const I spread =
-      _mm256_broadcastsi128_si256(_mm_set_epi32(0x01010101 * (2 * kHalf + 1), 0x01010101 * (2 * kHalf + 1),
-                                                0x01010101 * (2 * kHalf), 0x01010101 * (2 * kHalf)));
+      _mm256_broadcastsi128_si256(_mm_set_epi32(0x01010101 * (kAt + 1), 0x01010101 * (kAt + 1),
+                                                0x01010101 * kAt, 0x01010101 * kAt));
   const I bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
   return and_(_mm256_cmpeq_epi8(and_(_mm256_shuffle_epi8(v, spread), bit), bit), bytes(16));
 }

@@ -1,6 +1,6 @@
 // How the quantized formats lie in a file, over the primitives that linear_vector.h lists: each gives the
-// codes of a unit of a group of rows, in any order of its sub-blocks, and the scales. Included by
-// linear_vector.h.
+// codes of a unit of a group of rows, in any order of its sub-blocks, and the scales, collected before or set
+// with the codes. Included by linear_vector.h.
 #pragma once
 
 #include <cstring>
@@ -65,36 +65,46 @@ BEZEL_INLINE I sum_of_words(const Rows& r) {
   return add32(lo64(a, b), hi64(a, b));
 }
 
-// A float16 field of the blocks of a unit. It is collected through memory, where it competes with no vector
+// The float16 that the blocks of a unit begin with. It is collected through memory, where it competes with no vector
 // operation, and long before it is wanted, since these loads cannot be forwarded from such small stores.
-struct Halves {
+template <int kBytes>
+struct HalfScales {
   alignas(64) uint16_t value[kUnit][kRows];
 
-  BEZEL_INLINE void collect(const uint8_t* field, int64_t row_bytes, int block_bytes, int blocks) {
-    for (int r = 0; r < kRows; ++r, field += row_bytes)
-      for (int b = 0; b < blocks; ++b) std::memcpy(&value[b][r], field + b * block_bytes, 2);
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int blocks) {
+    for (int r = 0; r < kRows; ++r, w += row_bytes) {
+      const auto copy = [&](int b) BEZEL_LAMBDA { std::memcpy(&value[b][r], w + b * kBytes, 2); };
+      if (blocks == kUnit) {
+        repeat<kUnit>([&](auto b) BEZEL_LAMBDA { copy(b.value); });
+      } else {
+        for (int b = 0; b < blocks; ++b) copy(b);
+      }
+    }
   }
-  BEZEL_INLINE F get(int b) const { return halves(value[b]); }
+  BEZEL_INLINE F d(int j) const { return halves(value[j]); }
 };
 
-template <class Facts>
-struct BlockScales {
-  Halves scale, minimum;
+// The same, and the minimum that may follow, from the first 16 bytes of a block in every row.
+template <bool kMinimum>
+struct HeadScales {
+  F scale[kUnit], minimum[kMinimum ? kUnit : 1];
 
-  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int blocks) {
-    scale.collect(w, row_bytes, Facts::kBytes, blocks);
-    if constexpr (Facts::kMinimum) minimum.collect(w + 2, row_bytes, Facts::kBytes, blocks);
+  BEZEL_INLINE void collect(const uint8_t*, int64_t, int) {}
+  BEZEL_INLINE void set(int b, const Rows& head) {
+    const I first = lo64(lo32(head.v[0], head.v[1]), lo32(head.v[2], head.v[3]));
+    scale[b] = half(first);
+    if constexpr (kMinimum) minimum[b] = half(shr<16>(first));
   }
-  BEZEL_INLINE F d(int j) const { return scale.get(j); }
-  BEZEL_INLINE F m(int j) const { return minimum.get(j); }
+  BEZEL_INLINE F d(int j) const { return scale[j]; }
+  BEZEL_INLINE F m(int j) const { return minimum[j]; }
 };
 
 struct Q4_0 : formats::Q4_0 {
   static constexpr int kBits = 4, kZero = 8;
-  using Scales = BlockScales<formats::Q4_0>;
+  using Scales = HalfScales<kBytes>;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, Scales&, const Sink& sink) {
     for (int b = 0; b < blocks; ++b) {
       const Rows packed = rows16(w + b * kBytes + 2, row_bytes);
       sink(b, low_nibbles(packed), high_nibbles(packed));
@@ -104,51 +114,54 @@ struct Q4_0 : formats::Q4_0 {
 
 struct Q4_1 : formats::Q4_1 {
   static constexpr int kBits = 4, kZero = 0;
-  using Scales = BlockScales<formats::Q4_1>;
+  using Scales = HeadScales<kMinimum>;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, Scales& scales, const Sink& sink) {
     for (int b = 0; b < blocks; ++b) {
-      const Rows packed = rows16(w + b * kBytes + 4, row_bytes);
+      const uint8_t* block = w + b * kBytes;
+      scales.set(b, rows16(block, row_bytes));
+      const Rows packed = rows16(block + 4, row_bytes);
       sink(b, low_nibbles(packed), high_nibbles(packed));
     }
   }
 };
 
-// The codes of a block of Q5_0 or Q5_1, whose fifth bits begin at `w`; the nibbles follow.
-template <class Sink>
-BEZEL_INLINE void five_bit_codes(int b, const uint8_t* w, int64_t row_bytes, const Sink& sink) {
-  const Rows packed = rows16(w + 4, row_bytes), high = rows16(w, row_bytes);
-  sink(b, each(low_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<0>(h)); }),
-       each(high_nibbles(packed), high, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<1>(h)); }));
+// Of Q5_0 or Q5_1: after kHead bytes of scales come 4 of fifth bits, then the nibbles.
+template <int kHead, class Scales, class Sink>
+BEZEL_INLINE void five_bit_codes(int b, const uint8_t* block, int64_t row_bytes, Scales& scales, const Sink& sink) {
+  const Rows head = rows16(block, row_bytes), packed = rows16(block + kHead + 4, row_bytes);
+  scales.set(b, head);
+  sink(b, each(low_nibbles(packed), head, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<kHead>(h)); }),
+       each(high_nibbles(packed), head, [](I q, I h) BEZEL_LAMBDA { return or_(q, fifth_bits<kHead + 2>(h)); }));
 }
 
 struct Q5_0 : formats::Q5_0 {
   static constexpr int kBits = 5, kZero = 16;
-  using Scales = BlockScales<formats::Q5_0>;
+  using Scales = HeadScales<kMinimum>;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
-    for (int b = 0; b < blocks; ++b) five_bit_codes(b, w + b * kBytes + 2, row_bytes, sink);
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, Scales& scales, const Sink& sink) {
+    for (int b = 0; b < blocks; ++b) five_bit_codes<2>(b, w + b * kBytes, row_bytes, scales, sink);
   }
 };
 
 struct Q5_1 : formats::Q5_1 {
   static constexpr int kBits = 5, kZero = 0;
-  using Scales = BlockScales<formats::Q5_1>;
+  using Scales = HeadScales<kMinimum>;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
-    for (int b = 0; b < blocks; ++b) five_bit_codes(b, w + b * kBytes + 4, row_bytes, sink);
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, Scales& scales, const Sink& sink) {
+    for (int b = 0; b < blocks; ++b) five_bit_codes<4>(b, w + b * kBytes, row_bytes, scales, sink);
   }
 };
 
 struct Q8_0 : formats::Q8_0 {
   static constexpr int kBits = 8, kZero = kSignedCodes ? 0 : 128;
-  using Scales = BlockScales<formats::Q8_0>;
+  using Scales = HalfScales<kBytes>;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, Scales&, const Sink& sink) {
     const auto offset = [](I v) BEZEL_LAMBDA {
       if constexpr (kZero == 0) return v;
       else return xor_(v, bytes(128));
@@ -187,7 +200,7 @@ struct Q4_K : formats::Q4_K {
   using Scales = AffineKScales;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, Scales&, const Sink& sink) {
     for (int c = 0; c < 4; ++c) {
       const Rows a = rows16(w + 16 + 32 * c, row_bytes), b = rows16(w + 32 + 32 * c, row_bytes);
       sink(2 * c, low_nibbles(a), low_nibbles(b));
@@ -201,7 +214,7 @@ struct Q5_K : formats::Q5_K {
   using Scales = AffineKScales;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, Scales&, const Sink& sink) {
     Rows ha = rows16(w + 16, row_bytes), hb = rows16(w + 32, row_bytes);  // bit j for sub-block j
     const auto low = [](I q, I h)
                          BEZEL_LAMBDA { return or_(and_(q, bytes(15)), and_(shl<4>(h), bytes(16))); };
@@ -242,7 +255,7 @@ struct Q6_K : formats::Q6_K {
 
   // Each half of a block keeps the low four bits of its 8 sub-blocks in 64 bytes, the high two bits in 32.
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, Scales&, const Sink& sink) {
     for (int h = 0; h < 2; ++h)
       for (int part = 0; part < 2; ++part) {
         const uint8_t* low = w + 64 * h + 16 * part;
@@ -278,10 +291,10 @@ BEZEL_INLINE void iq4_codes(int j, const uint8_t* w, int64_t row_bytes, const Si
 
 struct IQ4_NL : formats::IQ4_NL {
   static constexpr int kBits = 8, kZero = kIQ4Zero;
-  using Scales = BlockScales<formats::IQ4_NL>;
+  using Scales = HalfScales<kBytes>;
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int blocks, Scales&, const Sink& sink) {
     for (int b = 0; b < blocks; ++b) iq4_codes(b, w + b * kBytes + 2, row_bytes, sink);
   }
 };
@@ -309,7 +322,7 @@ struct IQ4_XS : formats::IQ4_XS {
   };
 
   template <class Sink>
-  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, const Sink& sink) {
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, Scales&, const Sink& sink) {
     for (int j = 0; j < 8; ++j) iq4_codes(j, w + 8 + 16 * j, row_bytes, sink);
   }
 };

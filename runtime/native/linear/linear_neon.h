@@ -81,10 +81,10 @@ BEZEL_INLINE void prefetch(const uint8_t* p) {
 #endif
 }
 
-// 16 where the bit of the column is set: of bits 0 … 15 of each lane, or of bits 16 … 31.
-template <int kHalf>
+// 16 where the bit of the column is set, of the two bytes of each lane that begin at byte kAt.
+template <int kAt>
 BEZEL_INLINE I fifth_bits(I v) {
-  const uint8x16_t spread = vcombine_u8(vdup_n_u8(2 * kHalf), vdup_n_u8(2 * kHalf + 1));
+  const uint8x16_t spread = vcombine_u8(vdup_n_u8(kAt), vdup_n_u8(kAt + 1));
   const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
   const uint8x16_t set = vtstq_u8(vqtbl1q_u8(vreinterpretq_u8_s32(v), spread), bit);
   return and_(vreinterpretq_s32_u8(set), bytes(16));

@@ -30,6 +30,11 @@ struct Ahead {
     for (int r = share * kRows / kShares; r < (share + 1) * kRows / kShares; ++r)
       for (int i = 0; i < kUnitBytes; i += 64) prefetch(p + r * row_bytes + i);
   }
+  // The shares of the sub-blocks that a unit of `blocks` blocks lacks.
+  BEZEL_INLINE void fetch_rest(int blocks) const {
+    if constexpr (W::kBlock == 32)
+      for (int share = blocks; share < kShares; ++share) fetch(share);
+  }
   BEZEL_INLINE void next() { p += kUnitBytes; }
 };
 
@@ -60,7 +65,8 @@ void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
       });
       dot[j] = sum_of_words(lanes);
     };
-    W::codes(data, w.row_bytes, count, sink);
+    ahead.fetch_rest(count);
+    W::codes(data, w.row_bytes, count, scales, sink);
     for (int j = 0; j < count * kSubs; ++j) {
       const F scale = mul(scales.d(j), splat(dx + j / kSubs));
       if constexpr (W::kMinimum) {
@@ -104,7 +110,8 @@ void unpack(const Group& w, int64_t blocks, Panel& panel) noexcept {
       };
       (put(codes), ...);
     };
-    W::codes(data, w.row_bytes, count, sink);
+    ahead.fetch_rest(count);
+    W::codes(data, w.row_bytes, count, scales, sink);
     for (int j = 0; j < count * kSubs; ++j) {
       store_float(d + j * kRows, scales.d(j));
       if constexpr (W::kMinimum) store_float(m + j * kRows, scales.m(j));

@@ -152,7 +152,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, demo: Path) -> None:
         (("run", demo, "x", "--raw", "--system", "y"), "--system"),
         (("inspect", demo, "--context", "99999"), "99999"),
         (("export", tmp_path / "nothing", tmp_path / "x.gguf"), "nothing"),
-        (("export", tmp_path / "x.gguf"), "--from"),
+        (("export", tmp_path / "x.gguf"), "Missing argument 'OUT'"),
         (("export", DEMO, tmp_path / "x.gguf", "--quant", "int8"), "q4_0"),
         (("export", demo, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "quantized"),
         (("export", DEMO, tmp_path / "x", "--format", "onnx", "--quant", "q4_0"), "int4"),
@@ -166,7 +166,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, demo: Path) -> None:
 def test_onnx_folder(tmp_path: Path, demo: Path) -> None:
     """All verbs on a folder, made from the GGUF file."""
     folder = tmp_path / "onnx"
-    shown = bezel("export", "--from", demo, folder, "--format", "onnx").stdout
+    shown = bezel("export", demo, folder, "--format", "onnx").stdout
     assert "29 × int8, blocks of 32" in shown
     shown = bezel("verify", folder, "--source", demo, "--run").stdout
     assert "128 to 159" in shown

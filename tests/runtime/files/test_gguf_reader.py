@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from bezel.quant.formats import FORMATS
 from bezel.runtime.errors import InvalidConfig, InvalidModelFile, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile, StringArray
+from bezel.runtime.files.gguf import StringArray
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.gguf import read_gguf_config
 from bezel.runtime.model.families.hf import read_hf_config
 from gguf_files import (
@@ -56,7 +57,7 @@ def write(path: Path, raw: bytes) -> Path:
 
 def test_tensors_agree_with_the_gguf_package(gemma2: Path) -> None:
     oracle = gguf.GGUFReader(gemma2)
-    with GGUFFile(gemma2) as file:
+    with GGUFModel(gemma2) as file:
         assert list(file.tensors) == [t.name for t in oracle.tensors] == list(SHAPES)
         for want in oracle.tensors:
             got = file.tensors[want.name]
@@ -71,7 +72,7 @@ def test_tensors_agree_with_the_gguf_package(gemma2: Path) -> None:
 
 
 def test_chosen_rows(gemma2: Path) -> None:
-    with GGUFFile(gemma2) as file:
+    with GGUFModel(gemma2) as file:
         whole = file.dequantize("token_embd.weight")
         ids = np.array([5, 0, 63, 5])
         np.testing.assert_array_equal(file.dequantize("token_embd.weight", ids), whole[ids])
@@ -109,7 +110,7 @@ def test_every_value_type_agrees_with_the_gguf_package(tmp_path: Path) -> None:
 
     oracle = gguf.GGUFReader(path)
     fields = {name: field for name, field in oracle.fields.items() if not name.startswith("GGUF.")}
-    file = GGUFFile(path)
+    file = GGUFModel(path)
     assert list(file.metadata) == list(fields)
     for name, field in fields.items():
         got, want = file.metadata[name], field.contents()
@@ -128,7 +129,7 @@ def test_every_value_type_agrees_with_the_gguf_package(tmp_path: Path) -> None:
 
 def test_bools_are_bools(tmp_path: Path) -> None:
     flags = key("flags", ARRAY, struct.pack("<IQ3B", BOOL, 3, 1, 0, 1))
-    file = GGUFFile(write(tmp_path / "f", pack([flags, key("flag", BOOL, b"\1")])))
+    file = GGUFModel(write(tmp_path / "f", pack([flags, key("flag", BOOL, b"\1")])))
     assert file.metadata["flag"] is True
     assert file.metadata["flags"].dtype == np.bool_
     assert file.metadata["flags"].tolist() == [True, False, True]
@@ -141,7 +142,7 @@ def test_versions_and_alignments(tmp_path: Path, version: int, alignment: int) -
     infos = [tensor("b", (2,), offset=alignment), tensor("a", (1, 2))]  # data in another order than the infos
     first, second = np.array([[1.0], [2.0]], "<f4"), np.array([3.0, 4.0], "<f4")
     data = first.tobytes().ljust(alignment, b"\0") + second.tobytes()
-    file = GGUFFile(write(tmp_path / "f", pack(keys, infos, data, version=version, alignment=alignment)))
+    file = GGUFModel(write(tmp_path / "f", pack(keys, infos, data, version=version, alignment=alignment)))
     np.testing.assert_array_equal(file.dequantize("a"), first)
     np.testing.assert_array_equal(file.dequantize("b"), second)
     assert file.tensors["a"].offset % alignment == 0
@@ -152,14 +153,14 @@ def test_every_format(tmp_path: Path, name: str) -> None:
     kind = FORMATS[name]
     data = np.random.default_rng(3).integers(0, 256, (6, kind.row_bytes(512)), np.uint8)
     infos = [tensor("t", (512, 2, 3), kind.gguf_type)]
-    file = GGUFFile(write(tmp_path / "f", pack([], infos, data.tobytes())))
+    file = GGUFModel(write(tmp_path / "f", pack([], infos, data.tobytes())))
     assert file.tensors["t"].shape == (3, 2, 512)
     np.testing.assert_array_equal(file.data("t"), data)
     np.testing.assert_array_equal(file.dequantize("t"), kind.dequantize(data).reshape(3, 2, 512))
 
 
 def test_string_array(gemma2: Path) -> None:
-    tokens = GGUFFile(gemma2).metadata["tokenizer.ggml.tokens"]
+    tokens = GGUFModel(gemma2).metadata["tokenizer.ggml.tokens"]
     assert len(tokens) == len(TOKENS) == 64
     assert list(tokens) == TOKENS
     assert [tokens[i] for i in range(64)] == TOKENS
@@ -173,7 +174,7 @@ def test_string_array(gemma2: Path) -> None:
 
 def test_strings_are_decoded_when_read(tmp_path: Path) -> None:
     raw = pack([key("tokens", ARRAY, string_array([b"", b"good", b"b\xffd"]))])
-    tokens = GGUFFile(write(tmp_path / "f", raw)).metadata["tokens"]
+    tokens = GGUFModel(write(tmp_path / "f", raw)).metadata["tokens"]
     assert (tokens[0], tokens[1]) == ("", "good")
     for read in (lambda: tokens[2], lambda: list(tokens)):
         with pytest.raises(InvalidModelFile, match="string 2 of an array is not UTF-8") as caught:
@@ -182,7 +183,7 @@ def test_strings_are_decoded_when_read(tmp_path: Path) -> None:
 
 
 def test_data_is_a_read_only_view(gemma2: Path) -> None:
-    with GGUFFile(gemma2) as file:
+    with GGUFModel(gemma2) as file:
         data = file.data("token_embd.weight")
         assert not data.flags.owndata
         assert file.data("output_norm.weight").shape == (1, 64 * 4)
@@ -200,7 +201,7 @@ def test_data_is_a_read_only_view(gemma2: Path) -> None:
 
 def test_fingerprint(gemma2: Path, tmp_path: Path) -> None:
     raw = bytearray(gemma2.read_bytes())
-    with GGUFFile(gemma2) as file:
+    with GGUFModel(gemma2) as file:
         same, at = file.fingerprint(), file.tensors["blk.0.attn_q.weight"].offset
     assert len(same) == 64
 
@@ -208,7 +209,7 @@ def test_fingerprint(gemma2: Path, tmp_path: Path) -> None:
         other = raw.copy()
         if change is not None:
             other[change] ^= 1
-        return GGUFFile(write(tmp_path / "other", bytes(other) + tail)).fingerprint()
+        return GGUFModel(write(tmp_path / "other", bytes(other) + tail)).fingerprint()
 
     assert fingerprint(None) == same  # the path does not count
     in_token = raw.index("naïve".encode())
@@ -221,13 +222,13 @@ def test_fingerprint(gemma2: Path, tmp_path: Path) -> None:
 
 
 def test_config(gemma2: Path, tmp_path: Path) -> None:
-    with GGUFFile(gemma2) as file:
+    with GGUFModel(gemma2) as file:
         config = file.config()
         file.check_tensors(config)
     assert (config.vocab_size, config.hidden_size, config.n_layers, config.tied_head) == (64, 64, 2, True)
     assert [layer.window for layer in config.layers] == [8, None]
     write_gemma2(tmp_path / "untied", extra={"output.weight": (64, 64)})
-    with GGUFFile(tmp_path / "untied") as file:
+    with GGUFModel(tmp_path / "untied") as file:
         assert not file.config().tied_head
         file.check_tensors(file.config())
 
@@ -249,17 +250,17 @@ def test_wrong_tensors(
     tmp_path: Path, drop: tuple[str, ...], extra: dict[str, tuple[int, ...]], words: list[str]
 ) -> None:
     write_gemma2(tmp_path / "f", drop=drop, extra=extra)
-    with GGUFFile(tmp_path / "f") as file, pytest.raises(InvalidModelFile) as caught:
+    with GGUFModel(tmp_path / "f") as file, pytest.raises(InvalidModelFile) as caught:
         file.check_tensors(file.config())
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_config_needs_an_embedding_matrix(tmp_path: Path) -> None:
     with pytest.raises(InvalidModelFile, match=r"no tensor 'token_embd\.weight'"):
-        GGUFFile(write(tmp_path / "f", pack())).config()
+        GGUFModel(write(tmp_path / "f", pack())).config()
     flat = pack([], [tensor("token_embd.weight", (8,))], bytes(32))
     with pytest.raises(InvalidModelFile, match=r"'token_embd\.weight': found shape 8, expected a matrix"):
-        GGUFFile(write(tmp_path / "f", flat)).config()
+        GGUFModel(write(tmp_path / "f", flat)).config()
 
 
 _NUMBER_ARRAY = [np.array(values, dtype) for dtype in ("<i8", "<f4", "?") for values in ([], [1], [2, 2], [8, 0])]
@@ -320,7 +321,7 @@ def test_config_of_wild_metadata(arch: str, tmp_path: Path) -> None:
     sound = {"general.architecture": arch, **_SOUND[arch]}
     assert _config_or_complaint(sound) is None
     strings = write(tmp_path / "f", pack([key("strings", ARRAY, string_array([b"gemma2", b"\xff"]))]))
-    wild = [*_WILD, GGUFFile(strings).metadata["strings"]]
+    wild = [*_WILD, GGUFModel(strings).metadata["strings"]]
     # A complaint about these may name what they contradict instead.
     indirect = {
         "general.architecture",
@@ -518,7 +519,7 @@ def test_attack(tmp_path: Path, name: str) -> None:
     raw, words = ATTACKS[name]
     path = write(tmp_path / "hostile.gguf", raw)
     with pytest.raises(InvalidModelFile) as caught:
-        GGUFFile(path)
+        GGUFModel(path)
     message = str(caught.value)
     assert words in message
     assert message.startswith(f"{path}: invalid model file at byte ")
@@ -537,7 +538,7 @@ def test_not_a_file(tmp_path: Path) -> None:
         places[tmp_path / "pipe"] = "not a file"
     for place, words in places.items():
         with pytest.raises(InvalidModelFile, match=words):
-            GGUFFile(place)
+            GGUFModel(place)
 
 
 def test_truncated_at_every_byte(tmp_path: Path) -> None:
@@ -550,10 +551,10 @@ def test_truncated_at_every_byte(tmp_path: Path) -> None:
     infos = [tensor("a", (32, 2), 8), tensor("b", (3,), offset=96)]
     raw = pack(keys, infos, bytes(range(96 + 12)))
     path = tmp_path / "f"
-    assert list(GGUFFile(write(path, raw)).tensors) == ["a", "b"]
+    assert list(GGUFModel(write(path, raw)).tensors) == ["a", "b"]
     for length in range(len(raw)):
         with pytest.raises(InvalidModelFile) as caught:
-            GGUFFile(write(path, raw[:length]))
+            GGUFModel(write(path, raw[:length]))
         assert caught.value.offset is not None
 
 
@@ -633,7 +634,7 @@ def _costly() -> dict[str, tuple[bytes, int]]:
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_damaged_files_are_refused_cheaply(gemma2: Path, tmp_path: Path) -> None:
     raw = gemma2.read_bytes()
-    with GGUFFile(gemma2) as file:
+    with GGUFModel(gemma2) as file:
         header = min(info.offset for info in file.tensors.values())
     paths = [gemma2]
     for i, mutant in enumerate(_mutants(raw, header, 900)):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from bezel.runtime.errors import InvalidCheckpoint, InvalidModelFile, InvalidRequest
-from bezel.runtime.files.gguf import GGUFFile
+from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
@@ -188,7 +188,7 @@ def test_through_a_file_that_gguf_writes(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with GGUFFile(path) as file:
+    with GGUFModel(path) as file:
         vocabulary = Vocabulary.from_gguf(file.metadata, str(path))
     assert list(vocabulary.pieces) == list(VOCABULARY.pieces)
     assert vocabulary.scores.tolist() == VOCABULARY.scores.tolist()

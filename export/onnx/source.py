@@ -1,0 +1,78 @@
+"""What an ONNX folder is made from: a checkpoint, quantized on the way, or a GGUF file's own blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...quant.formats import BF16, F16, F32, Format
+from ...quant.integers import INTEGER_FORMS
+from ...quant.recipes import preset
+from ...runtime.errors import InvalidRequest
+from ...runtime.model.tensors import TensorSpec
+from ..metadata import described
+from ..sources.checkpoint import Checkpoint
+
+QUANTS = {"f32": "f32", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}
+"""What `--quant` says for ONNX, and the GGUF preset whose numbers it writes."""
+
+
+class OnnxSource:
+    """A checkpoint in formats that ONNX can hold: those in INTEGER_FORMS, F32 and F16. `quant` names them.
+
+    The formats are those of a `quant` and an `embedding`, keys of QUANTS. Without, a GGUF file keeps its own, and a
+    folder gets int8. Raises InvalidRequest for a format whose numbers ONNX has no exact form for, and InvalidCheckpoint
+    for a file that is quantized and would have to be quantized again, unless `requantize`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, quant: str | None = None, embedding: str | None = None, requantize: bool = False
+    ) -> None:
+        self.checkpoint, self.path, self.files = checkpoint, checkpoint.path, checkpoint.files
+        self.config, self.vocabulary, self.rows = checkpoint.config, checkpoint.vocabulary, checkpoint.rows
+        if quant is None and embedding is None and checkpoint.path.is_file():
+            self._formats = {spec.gguf: _kept(checkpoint, spec) for spec in checkpoint.specs}
+            matrices = [spec for spec in checkpoint.specs if spec.is_matrix]
+            self.quant = ", ".join(dict.fromkeys(checkpoint.format(spec).name for spec in matrices[1:]))
+        else:
+            if not requantize and (quant, embedding) != ("f32", None):  # float32 has every block's numbers exactly
+                checkpoint.check_unquantized()
+            self.quant, self._formats = _asked_for(checkpoint, quant or "int8", embedding)
+        self.warnings = (*checkpoint.warnings, *checkpoint.added_losses(self._formats))
+        self.metadata: dict[str, Any] = described(checkpoint)
+
+    def format(self, spec: TensorSpec) -> type[Format]:
+        return self._formats[spec.gguf]
+
+    def blocks(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows start … stop−1 in the tensor's format, uint8 (rows, bytes). May be called from several threads."""
+        return self.checkpoint.blocks(spec, start, stop, self.format(spec))
+
+
+def _kept(checkpoint: Checkpoint, spec: TensorSpec) -> type[Format]:
+    """The format in which ONNX holds what the file holds."""
+    stored = checkpoint.format(spec)
+    if spec.is_norm or stored is BF16:
+        return F32
+    if stored not in (*INTEGER_FORMS, F32, F16):
+        raise InvalidRequest(
+            f"{checkpoint.path}: tensor '{spec.gguf}' is {stored.name}, which ONNX cannot hold exactly: expected "
+            f"integers times a scale, as in {', '.join(f.name for f in INTEGER_FORMS)}. Export with --quant f32, or "
+            "from the checkpoint"
+        )
+    return stored
+
+
+def _asked_for(checkpoint: Checkpoint, quant: str, embedding: str | None) -> tuple[str, dict[str, type[Format]]]:
+    for given in (quant, embedding):
+        if given is not None and given not in QUANTS:
+            raise InvalidRequest(f"quant: found {given!r}, expected one of {', '.join(QUANTS)} for ONNX")
+    if embedding is None:  # the head suffers most from quantizing
+        embedding = "int8" if quant == "int4" else quant
+    recipe = preset(QUANTS[quant], checkpoint.config.n_layers, QUANTS[embedding])
+    formats = {
+        spec.gguf: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format for spec in checkpoint.specs
+    }
+    return quant if embedding == quant else f"{quant}, embedding {embedding}", formats

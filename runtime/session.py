@@ -1,0 +1,191 @@
+"""One sequence of tokens going through a model: fed, rewound, saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import Floats
+from .cache.caches import default_chunk
+from .engines.protocol import Backend, Engine
+from .errors import CacheError, ContextFull, InvalidRequest, InvalidSession
+from .files.atomic import replacing
+from .model.config import ModelConfig
+from .text.tokenizer import Tokenizer
+
+MakeRoom = Callable[[list[int]], list[int]]
+"""Given all ids of a session whose context is full, the shorter ones to go on with."""
+
+_VERSION = "2"
+
+
+class Runnable(Protocol):
+    """What a session needs of a model; see `Model`."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def kv(self) -> str: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...
+
+    def identity(self) -> Mapping[str, str]:
+        """What another model must have in common to go on with a session of this one."""
+
+
+class Session:
+    """One sequence of tokens going through a model; `ids` are the tokens that it holds.
+
+    With `ring` False the local layers keep every position too: more memory, the same bits.
+    """
+
+    def __init__(self, model: Runnable, *, ring: bool = True) -> None:
+        self.model, self._ring = model, ring
+        self.ids: list[int] = []
+        self.engine: Engine = self._new_engine()
+
+    @property
+    def position(self) -> int:
+        """How many tokens the session holds."""
+        return self.engine.position
+
+    def prefill(self, ids: Sequence[int]) -> Floats:
+        """Take one or more tokens; logits float32 (vocab,) after the last. Raises ContextFull, having taken none."""
+        logits = self.feed(ids)
+        assert logits is not None  # nothing cancels
+        return logits
+
+    def logits(self, ids: Sequence[int]) -> Floats:
+        """`prefill` that gives the logits float32 (len(ids), vocab) after every one of the ids."""
+        checked = self.check(ids)
+        out = np.empty((len(checked), self.model.config.vocab_size), np.float32)
+        for start, part in self.chunks(checked):
+            out[start : start + len(part)] = self.engine.forward(part, len(part))
+            self.ids += part.tolist()
+        return out
+
+    def step(self, token: int) -> Floats:
+        """Take one token; logits float32 (vocab,)."""
+        return self.prefill([token])
+
+    def feed(
+        self, ids: Sequence[int], make_room: MakeRoom | None = None, cancel: Callable[[], bool] = lambda: False
+    ) -> Floats | None:
+        """`prefill` that asks `make_room` for shorter ids when the context is full, and that can be cancelled.
+
+        `cancel` is asked before every chunk; None comes back if it stopped there. What was taken stays taken.
+        """
+        if make_room and self.position + len(ids) > self.model.context:
+            ids = make_room([*self.ids, *ids])
+            self.reset()
+        checked = self.check(ids)
+        logits: Floats = np.empty((0, 0), np.float32)
+        for start, part in self.chunks(checked):
+            if cancel():
+                return None
+            logits = self.engine.forward(part, int(start + len(part) == len(checked)))
+            self.ids += part.tolist()
+        last: Floats = logits[0]
+        return last
+
+    def check(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
+        """The ids as an array. Raises InvalidRequest for none or foreign ones, ContextFull for too many."""
+        array = np.asarray(ids)
+        vocab_size = self.model.config.vocab_size
+        if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
+            raise InvalidRequest(f"token ids: found {array.dtype} {array.shape}, expected one or more integers")
+        if array.min() < 0 or array.max() >= vocab_size:
+            raise InvalidRequest(f"token ids: found {array.min()} to {array.max()}, expected 0 to {vocab_size - 1}")
+        left = self.model.context - self.position
+        if len(array) > left:
+            raise ContextFull(
+                f"{len(array)} more tokens do not fit: the context of {self.model.context} has {left} positions left"
+            )
+        return array.astype(np.int64)
+
+    def chunks(self, ids: npt.NDArray[np.int64]) -> Iterable[tuple[int, npt.NDArray[np.int64]]]:
+        """The ids in pieces that the engine takes at once, each with its index."""
+        return ((i, ids[i : i + self.engine.chunk]) for i in range(0, len(ids), self.engine.chunk))
+
+    def rewind(self, n: int) -> None:
+        """Forget the n newest tokens. Raises CacheError when a ring no longer holds what comes before them."""
+        self.engine.rewind(n)
+        del self.ids[len(self.ids) - n :]
+
+    def go_to(self, ids: Sequence[int]) -> None:
+        """Hold these ids, reusing the common beginning as far as the caches allow."""
+        common = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), None)
+        common = min(len(self.ids), len(ids)) if common is None else common
+        try:
+            self.rewind(len(self.ids) - common)
+        except CacheError:
+            self.reset()
+            common = 0
+        if ids[common:]:
+            self.prefill(ids[common:])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.engine = self._new_engine()
+        self.ids = []
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file; whole or not at all."""
+        from safetensors.numpy import save_file
+
+        arrays = {**self.engine.snapshot(), "ids": np.array(self.ids, np.int64)}
+        labels = {"bezel_session": _VERSION, **self.model.identity()}
+        with replacing(Path(path)) as part:
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, labels)
+
+    def restore(self, path: str | Path) -> None:
+        """Go on from a saved session, as if nothing had happened. Raises InvalidSession, changing nothing."""
+        labels, arrays = _read_session(Path(path))
+        if (version := labels.get("bezel_session")) != _VERSION:
+            raise InvalidSession(
+                f"{path}: found {'no session' if version is None else f'a session of version {version}'}, expected one "
+                f"of version {_VERSION}: another version of bezel cannot be gone on from, so begin a new one"
+            )
+        for key, want in self.model.identity().items():
+            if labels.get(key) != want:
+                raise InvalidSession(f"{path}: saved with {key} {labels.get(key)}, expected {want}")
+        ids = arrays.pop("ids", np.empty((0, 0)))
+        vocab_size = self.model.config.vocab_size
+        if ids.ndim != 1 or ids.dtype != np.int64 or len(ids) > self.model.context:
+            raise InvalidSession(
+                f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {self.model.context} int64"
+            )
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise InvalidSession(f"{path}: 'ids' names a token outside the vocabulary of {vocab_size}")
+        fresh = self._new_engine()
+        try:
+            fresh.restore(arrays)
+        except InvalidSession as error:
+            raise InvalidSession(f"{path}: {error}") from error
+        if fresh.position != len(ids):
+            raise InvalidSession(f"{path}: {len(ids)} ids, but the caches hold {fresh.position} positions")
+        self.engine, self.ids = fresh, ids.tolist()
+
+    def _new_engine(self) -> Engine:
+        model = self.model
+        return model.backend.engine(model.context, model.kv, default_chunk(model.config.layers), self._ring)
+
+
+def _read_session(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, AttributeError, ValueError) as error:
+        raise InvalidSession(f"{path}: not a saved session: {error}") from error

@@ -20,7 +20,7 @@ from bezel.export.gguf.writer import export_gguf
 from bezel.export.kept import KeptWork
 from bezel.export.sources.checkpoint import open_checkpoint
 from bezel.export.verify import verify
-from bezel.export.whole import on_every_core
+from bezel.export.whole import WholeSequences
 from bezel.runtime.commands.main import main
 from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.reference import ReferenceBackend
@@ -29,7 +29,7 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model import ops
 from bezel.runtime.model.families.hf import read_hf_config
 from click.testing import CliRunner
-from tiny import DEMO, checkpoint_folder, export
+from tiny import CONFIGS, DEMO, checkpoint_folder, export
 
 TEXT = "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
 
@@ -238,7 +238,17 @@ def test_a_sweep_goes_on_from_what_is_whole(tmp_path):
 def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     together = threading.Barrier(3, timeout=20)
-    assert sorted(on_every_core(lambda _: together.wait(), range(3))) == [0, 1, 2]
+
+    def attention(queries: np.ndarray, *_: Any) -> np.ndarray:
+        together.wait()
+        return queries
+
+    monkeypatch.setattr("bezel.export.whole.attention", attention)
+    layer = read_hf_config(CONFIGS["gemma2-gqa"]).layers[0]
+    rows = WholeSequences([layer], [np.zeros(n, np.int64) for n in (2, 4, 3)])
+    queries = np.arange(9 * 4 * 16, dtype=np.float32).reshape(9, 4, 16)
+    rows.append(0, queries, queries)
+    assert np.array_equal(rows.attend(0, queries, 1.0, None), queries)
 
 
 def logits(path: Path, ids: np.ndarray) -> np.ndarray:
@@ -314,7 +324,7 @@ def test_norms_behind_rounded_matrices_are_fitted_and_others_kept(name, text, tm
         export_calibrated(checkpoint, tmp_path / "rounded.gguf", "q4_0", None, text, tokens=512)
         sequences, specs = read_text(checkpoint, text, tokens=512).sequences, checkpoint.specs
     assert len(sequences) == 2
-    with GGUFFile(tmp_path / "exact.gguf") as exact, GGUFFile(tmp_path / "rounded.gguf") as rounded:
+    with GGUFModel(tmp_path / "exact.gguf") as exact, GGUFModel(tmp_path / "rounded.gguf") as rounded:
         config, seen = exact.config(), []
         for file in (exact, rounded):
             backend, adding = ReferenceBackend(file, config, None), Adding()

@@ -115,7 +115,7 @@ def importance_of(checkpoint: Checkpoint, sequences: Sequence[Ints]) -> dict[str
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--type", "mix", type=click.Choice([*TYPES]), default="q4_k_m", show_default=True)
 @click.option(

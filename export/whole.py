@@ -6,10 +6,7 @@ of a few matrices. Row-wise work is done some rows at a time, so that what it ma
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -20,14 +17,12 @@ from ..runtime.model import ops as plain
 from ..runtime.model.config import LayerConfig, ModelConfig
 from ..runtime.model.forward import Ops, layer
 from ..runtime.model.tensors import TensorSpec, tensor_specs
+from .ordered import ordered
 
 ReadRows = Callable[[TensorSpec, int, int], Floats]
 """Rows start … stop−1 of a tensor, float32 (rows, inputs); a norm is one row. Called from several threads."""
 
 ROWS = 512  # at a time in row-wise work; fixed, so that bits do not depend on the number of cores
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class WholeSequences:
@@ -54,7 +49,7 @@ class WholeSequences:
             keys, values, last = self._keys[span], self._values[span], self.positions[span] + 1
             out[span] = attention(queries[span], keys, values, first[span], last, scale, softcap)
 
-        on_every_core(one, self._spans)
+        list(ordered(one, self._spans))
         del self._keys, self._values
         return out
 
@@ -146,11 +141,5 @@ def by_rows(work: Callable[..., tuple[Floats, ...]], *inputs: Floats | Ints) -> 
         for whole, part in zip(out, work(*(x[rows] for x in inputs)) if start else head, strict=True):
             whole[rows] = part
 
-    on_every_core(piece, range(0, n, ROWS))
+    list(ordered(piece, range(0, n, ROWS)))
     return out
-
-
-def on_every_core(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """work(item) of each item, in their order."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(work, items))

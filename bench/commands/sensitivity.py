@@ -16,7 +16,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @texts_option
 @click.option(
     "--formats",

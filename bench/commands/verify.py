@@ -21,7 +21,7 @@ from .shared import json_option, progress_line, threads_option
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--source",
-    type=click.Path(exists=True, path_type=Path),
+    type=click.Path(path_type=Path),
     required=True,
     help="What MODEL was exported from: a checkpoint folder or a GGUF file.",
 )

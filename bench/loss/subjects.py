@@ -19,6 +19,7 @@ from ...runtime.cache.store import KV_TYPES
 from ...runtime.engines.protocol import Backend, Engine, ModelBackend
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import open_model
+from ...runtime.files.packaged import find_model
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights
@@ -61,7 +62,7 @@ def parse_spec(text: str, default: Spec) -> Spec:
         if key in options and options[key] not in known:
             raise InvalidRequest(f"{text}: {key}: found {options[key]!r}, expected one of {', '.join(known)}")
     ring = options.pop("ring", None)
-    spec = replace(default, path=Path(path), **options)
+    spec = replace(default, path=find_model(path), **options)
     spec = spec if ring is None else replace(spec, ring=ring == "on")
     if not spec.path.exists():
         raise InvalidRequest(

@@ -21,10 +21,11 @@ from ...runtime.model.tensors import TensorSpec
 from ...runtime.version import bezel_version
 from ..gguf.writer import export_gguf, plan_tensors
 from ..kept import KeptWork, work_on
+from ..ordered import ordered
 from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint
 from ..summary import ExportSummary
-from ..whole import ROWS, ReadRows, WholeOps, WholeSequences, on_every_core, run_layers
+from ..whole import ROWS, ReadRows, WholeOps, WholeSequences, run_layers
 from .moments import Calibration, CalibrationText, is_calibration, read_text, source_sha256
 from .noting import HEAD, Note, NotingOps, moments, site_of
 from .sweep import Sweep
@@ -59,8 +60,8 @@ def export_calibrated(
     if is_calibration(calibration):
         if tokens is not None:
             raise InvalidRequest(f"{calibration}: has read its text already; leave --calibration-tokens out")
-        moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
-        return export_gguf(checkpoint, out, recipe, None, progress, force, moments)
+        from_moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
+        return export_gguf(checkpoint, out, recipe, None, progress, force, from_moments)
     text = read_text(checkpoint, calibration, tokens)
     with work_on(out, Sequential.key(checkpoint, text, formats)) as kept:
         sequential = Sequential(checkpoint, text, formats, kept)
@@ -87,7 +88,7 @@ class Feedback:
                 rows = retargeted(rows, self._drift, self._factor)
             return quantize_with_feedback(form, rows, self._factor)
 
-        return np.concatenate(on_every_core(piece, range(0, spec.shape[0], _OUTPUTS)))
+        return np.concatenate(list(ordered(piece, range(0, spec.shape[0], _OUTPUTS))))
 
 
 class FromMoments:

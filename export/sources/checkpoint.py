@@ -154,10 +154,6 @@ class Checkpoint:
         except ValueError as error:
             raise InvalidCheckpoint(f"{self.path}: tensor '{spec.hf}': {error}") from None
 
-    def some_rows(self, spec: TensorSpec, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The rows (len(indices), inputs) at `indices`, as `rows` reads them."""
-        return np.concatenate([self.rows(spec, i, i + 1) for i in indices.tolist()])
-
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's vocabulary, which has one piece for each row of the embedding."""
         vocabulary = self._load_vocabulary()

@@ -120,7 +120,7 @@ def test_layers_need_not_be_alike() -> None:
     a = LayerConfig(5, 4, 2, 16, 48, 1e4, 1.0, True, True)
     b = LayerConfig(None, 3, 1, 8, 32, 1e6, 8.0, False, True)
     c = LayerConfig(5, 2, 2, 24, 64, 1e4, 1.0, True, False)
-    d = LayerConfig(None, 4, 1, 8, 48, 1e4, 2.0, False, False)
+    d = LayerConfig(None, 4, 1, 16, 48, 1e4, 2.0, False, False)
     config = ModelConfig("gemma3", 96, 32, 64, 1e-6, 32**0.5, 12.0, None, None, True, (a, b, c, d))
     random, specs = np.random.default_rng(1), list(tensor_specs(config))
     gain = {spec.gguf: 1.0 if spec.is_norm else spec.shape[1] ** -0.5 for spec in specs}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -80,7 +81,7 @@ def run_segments(segments: Sequence[Segment], forward: Callable[[SegmentRows], F
 
 
 def _spans(lengths: Sequence[int]) -> list[slice]:
-    ends = np.cumsum(lengths).tolist()
+    ends = list(accumulate(lengths))
     return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
 
 

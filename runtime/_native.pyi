@@ -102,7 +102,7 @@ class KVStore:
     def nbytes(self) -> int:
         """What has been filled, in steps of 256 positions."""
 
-    def write(self, position: int, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+    def write(self, pool: ThreadPool, position: int, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
         """Keys (after RoPE) and values (n, kv_heads, head_dim) of the positions from `position` on; n ≤ capacity."""
 
     def attend(

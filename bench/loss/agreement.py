@@ -19,11 +19,10 @@ from ...runtime.arrays import Floats
 from ...runtime.cache.caches import default_chunk
 from ...runtime.cache.store import INT8_CHANNEL
 from ...runtime.engines.protocol import ModelBackend
-from ...runtime.engines.rows import Segment, SegmentRows, run_segments
+from ...runtime.engines.rows import Segment, SegmentRows
 from ...runtime.errors import BezelError
 from ...runtime.files.model_file import open_model
 from ...runtime.files.onnx_folder import OnnxFolder
-from ...runtime.model.forward import forward
 from .. import DATA
 from ..progress import Progress, silent
 from .metrics import NotFinite, Records, compare, same_top
@@ -120,14 +119,13 @@ class _Int8Backend(ModelBackend):
         super().__init__(backend.config, backend.ops, backend.weights, backend.new_store)
         self._scales = scales
 
-    def forward(self, segments: Sequence[Segment], streams: list[Any] | None = None) -> Floats:
-        rows = _Int8Rows(segments, self._scales)
-        return run_segments(segments, lambda _: forward(self.config, self.ops, self.weights, rows, streams))
+    def rows(self, segment: Segment) -> SegmentRows:
+        return _Int8Rows(segment, self._scales)
 
 
 class _Int8Rows(SegmentRows):
-    def __init__(self, segments: Sequence[Segment], scales: Sequence[tuple[Floats, Floats]]) -> None:
-        super().__init__(segments)
+    def __init__(self, segment: Segment, scales: Sequence[tuple[Floats, Floats]]) -> None:
+        super().__init__(segment)
         self._scales = scales
 
     def append(self, layer: int, keys: Floats, values: Floats) -> None:

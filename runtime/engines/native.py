@@ -59,18 +59,12 @@ class NativeStore:
     bytes_for = staticmethod(_native.KVStore.bytes_for)
 
     def __init__(self, pool: _native.ThreadPool, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
-        self._pool = pool
-        self._store = _native.KVStore(n_kv_heads, head_dim, capacity, kv)
+        self._store = store = _native.KVStore(n_kv_heads, head_dim, capacity, kv)
+        self.write, self.attend = partial(store.write, pool), partial(store.attend, pool)
 
     @property
     def nbytes(self) -> int:
         return self._store.nbytes
-
-    def write(self, position: int, keys: Floats, values: Floats) -> None:
-        self._store.write(position, keys, values)
-
-    def attend(self, queries: Floats, first: Ints, last: Ints, scale: float, softcap: float | None) -> Floats:
-        return self._store.attend(self._pool, queries, first, last, scale, softcap)
 
     def raw(self, start: int, stop: int) -> Arrays:
         return self._store.raw(start, stop)

@@ -10,7 +10,7 @@ from ..cache.caches import Caches
 from ..cache.store import NewStore
 from ..model.config import ModelConfig
 from ..model.forward import Ops, Weights, forward
-from .rows import Segment, run_segments
+from .rows import JoinedRows, Segment, SegmentRows
 
 
 class Engine(Protocol):
@@ -90,14 +90,25 @@ class ModelBackend:
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> ModelEngine:
         return ModelEngine(self, self.caches(context, kv, chunk, ring), chunk)
 
+    def rows(self, segment: Segment) -> SegmentRows:
+        """The rows of a segment as they go through the model."""
+        return SegmentRows(segment)
+
     def forward(self, segments: Sequence[Segment], streams: list[Any] | None = None) -> Floats:
         """The rows of all segments in one pass: logits (wanted of all, vocab). If it raises, no cache has changed.
 
         Where a row's result does not depend on the others in `linear`, as in the native ops, logits have the bits that
         each segment would get alone.
         """
-
-        return run_segments(segments, lambda rows: forward(self.config, self.ops, self.weights, rows, streams))
+        parts = [self.rows(segment) for segment in segments]
+        try:
+            rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
+            logits: Floats = forward(self.config, self.ops, self.weights, rows, streams)
+            return logits
+        except BaseException:
+            for part in parts:
+                part.take_back()
+            raise
 
 
 class ModelEngine(CachedEngine):

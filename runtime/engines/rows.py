@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arrays import Floats, Ints
 from ..cache.caches import Caches
 from ..model.forward import Ops
 
-T = TypeVar("T", bound=np.generic)
 
-
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Rows of one sequence that follow what its `caches` hold: ids (n,), or embeddings (n, hidden), as they are.
 
     Logits are wanted of the last `wanted` rows. A row sees those before it; with `blocks`, int64 (n, 2), also the
@@ -32,58 +27,69 @@ class Segment:
 
 
 class SegmentRows:
-    """The rows of all segments, one after the other: `forward.Rows` on arrays."""
+    """The rows of one segment: `forward.Rows` on arrays."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self._segments = segments
-        self._all = _spans([len(segment.inputs) for segment in segments])
-        self._last = _spans([segment.wanted for segment in segments])
-        starts = [segment.caches.length for segment in segments]
-        self.positions: Ints = _joined(
-            [np.arange(start, start + len(s.inputs)) for start, s in zip(starts, segments, strict=True)]
-        )
+    def __init__(self, segment: Segment) -> None:
+        self._caches, self._inputs, self._wanted, self._blocks = segment
+        self._layers = list(self._caches)
+        self._start = self._caches.length
+        self.positions: Ints = np.arange(self._start, self._start + len(self))
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    @property
+    def n_wanted(self) -> int:
+        """How many rows logits are wanted of."""
+        return self._wanted
 
     def embed(self, ops: Ops, weight: object, scale: float) -> Floats:
-        def one(inputs: Ints | Floats) -> Floats:
-            rows: Any = inputs if inputs.ndim > 1 else ops.embed(weight, inputs, scale)
-            return cast("Floats", rows)
-
-        return _joined([one(segment.inputs) for segment in self._segments])
+        rows: Any = self._inputs if self._inputs.ndim > 1 else ops.embed(weight, self._inputs, scale)
+        embedded: Floats = rows
+        return embedded
 
     def append(self, layer: int, keys: Floats, values: Floats) -> None:
-        for segment, span in zip(self._segments, self._all, strict=True):
-            segment.caches[layer].append(keys[span], values[span])
+        self._layers[layer].append(keys, values)
+
+    def attend(self, layer: int, queries: Floats, scale: float, softcap: float | None) -> Floats:
+        if not len(queries):  # no logits are wanted
+            return queries
+        blocks = None if self._blocks is None else self._blocks[len(self) - len(queries) :]
+        return self._layers[layer].attend(queries, scale, softcap, blocks)
+
+    def wanted(self, x: Floats) -> Floats:
+        return x[len(x) - self._wanted :]
+
+    def take_back(self) -> None:
+        """Have the caches hold what they held before, after a pass that stopped half-way."""
+        self._caches.cut(self._start)
+
+
+class JoinedRows:
+    """The rows of several segments, one after the other: `forward.Rows` on arrays."""
+
+    def __init__(self, parts: Sequence[SegmentRows]) -> None:
+        self._parts = parts
+        self._all = _spans([len(part) for part in parts])
+        self._last = _spans([part.n_wanted for part in parts])
+        self.positions: Ints = np.concatenate([part.positions for part in parts])
+
+    def embed(self, ops: Ops, weight: object, scale: float) -> Floats:
+        return np.concatenate([part.embed(ops, weight, scale) for part in self._parts])
+
+    def append(self, layer: int, keys: Floats, values: Floats) -> None:
+        for part, span in zip(self._parts, self._all, strict=True):
+            part.append(layer, keys[span], values[span])
 
     def attend(self, layer: int, queries: Floats, scale: float, softcap: float | None) -> Floats:
         spans = self._all if len(queries) == self._all[-1].stop else self._last
-        parts = []
-        for segment, span in zip(self._segments, spans, strict=True):
-            n = span.stop - span.start
-            blocks = None if segment.blocks is None else segment.blocks[len(segment.blocks) - n :]
-            if n:
-                parts.append(segment.caches[layer].attend(queries[span], scale, softcap, blocks))
-        return _joined(parts) if parts else queries
+        parts = zip(self._parts, spans, strict=True)
+        return np.concatenate([part.attend(layer, queries[span], scale, softcap) for part, span in parts])
 
     def wanted(self, x: Floats) -> Floats:
-        ends = (span.stop for span in self._all)
-        return _joined([x[end - s.wanted : end] for end, s in zip(ends, self._segments, strict=True)])
-
-
-def run_segments(segments: Sequence[Segment], forward: Callable[[SegmentRows], Floats]) -> Floats:
-    """What `forward` makes of the segments' rows. If it raises, the caches hold what they held before."""
-    held = [segment.caches.length for segment in segments]
-    try:
-        return forward(SegmentRows(segments))
-    except BaseException:
-        for segment, length in zip(segments, held, strict=True):
-            segment.caches.cut(length)
-        raise
+        return np.concatenate([part.wanted(x[span]) for part, span in zip(self._parts, self._all, strict=True)])
 
 
 def _spans(lengths: Sequence[int]) -> list[slice]:
     ends = list(accumulate(lengths))
     return [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
-
-
-def _joined(parts: list[npt.NDArray[T]]) -> npt.NDArray[T]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)

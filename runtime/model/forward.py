@@ -88,8 +88,8 @@ def layer(
     q, k, v = ops.split_heads(q, c.n_heads), ops.split_heads(k, c.n_kv_heads), ops.split_heads(v, c.n_kv_heads)
     if c.qk_norms:
         q, k = ops.rms_norm(q, w["attn_q_norm"], eps), ops.rms_norm(k, w["attn_k_norm"], eps)
-    q, k = (ops.rope(part, rows.positions, c.rope_base, c.rope_factor) for part in (q, k))
-    rows.append(index, k, v)
+    q = ops.rope(q, rows.positions, c.rope_base, c.rope_factor)
+    rows.append(index, ops.rope(k, rows.positions, c.rope_base, c.rope_factor), v)
     if index == config.n_layers - 1:
         q, x = rows.wanted(q), rows.wanted(x)
     h = rows.attend(index, q, config.query_scale, config.attn_softcap)  # (n, H, D)

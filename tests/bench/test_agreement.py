@@ -12,8 +12,8 @@ import onnx
 import pytest
 from bezel.bench.loss.agreement import LARGEST_KLD, Span, agreement
 from bezel.export.onnx.export import export_folder
+from bezel.runtime import _native
 from bezel.runtime.commands.main import main
-from bezel.runtime.engines import native
 from bezel.runtime.engines import ort as ort_engine
 from bezel.runtime.errors import BezelError
 from bezel.runtime.files.gguf_model import GGUFModel
@@ -85,12 +85,12 @@ def test_a_window_that_is_one_off(quant: str, kv: str, onnx_of: OnnxOf, monkeypa
 
 
 def test_a_window_that_is_one_off_in_the_native_engine(gguf_of: GgufOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = native.NativeStore.attend
+    attend = _native.KVStore.attend
 
-    def shorter(self: Any, queries: Any, first: Any, last: Any, *rest: Any) -> Any:
-        return attend(self, queries, np.where(first > 0, first + 1, 0), last, *rest)
+    def shorter(self: Any, pool: Any, queries: Any, first: Any, last: Any, *rest: Any) -> Any:
+        return attend(self, pool, queries, np.where(first > 0, first + 1, 0), last, *rest)
 
-    monkeypatch.setattr(native.NativeStore, "attend", shorter)
+    monkeypatch.setattr(_native.KVStore, "attend", shorter)
     assert off(agreement(gguf_of("demo", "q4_0"), DEMO, False)) == [False, True, True]
 
 

@@ -134,7 +134,7 @@ def test_layers_need_not_be_alike() -> None:
     ids = random.integers(0, 96, 23)
     evaluator, caches = Evaluator(model, config, len(ids), 4), Caches(config.layers, len(ids), "f32", 4)
     for part in np.split(ids, range(4, len(ids), 4)):
-        want = forward(config, ops, weights, SegmentRows([Segment(caches, part, len(part))]))
+        want = forward(config, ops, weights, SegmentRows(Segment(caches, part, len(part))))
         assert np.abs(evaluator.forward(part.tolist()) - want).max() < TOLERANCE
     assert np.abs(want).max() > 1
 

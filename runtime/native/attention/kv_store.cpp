@@ -131,28 +131,36 @@ void KVStore::copy(bool in, bool values, int64_t kv_head, int64_t slot, void* ro
   }
 }
 
-void KVStore::write(int64_t position, int64_t n, const float* keys, const float* values) noexcept {
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t slot = (position + i) % sizes_.slots;
-    written_ = std::max(written_, slot + 1);
-    for (const bool side : {false, true})
-      for (int64_t h = 0; h < sizes_.heads; ++h) {
-        const float* x = (side ? values : keys) + (i * sizes_.heads + h) * sizes_.head_dim;
-        alignas(64) char row[kMaxHeadDim * sizeof(float)];
-        switch (type_) {
-          case KvType::f32: std::memcpy(row, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x); break;
-          case KvType::f16: kernels_.to_half(x, sizes_.head_dim, reinterpret_cast<uint16_t*>(row)); break;
-          case KvType::int8: {
-            alignas(64) float turned[kMaxHeadDim];
-            std::memcpy(turned, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x);
-            if (rotated()) kernels_.hadamard(turned, sizes_.head_dim);
-            kernels_.quantize(turned, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(side, h, slot));
-            break;
-          }
-        }
-        copy(true, side, h, slot, row);
-      }
+void KVStore::write(ThreadPool& pool, int64_t position, int64_t n, const float* keys, const float* values) noexcept {
+  constexpr int64_t kRows = 64;  // of a task
+  written_ = std::max(written_, std::min(position % sizes_.slots + n, sizes_.slots));
+  const int64_t sides = 2 * sizes_.heads, groups = (n + kRows - 1) / kRows;
+  // A few rows are not worth a second thread.
+  pool.parallel_for(sides * groups, n < kRows ? sides : 1, [&](int64_t from, int64_t to) noexcept {
+    for (int64_t task = from; task < to; ++task) {
+      const bool side = task % 2;
+      const int64_t head = task % sides / 2, begin = task / sides * kRows;
+      for (int64_t i = begin; i < std::min(begin + kRows, n); ++i)
+        write_row(side, head, (position + i) % sizes_.slots,
+                  (side ? values : keys) + (i * sizes_.heads + head) * sizes_.head_dim);
+    }
+  });
+}
+
+void KVStore::write_row(bool values, int64_t kv_head, int64_t slot, const float* x) noexcept {
+  alignas(64) char row[kMaxHeadDim * sizeof(float)];
+  switch (type_) {
+    case KvType::f32: std::memcpy(row, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x); break;
+    case KvType::f16: kernels_.to_half(x, sizes_.head_dim, reinterpret_cast<uint16_t*>(row)); break;
+    case KvType::int8: {
+      alignas(64) float turned[kMaxHeadDim];
+      std::memcpy(turned, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x);
+      if (rotated()) kernels_.hadamard(turned, sizes_.head_dim);
+      kernels_.quantize(turned, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(values, kv_head, slot));
+      break;
+    }
   }
+  copy(true, values, kv_head, slot, row);
 }
 
 void KVStore::read_raw(int64_t position, int64_t n, bool values, void* rows, float* scales) const noexcept {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention/attention_kernels.h"
+#include "base/thread_pool.h"
 
 namespace bezel {
 
@@ -52,13 +53,15 @@ class KVStore {
   float* scale(bool values, int64_t kv_head, int64_t slot) const noexcept;
 
   // float32 (n, kv_heads, head_dim) for the positions from `position` on. n ≤ capacity.
-  void write(int64_t position, int64_t n, const float* keys, const float* values) noexcept;
+  void write(ThreadPool& pool, int64_t position, int64_t n, const float* keys, const float* values) noexcept;
 
   // As it is stored: rows (n, kv_heads, head_dim), and for int8 scales (n, kv_heads).
   void read_raw(int64_t position, int64_t n, bool values, void* rows, float* scales) const noexcept;
   void write_raw(int64_t position, int64_t n, bool values, const void* rows, const float* scales) noexcept;
 
  private:
+  void write_row(bool values, int64_t kv_head, int64_t slot, const float* x) noexcept;
+
   struct Sizes {
     Sizes(int64_t kv_heads, int64_t head_dim, int64_t capacity, KvType type, const KvLayout& layout);
     int64_t filled_bytes(int64_t written) const noexcept;  // by so many slots

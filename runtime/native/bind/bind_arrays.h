@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -26,11 +27,21 @@ struct Size {
   Size(const char* n) : name(n) {}
 };
 
-inline std::string text(const std::vector<Size>& shape) {
+// Dimensions, which stand somewhere else: a list of them costs no memory of its own.
+struct Shape {
+  const Size* sizes;
+  size_t size;
+
+  Shape(std::initializer_list<Size> s) : sizes(s.begin()), size(s.size()) {}
+  Shape(const std::vector<Size>& s) : sizes(s.data()), size(s.size()) {}
+  const Size& operator[](size_t i) const { return sizes[i]; }
+};
+
+inline std::string text(const Shape& shape) {
   std::string s = "(";
-  for (size_t i = 0; i < shape.size(); ++i)
-    s += (shape[i].name ? shape[i].name : std::to_string(shape[i].number)) + (i + 1 < shape.size() ? ", " : "");
-  return s + (shape.size() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < shape.size; ++i)
+    s += (shape[i].name ? shape[i].name : std::to_string(shape[i].number)) + (i + 1 < shape.size ? ", " : "");
+  return s + (shape.size == 1 ? ",)" : ")");
 }
 
 inline std::string text(DType type) {
@@ -47,19 +58,19 @@ template <class A>
 std::string describe(const A& array) {
   std::vector<Size> shape;
   for (size_t i = 0; i < array.ndim(); ++i) shape.emplace_back(size(array, i));
-  return text(array.dtype()) + " " + text(shape);
+  return text(array.dtype()) + " " + text(Shape(shape));
 }
 
 // The data of a C-contiguous array of `type` and `shape`; throws std::invalid_argument for any other.
 template <class A>
-auto* checked(const A& array, const char* name, DType type, const std::vector<Size>& shape) {
-  bool fits = array.dtype() == type && array.ndim() == shape.size();
-  for (size_t i = 0; fits && i < shape.size(); ++i) fits = shape[i].name || shape[i].number == size(array, i);
+auto* checked(const A& array, const char* name, DType type, const Shape& shape) {
+  bool fits = array.dtype() == type && array.ndim() == shape.size;
+  for (size_t i = 0; fits && i < shape.size; ++i) fits = shape[i].name || shape[i].number == size(array, i);
   if (!fits)
     throw std::invalid_argument(std::string(name) + ": found " + describe(array) + ", expected " + text(type) + " " +
                                 text(shape));
   int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= size(array, i))
+  for (size_t i = shape.size; i-- > 0; stride *= size(array, i))
     if (size(array, i) > 1 && array.stride(i) != stride && array.size() > 0)
       throw std::invalid_argument(std::string(name) + ": " + describe(array) +
                                   " is not C-contiguous; pass np.ascontiguousarray of it");
@@ -70,7 +81,7 @@ auto* checked(const A& array, const char* name, DType type, const std::vector<Si
 }
 
 template <class T>
-const T* checked(const Input& array, const char* name, const std::vector<Size>& shape) {
+const T* checked(const Input& array, const char* name, const Shape& shape) {
   return static_cast<const T*>(checked(array, name, nanobind::dtype<T>(), shape));
 }
 

@@ -53,12 +53,12 @@ float positive(double x, const char* name) {
   return static_cast<float>(x);
 }
 
-void write(KVStore& store, int64_t position, const Input& keys, const Input& values) {
+void write(KVStore& store, ThreadPool& pool, int64_t position, const Input& keys, const Input& values) {
   const float* k = checked<float>(keys, "keys", {"n", store.kv_heads(), store.head_dim()});
   const float* v = checked<float>(values, "values", {size(keys, 0), store.kv_heads(), store.head_dim()});
   check_span(store, position, size(keys, 0));
   nb::gil_scoped_release release;
-  store.write(position, size(keys, 0), k, v);
+  store.write(pool, position, size(keys, 0), k, v);
 }
 
 Array attend_py(const KVStore& store, ThreadPool& pool, const Input& queries, const Input& first, const Input& last,
@@ -136,7 +136,7 @@ Array rms_norm_py(const Input& x, const Input& weight, double eps, ThreadPool& p
   std::vector<int64_t> shape;
   for (size_t i = 0; i < x.ndim(); ++i) shape.push_back(size(x, i));
   const int64_t dim = shape.back();
-  const float* data = checked<float>(x, "x", {shape.begin(), shape.end()});
+  const float* data = checked<float>(x, "x", std::vector<Size>(shape.begin(), shape.end()));
   const float* w = checked<float>(weight, "weight", {dim});
   Result y(shape);
   {
@@ -199,7 +199,7 @@ void bind_attention(nb::module_& m) {
           },
           "kv_heads"_a, "head_dim"_a, "capacity"_a, "kv"_a, "positions"_a)
       .def_prop_ro("nbytes", &KVStore::nbytes)
-      .def("write", &write, "position"_a, "keys"_a.noconvert(), "values"_a.noconvert())
+      .def("write", &write, "pool"_a, "position"_a, "keys"_a.noconvert(), "values"_a.noconvert())
       .def("attend", &attend_py, "pool"_a, "queries"_a.noconvert(), "first"_a.noconvert(), "last"_a.noconvert(),
            "scale"_a, "softcap"_a.none())
       .def("raw", &raw, "start"_a, "stop"_a)

@@ -22,6 +22,7 @@ from bezel.runtime.cache.rotation import hadamard
 KVS = ("f32", "f16", "int8")
 SPLIT = 256  # positions that attention handles together
 OPERAND = 2 * 32639  # steps between the extremes of a quantized query or weight
+POOL = ThreadPool(3)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def filled(rng: np.random.Generator, kv: str, length: int, heads: int, dim: int,
     """Positions length − capacity … length − 1."""
     store = KVStore(heads, dim, capacity or length, kv)
     start = max(0, length - (capacity or length))
-    store.write(start, floats(rng, length - start, heads, dim), floats(rng, length - start, heads, dim))
+    store.write(POOL, start, floats(rng, length - start, heads, dim), floats(rng, length - start, heads, dim))
     return store
 
 
@@ -198,7 +199,7 @@ def test_attention_of_large_scores(kv: str, pool: ThreadPool) -> None:
     """One key takes nearly all the weight, and the soft-cap saturates: no overflow, no NaN."""
     rng = np.random.default_rng(1)
     store = KVStore(1, 64, 600, kv)
-    store.write(0, floats(rng, 600, 1, 64) * np.float32(8), floats(rng, 600, 1, 64))
+    store.write(POOL, 0, floats(rng, 600, 1, 64) * np.float32(8), floats(rng, 600, 1, 64))
     queries = floats(rng, 5, 2, 64) * np.float32(8)
     keys, values = (turn(store, x) for x in stored(store, 0, 600))
     for cap in (50.0, None):
@@ -219,7 +220,7 @@ def test_quantized_operands_add_little_to_int8(pool: ThreadPool) -> None:
         floats(rng, 8, 4, 256) * np.float32(3),
     )
     store = KVStore(2, 256, 2000, "int8")
-    store.write(0, keys, values)
+    store.write(POOL, 0, keys, values)
     spans = causal(8, 2000)
     visible = np.arange(2000) < spans[1][:, None]
     q = queries.astype(np.float64)
@@ -237,7 +238,7 @@ def test_an_outlying_channel_costs_int8_little(pool: ThreadPool) -> None:
     values = np.zeros_like(keys)  # whose only number int8 holds, rotated or not
     values[np.arange(1000), :, np.arange(1000) % 256] = floats(rng, 1000, 2)
     store = KVStore(2, 256, 1000, "int8")
-    store.write(0, keys, values)
+    store.write(POOL, 0, keys, values)
     step = np.abs(keys).max(-1, keepdims=True) / 127
     visible = np.arange(1000) < causal(8, 1000)[1][:, None]
     args = values.astype(np.float64), visible, 0.0625, None
@@ -260,7 +261,7 @@ def test_a_ring_in_any_chunks_gives_the_bits_of_a_full_cache(kv: str, window: in
         floats(rng, length, 2, dim),
     )
     full = KVStore(heads, dim, length, kv)
-    full.write(0, keys, values)
+    full.write(POOL, 0, keys, values)
     expected = full.attend(pool, queries, *causal(length, length, window), 0.25, 50.0)
     wider = full.attend(pool, queries, *causal(length, length, window + 1), 0.25, 50.0)
     assert not np.array_equal(expected, wider)
@@ -268,7 +269,7 @@ def test_a_ring_in_any_chunks_gives_the_bits_of_a_full_cache(kv: str, window: in
         ring = KVStore(heads, dim, window - 1 + chunk, kv)
         for start in range(0, length, chunk):
             part = slice(start, min(start + chunk, length))
-            ring.write(start, keys[part], values[part])
+            ring.write(POOL, start, keys[part], values[part])
             got = ring.attend(pool, queries[part], *causal(part.stop - start, part.stop, window), 0.25, 50.0)
             assert got.tobytes() == expected[part].tobytes(), (chunk, start)
 
@@ -284,13 +285,13 @@ def test_small_windows_capacities_and_chunks(kv: str, pool: ThreadPool) -> None:
         floats(rng, length, 1, dim),
     )
     full = KVStore(1, dim, length, kv)
-    full.write(0, keys, values)
+    full.write(POOL, 0, keys, values)
     for window, chunk, extra in itertools.product((1, 2, 3, 5, 8), (1, 2, 3, 5), (0, 1)):
         expected = full.attend(pool, queries, *causal(length, length, window), 0.5, None)
         ring = KVStore(1, dim, window - 1 + chunk + extra, kv)
         for start in range(begin, length, chunk):
             part = slice(start, min(start + chunk, length))
-            ring.write(start, keys[part], values[part])
+            ring.write(POOL, start, keys[part], values[part])
             if start - window >= begin:
                 got = ring.attend(pool, queries[part], *causal(part.stop - start, part.stop, window), 0.5, None)
                 assert got.tobytes() == expected[part].tobytes(), (window, chunk, start)
@@ -338,7 +339,7 @@ def test_storage_is_that_of_the_numpy_cache(kv: str, dim: int) -> None:
     cache, store = NumpyStore(3, dim, 300, kv), KVStore(3, dim, 300, kv)
     for part in (slice(0, 100), slice(100, 101), slice(101, 300)):
         cache.write(part.start, keys[part], values[part])
-        store.write(part.start, keys[part], values[part])
+        store.write(POOL, part.start, keys[part], values[part])
     snapshot, raw = cache.raw(0, 300), store.raw(0, 300)
     assert set(raw) == set(snapshot)
     for name, array in raw.items():
@@ -365,7 +366,7 @@ def test_halves_round_as_in_numpy() -> None:
         x = np.ascontiguousarray(x[: len(x) // 2 * 2].reshape(-1, 1, 2))
         expected = x.astype(np.float16)
     store = KVStore(1, 2, len(x), "f16")
-    store.write(0, x, x)
+    store.write(POOL, 0, x, x)
     assert store.raw(0, len(x))["keys"].tobytes() == expected.tobytes()
 
 
@@ -375,11 +376,11 @@ def test_damage_shows_where_it_is_seen_and_only_there(kv: str, bad: float, pool:
     rng = np.random.default_rng(5)
     keys, values, queries = floats(rng, 400, 1, 32), floats(rng, 400, 1, 32), floats(rng, 400, 1, 32)
     store = KVStore(1, 32, 400, kv)
-    store.write(0, keys, values)
+    store.write(POOL, 0, keys, values)
     spans = causal(400, 400, 50)
     expected = store.attend(pool, queries, *spans, 0.2, None)
     values[100, 0, 3] = bad
-    store.write(0, keys, values)
+    store.write(POOL, 0, keys, values)
     got = store.attend(pool, queries, *spans, 0.2, None)
     sees = (np.arange(400) >= 100) & (np.arange(400) < 150)
     assert not np.isfinite(got[sees, 0, 3]).any()
@@ -401,7 +402,7 @@ def test_memory_is_taken_as_it_is_filled() -> None:
     assert store.nbytes == 0
     assert resident() - before < 1 << 20
     x = np.ones((1000, 4, 256), np.float32)
-    store.write(0, x, x)
+    store.write(POOL, 0, x, x)
     taken = 2 * 4 * 1024 * (256 + 4)
     assert store.nbytes == taken
     assert resident() - before < taken + (4 << 20) + 2 * x.nbytes  # pages may be of 2 MiB
@@ -412,7 +413,7 @@ def test_memory_is_what_is_announced(kv: str) -> None:
     for capacity, end in ((10, 3), (256, 256), (700, 257), (700, 2000)):
         store = KVStore(2, 40, capacity, kv)
         for start in range(0, end, 3):
-            store.write(start, *[np.ones((min(3, end - start), 2, 40), np.float32)] * 2)
+            store.write(POOL, start, *[np.ones((min(3, end - start), 2, 40), np.float32)] * 2)
         assert store.nbytes == KVStore.bytes_for(2, 40, capacity, kv, end) > 0
     assert KVStore.bytes_for(2, 40, capacity, kv, 0) == 0
 
@@ -431,17 +432,17 @@ def spans(*pairs: tuple[int, int]) -> Spans:
     ("call", "message"),
     [
         (
-            lambda s, _p: s.write(0, X[:, :1], X),
+            lambda s, p: s.write(p, 0, X[:, :1], X),
             r"keys: found float32 \(3, 1, 8\), expected float32 \(n, 2, 8\)",
         ),
         (
-            lambda s, _p: s.write(0, X, X[:2]),
+            lambda s, p: s.write(p, 0, X, X[:2]),
             r"values: found float32 \(2, 2, 8\), expected float32 \(3, 2, 8\)",
         ),
-        (lambda s, _p: s.write(0, X.astype(np.float64), X), "keys: found float64"),
-        (lambda s, _p: s.write(0, X[:, ::-1], X), "keys: .* is not C-contiguous"),
-        (lambda s, _p: s.write(-1, X, X), "positions -1 to 2 do not fit a store of 10 positions"),
-        (lambda s, _p: s.write(0, *[np.zeros((11, 2, 8), np.float32)] * 2), "positions 0 to 11 do not fit"),
+        (lambda s, p: s.write(p, 0, X.astype(np.float64), X), "keys: found float64"),
+        (lambda s, p: s.write(p, 0, X[:, ::-1], X), "keys: .* is not C-contiguous"),
+        (lambda s, p: s.write(p, -1, X, X), "positions -1 to 2 do not fit a store of 10 positions"),
+        (lambda s, p: s.write(p, 0, *[np.zeros((11, 2, 8), np.float32)] * 2), "positions 0 to 11 do not fit"),
         (lambda s, _p: s.raw(3, 2), "do not fit"),
         (lambda s, _p: s.raw(0, 11), "do not fit"),
         (

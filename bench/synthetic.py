@@ -24,6 +24,7 @@ from ..export.sources import safetensors
 from ..quant.formats import Format
 from ..runtime.errors import InvalidRequest
 from ..runtime.files.atomic import atomic
+from ..runtime.files.strings import Strings
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.families.gguf import write_gguf_config
 from ..runtime.model.families.hf import read_hf_config
@@ -353,7 +354,7 @@ def vocabulary(config: ModelConfig) -> Vocabulary:
     pieces = [piece for _, run in runs for piece in run]
     types = np.array([kind for kind, run in runs for _ in run], np.int32)
     scores = np.where(types == NORMAL, -np.arange(size), 0).astype(np.float32)
-    return Vocabulary(pieces, scores, types, bos_id=2, eos_id=1, unk_id=3, pad_id=0)
+    return Vocabulary(Strings.of(pieces), scores, types, bos_id=2, eos_id=1, unk_id=3, pad_id=0)
 
 
 def _syllables() -> Iterator[str]:

@@ -67,6 +67,18 @@ def feed_forward(
 def embed(matrix: Matrix, ids: NDArray[np.int64], scale: float) -> NDArray[np.float32]:
     """Rows ids (n,), dequantized, times scale → (n, cols). Raises ValueError for an id that is no row."""
 
+def split_strings(data: NDArray[np.uint8], count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """`count` strings as GGUF writes an array of them, each after its length in eight bytes: their text without the
+    lengths, and where in it each ends. Fewer come back where `data` ends first."""
+
+def string_hashes(text: NDArray[np.uint8], ends: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """A hash of each string. Raises ValueError for ends that are not in order or lie past the text."""
+
+def sentencepiece_pieces(
+    text: NDArray[np.uint8], ends: NDArray[np.int64], scores: NDArray[np.float32], types: NDArray[np.int32]
+) -> bytes:
+    """The pieces of a serialised ModelProto: messages of text, score and type. Raises ValueError as `string_hashes`."""
+
 def read_bandwidth(pool: ThreadPool, data: NDArray[np.uint8]) -> float:
     """Bytes a second at which all threads read `data` (n,) once, plainly; releases the GIL.
 

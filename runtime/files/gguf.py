@@ -15,19 +15,19 @@ import mmap
 import os
 import stat
 import struct
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...quant.formats import FORMAT_OF_TYPE, Format
+from .. import _native
 from ..errors import InvalidModelFile, InvalidRequest
+from .strings import Strings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +45,7 @@ RECEIPT = "bezel.receipt."  # keys whose values may be filled in later, and so a
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _U64 = struct.Struct("<Q")
+_LENGTH = _U64.size  # what precedes a string
 
 # The tensor types of ggml by number, to name those that bezel does not read.
 _GGML_TYPES = (
@@ -66,41 +67,19 @@ class TensorInfo:
     nbytes: int
 
 
-class StringArray(Sequence[str]):
+class StringArray(Strings):
     """A GGUF array of strings, decoded when read. Raises InvalidModelFile for bytes that are not UTF-8."""
 
-    def __init__(self, path: Path, raw: NDArray[np.uint8], offsets: array[int]) -> None:
-        # offsets[i] is where the length field of string i lies, and offsets[-1] where the array ends.
-        self._path, self._raw, self._offsets = path, raw, offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]
-        start, end = self._offsets[i] + 8, self._offsets[i + 1]
-        return self._decode(self._raw[start:end].tobytes(), i)
-
-    def __iter__(self) -> Iterator[str]:
-        first = self._offsets[0]
-        block = self._raw[first : self._offsets[-1]].tobytes()  # one copy is cheaper than a view for each
-        for i, (start, end) in enumerate(pairwise(self._offsets)):
-            yield self._decode(block[start - first + 8 : end - first], i)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} strings>"
+    def __init__(self, path: Path, start: int, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        """`start` is where the array's first length lies in the file."""
+        super().__init__(text, ends)
+        self._path, self._start = path, start
 
     def _decode(self, value: bytes, i: int) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            offset = self._offsets[i] + 8 + error.start
+            offset = self._start + _LENGTH * (i + 1) + int(self.ends[i]) - len(value) + error.start
             raise InvalidModelFile(self._path, f"string {i} of an array is not UTF-8", offset) from None
 
 
@@ -305,20 +284,17 @@ class _Header:
         return numbers
 
     def strings(self, length: int, what: str) -> StringArray:
-        if length * 8 > self.end - self.pos:
-            self.take(length * 8, what)  # fails: each string takes 8 bytes at least
-        # One turn for each of 256,000 tokens: nothing here but the lengths.
-        view, last, unpack, pos = self.view, self.end - 8, _U64.unpack_from, self.pos
-        offsets = array("q", [pos])
-        for i in range(length):
-            if pos > last:
-                self.fail(f"string {i} of {what} lies past the end of the header", offsets[-1])
-            pos += 8 + unpack(view, pos)[0]
-            if pos > self.end:
-                self.fail(f"string {i} of {what} is {_count(pos - offsets[-1] - 8)} bytes long", offsets[-1])
-            offsets.append(pos)
-        self.pos = pos
-        return StringArray(self.path, self.raw, offsets)
+        if length * _LENGTH > self.end - self.pos:
+            self.take(length * _LENGTH, what)  # fails: each string takes 8 bytes at least
+        start = self.pos
+        text, ends = _native.split_strings(self.raw[start : self.end], length)
+        self.pos += text.size + _LENGTH * len(ends)
+        if len(ends) < length:
+            what = f"string {len(ends)} of {what}"
+            if self.end - self.pos < _LENGTH:
+                self.fail(f"{what} lies past the end of the header")
+            self.fail(f"{what} is {_count(_U64.unpack_from(self.view, self.pos)[0])} bytes long")
+        return StringArray(self.path, start, text, ends)
 
     def tensors(self, count: int, alignment: Any) -> dict[str, TensorInfo]:
         if not isinstance(alignment, int) or alignment not in _ALIGNMENTS:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _native
 from ..errors import BezelError, InvalidCheckpoint, InvalidModelFile, InvalidRequest
 from ..files.protobuf import read_fields, varint_bytes
+from ..files.strings import Strings
 
 # Types of pieces, numbered alike in SentencePiece's and in GGUF's specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -44,7 +46,7 @@ _PROBE = "  Two  spaces,\t\ttabs, ﬁ Å １２3 Ω≈ç 🙂 𐍈.\n\n It was t
 class Vocabulary:
     """The pieces of a tokenizer; the index is the id. `scores` is float32 (n,), `types` int32 (n,)."""
 
-    pieces: Sequence[str]
+    pieces: Strings
     scores: NDArray[np.float32]
     types: NDArray[np.int32]
     bos_id: int
@@ -78,7 +80,8 @@ class Vocabulary:
             probe = original.encode(_PROBE)
             # The library's Python interface does not tell which pieces are user-defined; the file does.
             read = [_read_piece(value) for number, _, value in read_fields(raw) if number == _PIECES]
-            pieces, scores, types = zip(*read, strict=True)
+            texts, scores, types = zip(*read, strict=True)
+            pieces = Strings.of(texts)
         except _REFUSALS as error:
             raise fail(f"not a SentencePiece model: {str(error)[:200]}") from error
         pad = original.pad_id()  # -1 where there is none
@@ -117,10 +120,9 @@ class Vocabulary:
         expect("model", "'llama', a SentencePiece vocabulary", lambda v: isinstance(v, str) and v == "llama")
         expect("add_space_prefix", "false, as in every Gemma", lambda v: v is None or v is False)
         tokens = expect("tokens", "an array of strings", lambda v: _is_array(v) and len(v) > 0)
-        pieces = list(tokens)
-        if set(map(type, pieces)) != {str}:
+        if not isinstance(tokens, Strings) and set(map(type, tokens)) != {str}:
             raise fail("key 'tokenizer.ggml.tokens': expected an array of strings, found something else in it")
-        n = len(pieces)
+        n = len(tokens)
 
         def numbers(key: str, kinds: str, want: str) -> NDArray[Any]:
             def accept(value: Any) -> bool:
@@ -136,7 +138,10 @@ class Vocabulary:
             return expect(key, f"an id from 0 to {n - 1}", accept)
 
         scores, types = numbers("scores", "f", "real numbers"), numbers("token_type", "iu", "integers")
-        _undo_conversion(pieces, scores, types)
+        try:
+            pieces = _undo_conversion(Strings.of(tokens), scores, types)
+        except UnicodeEncodeError:
+            raise fail("a token holds a lone surrogate, which no text can") from None
         bos_id, eos_id = special("bos_token_id"), special("eos_token_id")
         pad_id, unk_id = special("padding_token_id", False), special("unknown_token_id", False)
         if unk_id is not None and types[unk_id] == CONTROL and UNKNOWN not in types:  # as llama.cpp's converter has it
@@ -262,7 +267,7 @@ class StreamDecoder:
 
 
 def _checked(
-    pieces: Sequence[str],
+    pieces: Strings,
     scores: NDArray[Any],
     types: NDArray[Any],
     bos_id: int,
@@ -271,15 +276,12 @@ def _checked(
     fail: Callable[[str], BezelError],
 ) -> Vocabulary:
     """The vocabulary, once it is known to be one that sentencepiece can run and text cannot trick."""
-    text = "".join(pieces)
-    if "\0" in text or "" in pieces:
+    if not pieces.are_text():
+        list(pieces)  # fails, and says where
+    if not pieces.text.all() or not pieces.sizes().all():
         bad = next(i for i, piece in enumerate(pieces) if not piece or "\0" in piece)
         raise fail(f"token {bad} is {pieces[bad][:40]!r}: a piece must not be empty or hold a NUL")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise fail("a token holds a lone surrogate, which no text can") from None
-    if len(set(pieces)) != len(pieces):
+    if not pieces.are_distinct():
         first: dict[str, int] = {}
         again = next(i for i, piece in enumerate(pieces) if first.setdefault(piece, i) != i)
         raise fail(f"token {again} is {pieces[again][:40]!r}, and so is token {first[pieces[again]]}")
@@ -317,15 +319,16 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _undo_conversion(pieces: list[str], scores: NDArray[Any], types: NDArray[Any]) -> None:
-    """Gives the tokens that llama.cpp's converter rewrote their own form back, in place."""
-    for i in np.flatnonzero((types == USER_DEFINED) & (scores == _ADDED_SCORE)).tolist():
-        pieces[i] = pieces[i].replace(" ", _SPACE)
+def _undo_conversion(pieces: Strings, scores: NDArray[Any], types: NDArray[Any]) -> Strings:
+    """Gives the tokens that llama.cpp's converter rewrote their own form back, the types in place."""
+    added = np.flatnonzero((types == USER_DEFINED) & (scores == _ADDED_SCORE)).tolist()
+    changes = {i: pieces[i].replace(" ", _SPACE) for i in added}
     # Gemma's tokenizer.json has a literal tab at the id of the tab's byte piece.
     if "<0x09>" not in pieces and "<0x08>" in pieces:
         tab = pieces.index("<0x08>") + 1
         if pieces[tab : tab + 2] == ["\t", "<0x0A>"]:
-            pieces[tab], types[tab] = "<0x09>", BYTE
+            changes[tab], types[tab] = "<0x09>", BYTE
+    return pieces.replaced(changes)
 
 
 # Fields of sentencepiece_model.proto's ModelProto: pieces, trainer_spec, normalizer_spec.
@@ -341,27 +344,14 @@ def _load(model_proto: bytes) -> Any:
     return SentencePieceProcessor(model_proto=model_proto)
 
 
-def _piece_head(size: int) -> bytes:
-    """What precedes a text of `size` bytes: tag and length of the piece's message, then of the text in it."""
-    text = b"\n" + varint_bytes(size)
-    return b"\n" + varint_bytes(len(text) + size + 7) + text  # 7 bytes for score and type, each with its tag
-
-
 def model_proto(vocabulary: Vocabulary) -> bytes:
-    """A serialised ModelProto. Each piece is a message of piece (1), score (2, float32) and type (3).
-
-    trainer_spec comes twice, which protocol buffers merge; its second part names the special tokens.
+    """A serialised ModelProto. trainer_spec comes twice, which protocol buffers merge; its second part names the
+    special tokens.
     """
-    texts = [piece.encode() for piece in vocabulary.pieces]
-    sizes = list(map(len, texts))
-    heads = {size: _piece_head(size) for size in set(sizes)}  # few sizes, 256,000 pieces
-    scores = struct.iter_unpack("4s", vocabulary.scores.astype("<f4").tobytes())
-    out = [
-        b"%b%b\x15%b\x18%c" % (heads[size], text, score, kind)
-        for size, text, (score,), kind in zip(sizes, texts, scores, vocabulary.types.tolist(), strict=True)
-    ]
+    texts = vocabulary.pieces
+    pieces = _native.sentencepiece_pieces(texts.text, texts.ends, vocabulary.scores, vocabulary.types)
     special = _special_tokens(vocabulary)
-    return b"".join(out) + _OPTIONS + b"\x12" + varint_bytes(len(special)) + special
+    return pieces + _OPTIONS + b"\x12" + varint_bytes(len(special)) + special
 
 
 def _special_tokens(vocabulary: Vocabulary) -> bytes:

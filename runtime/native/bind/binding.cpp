@@ -16,6 +16,7 @@ namespace bezel {
 void bind_attention(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_probe(nanobind::module_& m);
+void bind_text(nanobind::module_& m);
 }  // namespace bezel
 
 namespace nb = nanobind;
@@ -40,4 +41,5 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_attention(m);
   bind_probe(m);
+  bind_text(m);
 }

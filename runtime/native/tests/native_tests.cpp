@@ -11,6 +11,7 @@
 
 #include "base/thread_pool.h"
 #include "base/topology.h"
+#include "text/strings.h"
 
 #define CHECK(condition)                                              \
   do {                                                                \
@@ -137,6 +138,24 @@ static void quota_is_found() {
   CHECK(machine.quota() == 3);
 }
 
+// In memory of just the size, so that a byte read past it is seen.
+static void strings_end_where_their_data_ends() {
+  const std::vector<uint8_t> whole = {2, 0, 0, 0, 0, 0, 0, 0, 'a', 'b', 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 'c'};
+  const size_t lasts[] = {10, 18, 27};
+  for (size_t size = 0; size <= whole.size(); ++size) {
+    const std::vector<uint8_t> data(whole.begin(), whole.begin() + static_cast<int64_t>(size));
+    const std::vector<int64_t> ends = bezel::string_ends(data.data(), static_cast<int64_t>(size), 9);
+    size_t fit = 0;
+    while (fit < 3 && lasts[fit] <= size) ++fit;
+    CHECK(ends.size() == fit);
+    std::vector<uint8_t> text(ends.empty() ? 0 : static_cast<size_t>(ends.back()));
+    bezel::copy_strings(data.data(), ends, text.data());
+    if (fit == 3) CHECK(text == std::vector<uint8_t>({'a', 'b', 'c'}));
+  }
+  const std::vector<uint8_t> huge(8, 255);
+  CHECK(bezel::string_ends(huge.data(), 8, 1).empty());
+}
+
 int main() {
   pool_covers_every_size();
   every_thread_takes_part();
@@ -144,6 +163,7 @@ int main() {
   pools_come_and_go();
   fast_cores_are_counted();
   quota_is_found();
+  strings_end_where_their_data_ends();
   CHECK(bezel::default_threads() >= 1);
   std::puts("ok");
 }

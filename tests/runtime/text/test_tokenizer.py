@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from bezel.runtime.errors import InvalidCheckpoint, InvalidModelFile, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
+from bezel.runtime.files.strings import Strings
 from bezel.runtime.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
@@ -362,7 +363,7 @@ def test_unk_may_be_typed_control() -> None:
 
 
 def test_a_vocabulary_that_sentencepiece_refuses() -> None:
-    twice = [*VOCABULARY.pieces[:-1], "he"]
+    twice = Strings.of([*VOCABULARY.pieces[:-1], "he"])
     vocabulary = Vocabulary(twice, VOCABULARY.scores, VOCABULARY.types, 2, 1, 3, 0)
     with pytest.raises(InvalidModelFile, match=r"x: .*unsound.*already defined"):
         Tokenizer(vocabulary, "x")

@@ -99,7 +99,7 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
     info = file.tensors[spec.gguf]
     n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
     step = max(1, _CHUNK_WEIGHTS // columns)
-    noise, signal, sizes, max_error = [], [], [], 0.0
+    noise, signal, spans, sizes, max_error = [], [], [], [], 0.0
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
         rows = source.rows(spec, start, stop)
@@ -108,18 +108,21 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
             noise.append(_energy(error))
             max_error = float(np.maximum(max_error, np.abs(error).max()))
         signal.append(_energy(rows))
+        spans.append(info.format.span.energy(rows) if info.format.span else 0.0)
         sizes.append(stop - start)
     mean = sum(signal) / n_rows
     relative = _ratio(sum(noise), sum(signal))
+    chunks = [max(x, mean * rows) for x, rows in zip(signal, sizes, strict=True)]
+    span = max(map(_ratio, spans, chunks))
     return TensorReport(
         name=spec.gguf,
         role=spec.role,
         format=info.format.name,
         error=relative,
-        worst_chunk=max(_ratio(n, max(x, mean * rows)) for n, x, rows in zip(noise, signal, sizes, strict=True)),
+        worst_chunk=max(map(_ratio, noise, chunks)),
         max_error=max_error,
         sqnr_db=-20 * math.log10(relative) if relative else math.inf,
-        tolerance=_tolerance(info, spec, source, CALIBRATION in file.metadata),
+        tolerance=_tolerance(info, spec, source, span, CALIBRATION in file.metadata),
     )
 
 
@@ -134,9 +137,14 @@ def _ratio(noise: float, signal: float) -> float:
     return math.sqrt(noise / signal) if signal else math.inf
 
 
-def _tolerance(info: Tensor, spec: TensorSpec, source: Checkpoint, calibrated: bool) -> float:
-    """The format's own, but nothing where source and file hold the same kind of number."""
+def _tolerance(info: Tensor, spec: TensorSpec, source: Checkpoint, span: float, calibrated: bool) -> float:
+    """The format's own, or more where the source's blocks have the larger `span`, in deviations; but nothing where
+    source and file hold the same kind of number."""
     same = info.format is source.format(spec) and spec.is_matrix
     if calibrated and spec.role.startswith("post_"):
         return _CALIBRATED_NORM
-    return 0.0 if same else info.format.tolerance * (_CALIBRATED_FACTOR if calibrated else 1.0)
+    if same:
+        return 0.0
+    form = info.format
+    tolerance = max(form.tolerance, form.tolerance_of(span)) if form.span else form.tolerance
+    return tolerance * (_CALIBRATED_FACTOR if calibrated else 1.0)

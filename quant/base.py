@@ -8,8 +8,8 @@ being defined; tests and tools walk `FORMATS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,17 +30,34 @@ PIECE = 1 << 16  # weights worked on at a time, so that temporaries stay in the 
 EVEN = np.ones(1, np.float32)  # the importance that favours no weight
 NO_OFFSET = np.zeros((1, 1), np.float32)
 
-# Root mean square, over blocks of unit Gaussian weights, of the largest magnitude and of max − min.
-PEAK_16, PEAK_32, RANGE_32 = 2.13, 2.39, 4.20
 
+class Span(NamedTuple):
+    """What is divided into steps: of each `weights` neighbours, (n, weights), what `of` says, (n,).
 
-def rounding_tolerance(span: float, steps: float) -> float:
-    """1.5 × the relative RMS error of a Gaussian tensor whose blocks span `span` deviations in `steps` steps.
-
-    Rounding to a step s is off by s / √12 (RMS). The factor is room for rounded scales and for heavier tails:
-    a Laplacian tensor is off by 1.25 × as much as a Gaussian one. Data of another tensor is off by √2.
+    `gaussian` is its root mean square over unit Gaussian weights.
     """
-    return 1.5 * span / steps / math.sqrt(12)
+
+    weights: int
+    of: Callable[[F32Array], F32Array]
+    gaussian: float
+
+    def energy(self, x: F32Array) -> float:
+        """Σ span² over the weights x (rows, columns)."""
+        spans = self.of(x.reshape(-1, self.weights)).astype(np.float64)
+        return float(self.weights * (spans @ spans))
+
+
+def _peak(x: F32Array) -> F32Array:
+    peaks: F32Array = np.abs(x).max(axis=1)
+    return peaks
+
+
+def _range(x: F32Array) -> F32Array:
+    ranges: F32Array = x.max(axis=1, initial=0) - x.min(axis=1, initial=0)
+    return ranges
+
+
+PEAK_16, PEAK_32, RANGE_32 = Span(16, _peak, 2.13), Span(32, _peak, 2.39), Span(32, _range, 4.20)
 
 
 def integers(first: int, last: int) -> F32Array:
@@ -55,8 +72,9 @@ class Format:
     blocks are single numbers, have none, nor `fit`, `steps` and `put_codes`.
 
     `largest` is the largest magnitude that is sure to fit. `tolerance` is the largest believable relative RMS
-    error, ‖x − dequantized‖ / ‖x‖, of a correctly quantized tensor of roughly Gaussian weights:
-    `rounding_tolerance` derives it for blocks; for floats it is the exact bound, half a unit in the last place.
+    error, ‖x − dequantized‖ / ‖x‖, of a correctly quantized tensor of roughly Gaussian weights. For floats it is the
+    exact bound, half a unit in the last place; for blocks, whose `span` is divided into `divisions`, `tolerance_of`
+    derives it.
     """
 
     name: ClassVar[str]
@@ -68,11 +86,24 @@ class Format:
     fallback: ClassVar[type[Format] | None] = None  # which llama.cpp puts in its place where rows are not whole blocks
     codebook: ClassVar[F32Array]
     largest: ClassVar[float]
+    span: ClassVar[Span | None] = None
+    divisions: ClassVar[float]
     tolerance: ClassVar[float]
 
     def __init_subclass__(cls) -> None:
+        if cls.span:
+            cls.tolerance = cls.tolerance_of(cls.span.gaussian)
         cls.block_bytes = cls.layout.itemsize
         FORMATS[cls.name] = FORMAT_OF_TYPE[cls.gguf_type] = cls
+
+    @classmethod
+    def tolerance_of(cls, span: float) -> float:
+        """1.5 × the relative RMS error of a tensor whose blocks span so many of its deviations (RMS).
+
+        Rounding to a step s is off by s / √12 (RMS) where weights are spread evenly between two steps; the factor is
+        room for rounded scales and for those that are not. Data of another tensor is off by √2.
+        """
+        return 1.5 * span / cls.divisions / math.sqrt(12)
 
     @classmethod
     def row_bytes(cls, n: int) -> int:

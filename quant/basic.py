@@ -23,7 +23,6 @@ from .base import (
     integers,
     inverse,
     pack_nibbles,
-    rounding_tolerance,
     search_one_scale,
     signed_peak,
     unpack_nibbles,
@@ -82,7 +81,7 @@ class Q8_0(Format):
     layout = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
     codebook = integers(-127, 127)
     largest = HALF_MAX * 127
-    tolerance = rounding_tolerance(PEAK_32, 127)
+    span, divisions = PEAK_32, 127
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -116,7 +115,7 @@ class Q4_0(Format):
     layout = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
     codebook = integers(-8, 7)
     largest = HALF_MAX * 8
-    tolerance = rounding_tolerance(PEAK_32, 8)
+    span, divisions = PEAK_32, 8
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -148,7 +147,7 @@ class Q5_0(Format):
     layout = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
     codebook = integers(-16, 15)
     largest = HALF_MAX * 16
-    tolerance = rounding_tolerance(PEAK_32, 16)
+    span, divisions = PEAK_32, 16
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -179,7 +178,7 @@ class Q4_1(Format):
     layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
     codebook = integers(0, 15)
     largest = HALF_MAX
-    tolerance = rounding_tolerance(RANGE_32, 15)
+    span, divisions = RANGE_32, 15
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -211,7 +210,7 @@ class Q5_1(Format):
     layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
     codebook = integers(0, 31)
     largest = HALF_MAX
-    tolerance = rounding_tolerance(RANGE_32, 31)
+    span, divisions = RANGE_32, 31
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:

@@ -22,7 +22,6 @@ from .base import (
     half_up,
     inverse,
     pack_nibbles,
-    rounding_tolerance,
     search_one_scale,
     signed_peak,
     unpack_nibbles,
@@ -48,7 +47,7 @@ class IQ4_NL(Format):
     layout = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
     codebook = VALUES.astype(np.float32)
     largest = HALF_MAX * 127
-    tolerance = rounding_tolerance(PEAK_32, 127 / _GAP)
+    span, divisions = PEAK_32, 127 / _GAP
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -91,7 +90,7 @@ class IQ4_XS(Format):
     layout = np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", (8, 16))])
     codebook = VALUES.astype(np.float32)
     largest = HALF_MAX * 127 * 32
-    tolerance = rounding_tolerance(PEAK_32, 127 / _GAP)
+    span, divisions = PEAK_32, 127 / _GAP
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:

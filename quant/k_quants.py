@@ -24,7 +24,6 @@ from .base import (
     integers,
     inverse,
     pack_nibbles,
-    rounding_tolerance,
     shifts,
     signed_peak,
     unpack_nibbles,
@@ -43,7 +42,7 @@ class Q4_K(Format):
     layout = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", (4, 32))])
     largest = HALF_MAX * 62
     codebook = integers(0, 15)
-    tolerance = rounding_tolerance(RANGE_32, 15)
+    span, divisions = RANGE_32, 15
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -73,7 +72,7 @@ class Q5_K(Format):
     layout = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", (4, 32))])
     largest = HALF_MAX * 62
     codebook = integers(0, 31)
-    tolerance = rounding_tolerance(RANGE_32, 31)
+    span, divisions = RANGE_32, 31
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
@@ -109,7 +108,7 @@ class Q6_K(Format):
     layout = np.dtype([("ql", "u1", (2, 64)), ("qh", "u1", (2, 32)), ("scales", "i1", 16), ("d", "<f2")])
     codebook = integers(-32, 31)
     largest = HALF_MAX * 128 * 32
-    tolerance = rounding_tolerance(PEAK_16, 32)
+    span, divisions = PEAK_16, 32
 
     @classmethod
     def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:

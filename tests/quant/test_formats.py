@@ -7,6 +7,7 @@ hold codes, and a format with the single other field "d" has one scale a block.
 from __future__ import annotations
 
 import itertools
+import math
 
 import gguf
 import numpy as np
@@ -236,6 +237,16 @@ def test_tolerance_holds_for_believable_weights_and_not_much_more(f):
         assert error >= f.tolerance / 3  # half a unit in the last place is the bound, not the mean
     else:
         assert f.tolerance / 1.6 <= error <= f.tolerance / 1.4
+
+
+@pytest.mark.parametrize("f", [f for f in ALL if f.span], ids=lambda f: f.name)
+@pytest.mark.parametrize("freedom", [2.5, 5, 100])
+def test_tolerance_grows_with_the_tails(f, freedom):
+    x = rng().standard_t(freedom, size=(640, 2304)).astype(np.float32)
+    span = math.sqrt(f.span.energy(x) / np.square(x).sum(dtype=np.float64))
+    assert f.tolerance_of(span) / 2.5 <= relative_error(f, x) <= f.tolerance_of(span)
+    if freedom == 100:
+        assert f.tolerance_of(span) == pytest.approx(f.tolerance, rel=0.02)
 
 
 @given(st.lists(st.floats(-65504, 65504, width=32).filter(lambda v: v == 0 or abs(v) >= 2.0**-14), min_size=1))

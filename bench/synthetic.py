@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from ..export.gguf.header import TensorRecord, aligned, encode_header
 from ..export.gguf.writer import plan_tensors
 from ..export.recipe import find_recipe
-from ..export.sources import safetensors
 from ..quant.formats import Format
 from ..runtime.errors import InvalidRequest
+from ..runtime.files import safetensors
 from ..runtime.files.atomic import atomic
 from ..runtime.files.strings import Strings
 from ..runtime.model.config import ModelConfig

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..runtime.errors import InvalidCheckpoint
+from ..runtime.errors import InvalidCheckpoint, InvalidRequest
+from ..runtime.text.sampling import write_sampling
 from .sources.checkpoint import Checkpoint
 
 CALIBRATION = "bezel.provenance.calibration"  # the key of a calibrated file; others begin with it
@@ -25,14 +26,12 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.path}: generation config: key '{key}': found {str(config[key])[:80]}, expected {want}"
         )
 
-    out: dict[str, Any] = {}
-    for key, gguf_key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p")):
-        value = config.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 << 31:
-            raise fail(key, "a number ≥ 0")
-        out[f"general.sampling.{gguf_key}"] = int(value) if key == "top_k" else float(value)
+    try:
+        out: dict[str, Any] = dict(write_sampling(config))
+    except InvalidRequest as error:
+        raise InvalidCheckpoint(
+            f"{checkpoint.path}: generation config: {error}; set it right there, or remove it"
+        ) from None
 
     stops = config.get("eos_token_id")
     if stops is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -16,10 +15,11 @@ from .files.model_file import ModelFile, open_model
 from .session import Session
 from .text import chat
 from .text.generation import Generation
-from .text.sampling import Sampling
+from .text.sampling import Sampling, read_sampling
 from .text.tokenizer import Tokenizer
 
 ACTIVATIONS = ("int8", "f32")
+MAX_THREADS = 1024
 
 
 def load(
@@ -46,8 +46,8 @@ def load(
     for name, value, known in choices:
         if value not in known:
             raise InvalidRequest(f"{name}: found {value!r}, expected one of {', '.join(filter(None, known))}")
-    if threads is not None and threads < 1:
-        raise InvalidRequest(f"threads: found {threads}, expected at least 1")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InvalidRequest(f"threads: found {threads}, expected 1 to {MAX_THREADS}")
     file = open_model(path)
     try:
         if engine not in (None, *file.engines):
@@ -106,11 +106,8 @@ class Model:
 
     @property
     def default_sampling(self) -> Sampling:
-        """Sampling as the file's generation config has it; bezel's defaults for the rest."""
-        keys = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-        stored = {name: self.file.metadata.get(f"general.sampling.{key}") for name, key in keys.items()}
-        usable: dict[str, Any] = {name: value for name, value in stored.items() if isinstance(value, (int, float))}
-        return Sampling(**usable)
+        """Sampling as the file recommends it; bezel's defaults for the rest, and for what makes no sense."""
+        return Sampling(**read_sampling(self.file.metadata)[0])
 
     @property
     def chat_template(self) -> str | None:

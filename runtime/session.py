@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +13,15 @@ from .arrays import Floats
 from .cache.caches import default_chunk
 from .engines.protocol import Backend, Engine
 from .errors import BezelError, CacheError, ContextFull, InvalidRequest, InvalidSession
-from .files.atomic import replacing
+from .files.atomic import atomic
+from .files.safetensors import read_arrays, read_labels, write_arrays
 from .model.config import ModelConfig
 from .text.tokenizer import Tokenizer
 
 MakeRoom = Callable[[list[int]], list[int]]
 """Given all ids of a session whose context is full, the shorter ones to go on with."""
 
-_VERSION = "2"
+_LABEL, _VERSION = "bezel_session", "3"
 
 
 class Runnable(Protocol):
@@ -153,18 +154,21 @@ class Session:
         self.ids = []
 
     def save(self, path: str | Path) -> None:
-        """Write the session to a file; whole or not at all."""
-        from safetensors.numpy import save_file
+        """Write the session to a file; whole or not at all.
 
+        Raises InvalidRequest where the path is no file's, or that of a file which is no session, and OSError.
+        """
         arrays = {**self.engine.snapshot(), "ids": np.array(self.ids, np.int64)}
-        labels = {"bezel_session": _VERSION, **self.model.identity()}
-        with replacing(Path(path)) as part:
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, labels)
+        with atomic(Path(path), lambda old: _LABEL in read_labels(old)) as file:
+            write_arrays(file, arrays, {_LABEL: _VERSION, **self.model.identity()})
 
     def restore(self, path: str | Path) -> None:
         """Go on from a saved session, as if nothing had happened. Raises InvalidSession, changing nothing."""
-        labels, arrays = _read_session(Path(path))
-        if (version := labels.get("bezel_session")) != _VERSION:
+        try:
+            labels, arrays = read_arrays(Path(path))
+        except ValueError as error:
+            raise InvalidSession(f"{path}: not a saved session: {error}") from error
+        if (version := labels.get(_LABEL)) != _VERSION:
             raise InvalidSession(
                 f"{path}: found {'no session' if version is None else f'a session of version {version}'}, expected one "
                 f"of version {_VERSION}: another version of bezel cannot be gone on from, so begin a new one"
@@ -192,13 +196,3 @@ class Session:
     def _new_engine(self) -> Engine:
         model = self.model
         return model.backend.engine(model.context, model.kv, default_chunk(model.config.layers), self._ring)
-
-
-def _read_session(path: Path) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, AttributeError, ValueError) as error:
-        raise InvalidSession(f"{path}: not a saved session: {error}") from error

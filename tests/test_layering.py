@@ -21,6 +21,7 @@ CONTRACT = (
     "runtime.cache",
     "runtime.files",
     "runtime.text.tokenizer",
+    "runtime.text.sampling",
 )
 
 # Room → what its modules may import: other rooms by their dotted names, and packages. The longest match decides.

@@ -19,13 +19,14 @@ from ...quant.formats import F32
 from ...runtime.arrays import Arrays, Floats, Ints
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
+from ...runtime.files.safetensors import encode_header
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import tensor_specs
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.version import bezel_version
 from ..kept import work_on
 from ..sources.checkpoint import Checkpoint
-from ..sources.safetensors import encode_header, read_header, read_metadata
+from ..sources.safetensors import read_header, read_metadata
 from ..whole import WholeSequences, run_layers
 from .noting import HEAD, NotingOps, moments, widths
 from .sweep import Sweep
@@ -119,7 +120,7 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
                 progress(i + 1, config.n_layers)
             yield {"x": x}, found
 
-    with work_on(out, {"moments": 2, **asdict(origin)}) as kept, atomic(out) as file:
+    with work_on(out, {"moments": 2, **asdict(origin)}) as kept, atomic(out) as file, checkpoint.unchanged():
         labels = {"bezel_calibration": "1", **{key: str(value) for key, value in asdict(origin).items()}}
         header, places = encode_header({site: ("F32", (n, n)) for site, n in sites.items()}, labels)
         file.write(header)

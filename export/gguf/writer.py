@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ...quant.formats import FORMATS, Format
 from ...quant.recipes import PRESETS, Recipe
 from ...runtime.errors import InvalidRequest
-from ...runtime.files.atomic import atomic
+from ...runtime.files.atomic import atomic, check_output
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families.gguf import read_gguf_config, write_gguf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
@@ -103,7 +103,7 @@ def export_gguf(
         )
 
     done, total = 0, sum(p.n_weights for p in plan)
-    with atomic(out) as file, background_hashes(checkpoint.files) as hashes:
+    with atomic(out) as file, checkpoint.unchanged(), background_hashes(checkpoint.files) as hashes:
         for planned, row, block in _quantized(checkpoint, plan, calibrated):
             file.seek(len(header) + planned.offset + row * planned.row_bytes)
             file.write(block.data)
@@ -166,14 +166,18 @@ def file_size(checkpoint: Checkpoint, recipe: Recipe) -> int:
 
 
 def _check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
-    if not out.parent.is_dir():
-        raise InvalidRequest(f"{out.parent}: no such folder; create it first")
-    if out.is_dir():
-        raise InvalidRequest(f"{out}: is a folder, expected the name of a file")
+    check_output(out)
     if out.exists() and any(out.samefile(file) for file in checkpoint.files):
         raise InvalidRequest(f"{out}: is part of the checkpoint that is exported; choose another name")
     if out.exists() and not force:
         raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+    if out.exists() and out.stat().st_size and not _is_gguf(out):
+        raise InvalidRequest(f"{out}: is no GGUF file, which alone --force replaces; choose another name")
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _quantized(

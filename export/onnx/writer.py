@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from onnx import TensorProto
 from ...quant.formats import F16
 from ...quant.integers import INTEGER_FORMS, as_integers
 from ...runtime.errors import InvalidModelFile, InvalidRequest
+from ...runtime.files.atomic import atomic_folder
 from ...runtime.files.onnx_folder import CONFIG, KV_STORAGE, MANIFEST, MODEL, TOKENIZER
 from ...runtime.model.families.hf import write_hf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
@@ -82,7 +81,7 @@ def export_onnx(
         model.graph.initializer.append(_initializer(tensor, offsets[tensor.name]))
     vocabulary = source.vocabulary()
 
-    with _atomic_folder(out, force) as part, background_hashes(source.files) as source_hashes:
+    with atomic_folder(out) as part, source.checkpoint.unchanged(), background_hashes(source.files) as source_hashes:
         (part / MODEL).write_bytes(model.SerializeToString(deterministic=True))
         (part / CONFIG).write_text(json.dumps(write_hf_config(config), indent=2) + "\n", encoding="utf-8")
         (part / TOKENIZER).write_bytes(model_proto(vocabulary))
@@ -109,9 +108,6 @@ def export_onnx(
             "files": files,
         }
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for name in (*names, MANIFEST):
-            with (part / name).open("rb") as file:
-                os.fsync(file.fileno())
         file_bytes = sum((part / name).stat().st_size for name in (*names, MANIFEST))
     weights = sum(math.prod(spec.shape) for spec in specs)
     return ExportSummary(
@@ -241,25 +237,8 @@ def _check_target(source: OnnxSource, out: Path, force: bool) -> None:
         raise InvalidRequest(f"{out}: holds what is exported; choose another name")
     if not (out / MANIFEST).exists():
         raise InvalidRequest(f"{out}: holds other files, expected no folder, an empty one or an earlier export")
+    foreign = sorted({path.name for path in out.iterdir()} - {MODEL, DATA, CONFIG, TOKENIZER, MANIFEST})
+    if foreign:
+        raise InvalidRequest(f"{out}: holds {foreign[0]!r}, which no export wrote; move it, or choose another name")
     if not force:
         raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
-
-
-@contextmanager
-def _atomic_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A folder that appears under its name once it is complete, and otherwise not at all."""
-    part, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("part", "old"))
-    part.mkdir()
-    try:
-        yield part
-        if force and out.exists():
-            os.replace(out, old)
-        elif out.exists():
-            out.rmdir()
-        os.replace(part, out)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(part, ignore_errors=True)
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from io import FileIO
@@ -28,6 +29,7 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES
 from ...runtime.model.families.hf import read_hf_config, text_name
 from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.text.sampling import read_sampling
 from ...runtime.text.tokenizer import Vocabulary
 from .safetensors import DTYPES, StoredTensor, read_header, read_json
 
@@ -78,6 +80,7 @@ class Checkpoint:
         self.specs = tuple(tensor_specs(config))
         self._load_vocabulary, self._norm_offset = cache(load_vocabulary), np.float32(norm_offset)
         self._open: dict[Path, FileIO] = {}
+        self._states = {file: _state(file) for file in files}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Checkpoint:
@@ -87,6 +90,14 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raises InvalidCheckpoint at the end if a file has changed since the checkpoint was opened."""
+        yield
+        for file, state in self._states.items():
+            if _state(file) != state:
+                raise InvalidCheckpoint(f"{file}: has changed while it was read; once it is complete, start again")
 
     def close(self) -> None:
         with self._lock:
@@ -179,6 +190,15 @@ class Checkpoint:
                     raise InvalidCheckpoint(f"{stored.file}: ends early: it was cut while it was being read")
                 done += got
         return out.reshape(stop - start, row_bytes)
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    """What changes with a file's content; None where there is none any more."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -344,8 +364,7 @@ def _required(path: Path) -> Path:
 def _chat_template(value: Any) -> str | None:
     """The template, or the one called "default" where there are several."""
     if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
+        value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
     return value if isinstance(value, str) else None
 
 
@@ -364,16 +383,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         tensors = (gguf.tensors[spec.gguf] for spec in tensor_specs(config))
         stored = {info.name: StoredTensor(path, info.format, info.shape, info.offset) for info in tensors}
         metadata = gguf.metadata
-        generation_config = {
-            name: np.asarray(metadata[key]).tolist()
-            for name, key in {
-                "temperature": "general.sampling.temp",
-                "top_k": "general.sampling.top_k",
-                "top_p": "general.sampling.top_p",
-                "eos_token_id": "bezel.generation.stop_token_ids",
-            }.items()
-            if key in metadata
-        }
+        generation_config, complaints = read_sampling(metadata)
+        if (stops := metadata.get("bezel.generation.stop_token_ids")) is not None:
+            generation_config["eos_token_id"] = np.asarray(stops).tolist()
         template = metadata.get("tokenizer.chat_template")
         name = metadata.get("general.name")
 
@@ -389,6 +401,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         (path,),
         load_vocabulary,
         norm_offset=0.0,  # GGUF holds weight + 1 already
+        warnings=tuple(complaints),
         generation_config=generation_config,
         chat_template=template if isinstance(template, str) else None,
     )

@@ -1,4 +1,4 @@
-"""Safetensors headers: a reader that believes nothing it has not checked, and what writers begin with.
+"""Safetensors headers: a reader that believes nothing it has not checked.
 
 The format: a little-endian uint64 header length, a JSON header of tensor name → dtype, shape, data_offsets,
 then the data, which the tensors cover without gap or overlap (https://github.com/huggingface/safetensors).
@@ -6,9 +6,6 @@ then the data, which the tensors cover without gap or overlap (https://github.co
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +26,6 @@ class StoredTensor:
     format: type[Format]
     shape: tuple[int, ...]
     offset: int
-
-
-def encode_header(
-    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int]]:
-    """How a file of `tensors`, their dtypes and shapes by name, begins; and at which byte each one's data does."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    starts, end = {}, 0
-    for name, (dtype, shape) in tensors.items():
-        starts[name], end = end, end + math.prod(shape) * DTYPES[dtype].block_bytes
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [starts[name], end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    begin = len(text).to_bytes(8, "little") + text
-    return begin, {name: len(begin) + start for name, start in starts.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

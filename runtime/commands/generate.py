@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import BezelError, InvalidRequest
+from .console import UNFORESEEN, printable
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = [
-    click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: 1.0]"),
-    click.option("--top-k", type=int, help="Choose among the k likeliest tokens; 0 is off.  [default: 64]"),
-    click.option("--top-p", type=float, help="… among the likeliest that reach p together.  [default: 0.95]"),
-    click.option("--min-p", type=float, help="… among those with p times the best one's chance.  [default: 0]"),
-    click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating.  [default: 1.0]"),
+    click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: MODEL's, or 1.0]"),
+    click.option("--top-k", type=int, help="Choose among the k likeliest tokens; 0 is off.  [default: MODEL's, or 64]"),
+    click.option(
+        "--top-p", type=float, help="… among the likeliest that reach p together.  [default: MODEL's, or 0.95]"
+    ),
+    click.option(
+        "--min-p", type=float, help="… among those with p times the best one's chance.  [default: MODEL's, or 0]"
+    ),
+    click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating.  [default: MODEL's, or 1.0]"),
     click.option("--seed", type=int, help="Same seed, same text."),
     click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens."),
     click.option("--context", type=int, help="Most tokens to hold.  [default: what the model was made for]"),
@@ -180,26 +185,30 @@ def chat(model: Path, **options: Any) -> None:
     for line in _lines():
         command, _, argument = line.strip().partition(" ")
         try:
-            if not command.startswith("/"):
-                _answer(conversation, line, sampling, options)
+            if not command.startswith("/") or command.startswith("//"):
+                _answer(conversation, line.removeprefix("/"), sampling, options)
             elif command == "/reset":
                 conversation = begin()
             elif command == "/undo":
                 conversation.undo()
                 _note(f"{conversation.turns()} exchanges left")
-            elif command in ("/save", "/load") and argument:
-                session = conversation.session
+            elif command in ("/save", "/load") and argument.strip():
+                session, path = conversation.session, Path(argument.strip()).expanduser()
                 if command == "/save":
-                    session.save(argument.strip())
+                    session.save(path)
                 else:
-                    session.restore(argument.strip())
-                _note(f"{command[1:]}: {argument.strip()}, {conversation.turns()} exchanges")
+                    session.restore(path)
+                _note(f"{command[1:]}: {path}, {conversation.turns()} exchanges")
             elif command in ("/exit", "/quit"):
                 return
-            else:
+            elif command in ("/help", "/save", "/load"):
                 click.echo(_CHAT_HELP)
-        except (BezelError, OSError) as error:
+            else:
+                _note(f"{command} is no command; a message may begin with // for a slash. {_CHAT_HELP}")
+        except (BezelError, OSError, MemoryError) as error:
             _note(f"error: {error}")
+        except Exception as error:  # whatever it is, the chat goes on
+            _note(f"error: {UNFORESEEN.format(error=f'{type(error).__name__}: {error}')}")
 
 
 def _answer(conversation: Any, text: str, sampling: Sampling, options: dict[str, Any]) -> None:
@@ -229,8 +238,13 @@ def _load(path: Path, options: dict[str, Any]) -> Model:
 
 
 def _sampling(model: Model, options: dict[str, Any]) -> Sampling:
+    from ..text.sampling import read_sampling
+
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return replace(model.default_sampling, **{n: options[n] for n in names if options[n] is not None})
+    chosen = {n: options[n] for n in names if options[n] is not None}
+    for complaint in read_sampling(model.file.metadata)[1]:
+        _note(printable(f"warning: {model.file.path}: {complaint}"))
+    return replace(model.default_sampling, **chosen)
 
 
 def _show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:

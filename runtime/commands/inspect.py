@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..errors import InvalidRequest
 from ..files.gguf import RECEIPT
 from ..files.model_file import ModelFile, open_model
 from ..model.config import ModelConfig
+from .console import printable
 
 MIB = 1 << 20
 
@@ -64,7 +66,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
     return {
         "file": str(file.path),
         "file_bytes": file.file_bytes,
-        "name": file.metadata.get("general.name"),
+        "name": name if isinstance(name := file.metadata.get("general.name"), str) else None,
         "family": config.family,
         "weights": weights,
         "bits_per_weight": 8 * tensor_bytes / weights,
@@ -103,9 +105,15 @@ def _provenance(file: ModelFile) -> dict[str, Any]:
     stored = {
         key.removeprefix("bezel.provenance."): v for key, v in file.metadata.items() if "bezel.provenance." in key
     }
-    names, hashes = (list(stored.pop(key, ())) for key in ("source_files", "source_sha256"))
+    names, hashes = (_texts(stored.pop(key, None)) for key in ("source_files", "source_sha256"))
     plain = {key: value for key, value in stored.items() if isinstance(value, (str, int, float))}
     return plain | {"sources": dict(zip(names, hashes, strict=False))} if names else plain
+
+
+def _texts(value: Any) -> list[str]:
+    """An array of strings; nothing where a file has something else in its place."""
+    is_array = isinstance(value, Sequence) and not isinstance(value, str)
+    return list(value) if is_array and all(isinstance(text, str) for text in value) else []
 
 
 def _receipt(file: ModelFile) -> dict[str, Any] | None:
@@ -123,51 +131,51 @@ def _contexts(limit: int) -> list[int]:
 
 
 def _print(facts: dict[str, Any], tensors: bool) -> None:
-    click.echo(f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['family']})")
-    click.echo(
+    _echo(f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['family']})")
+    _echo(
         f"  {facts['weights'] / 1e6:,.1f} million weights, {facts['file_bytes'] / MIB:,.1f} MiB, "
         f"{facts['bits_per_weight']:.2f} bits per weight"
     )
     for name, row in facts["formats"].items():
-        click.echo(f"  {name:>6} {row['tensors']:5} tensors {row['bytes'] / MIB:10,.1f} MiB")
-    click.echo(f"  embedding and head in {facts['embedding_format']}")
+        _echo(f"  {name:>6} {row['tensors']:5} tensors {row['bytes'] / MIB:10,.1f} MiB")
+    _echo(f"  embedding and head in {facts['embedding_format']}")
     if "onnx" in facts:
         _print_onnx(facts["onnx"])
-    click.echo("\nConfig")
+    _echo("\nConfig")
     for key, value in facts["config"].items():
-        click.echo(f"  {key:<22} {value:g}" if isinstance(value, float) else f"  {key:<22} {value}")
+        _echo(f"  {key:<22} {value:g}" if isinstance(value, float) else f"  {key:<22} {value}")
     windows = facts["windows"]
     local = [i for i, window in enumerate(windows) if window]
     if local:
         sizes = sorted({window for window in windows if window})
-        click.echo(f"  local layers           {_ranges(local)}, window {', '.join(map(str, sizes))}")
-    click.echo(f"  global layers          {_ranges([i for i, w in enumerate(windows) if not w])}")
-    click.echo("\nMemory for keys and values, MiB (rings on local layers; in brackets, all layers full)")
-    click.echo(f"  {'context':>8}" + "".join(f"  {kv + ': local + global':>34}" for kv in facts["cache"]))
+        _echo(f"  local layers           {_ranges(local)}, window {', '.join(map(str, sizes))}")
+    _echo(f"  global layers          {_ranges([i for i, w in enumerate(windows) if not w])}")
+    _echo("\nMemory for keys and values, MiB (rings on local layers; in brackets, all layers full)")
+    _echo(f"  {'context':>8}" + "".join(f"  {kv + ': local + global':>34}" for kv in facts["cache"]))
     for rows in zip(*facts["cache"].values(), strict=True):
         cells = [
             f"{r['local'] / MIB:.1f} + {r['global'] / MIB:.1f} = {r['total'] / MIB:.1f} [{r['full'] / MIB:.1f}]"
             for r in rows
         ]
-        click.echo(f"  {rows[0]['context']:8}" + "".join(f"  {cell:>34}" for cell in cells))
+        _echo(f"  {rows[0]['context']:8}" + "".join(f"  {cell:>34}" for cell in cells))
     if facts["provenance"]:
-        click.echo("\nProvenance")
+        _echo("\nProvenance")
         for key, value in facts["provenance"].items():
             if key != "sources":
-                click.echo(f"  {key:<22} {value}")
+                _echo(f"  {key:<22} {value}")
         for name, sha256 in facts["provenance"].get("sources", {}).items():
-            click.echo(f"  from {name:<33} sha256 {sha256}")
+            _echo(f"  from {name:<33} sha256 {sha256}")
     if facts["receipt"]:
         _print_receipt(facts["receipt"])
     if tensors:
-        click.echo("\nTensors")
+        _echo("\nTensors")
         for row in facts["tensors"]:
-            click.echo(f"  {row['name']:<36} {row['format']:>5} {' × '.join(map(str, row['shape']))}")
+            _echo(f"  {row['name']:<36} {row['format']:>5} {' × '.join(map(str, row['shape']))}")
 
 
 def _print_receipt(receipt: dict[str, Any]) -> None:
     """What a receipt says, in words; a part that is missing is left out."""
-    click.echo(f"\nReceipt: measured against {receipt.get('reference') or 'a reference without a name'}")
+    _echo(f"\nReceipt: measured against {receipt.get('reference') or 'a reference without a name'}")
     interval = " ({kld_mean_low:.4g} to {kld_mean_high:.4g})" if "kld_mean_low" in receipt else ""  # few chunks: none
     lines = (
         ("mean KLD", "{kld_mean:.4g} nats per token" + interval),
@@ -181,18 +189,22 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
     )
     for title, line in lines:
         try:
-            click.echo(f"  {title:<22} {line.format_map(receipt)}")
+            _echo(f"  {title:<22} {line.format_map(receipt)}")
         except (KeyError, ValueError):
             continue
 
 
 def _print_onnx(onnx: dict[str, Any]) -> None:
-    click.echo("\nONNX")
-    click.echo(f"  {'exported as':<22} {onnx['quant']}, {onnx['dialect']} dialect")
-    click.echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
-    click.echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
+    _echo("\nONNX")
+    _echo(f"  {'exported as':<22} {onnx['quant']}, {onnx['dialect']} dialect")
+    _echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
+    _echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
     for name, size in onnx["files"].items():
-        click.echo(f"  {name:<22} {size / MIB:,.1f} MiB")
+        _echo(f"  {name:<22} {size / MIB:,.1f} MiB")
+
+
+def _echo(line: str) -> None:
+    click.echo(printable(line))
 
 
 def _ranges(numbers: list[int]) -> str:

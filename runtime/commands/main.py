@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import sys
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, NoReturn
 
 import click
 
 from ..errors import BezelError
+from .console import UNFORESEEN
 
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
@@ -40,6 +46,15 @@ class _Verbs(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(verb, line) for verb, (_, line) in _VERBS.items()])
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # What is no UTF-8 comes in as lone surrogates, which the tokenizer refuses, and goes out as question marks.
+        for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors=errors)
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, _end)
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -52,6 +67,17 @@ class _Verbs(click.Group):
             raise click.ClickException(f"{where}{error.strerror or error}") from error
         except MemoryError as error:
             raise click.ClickException(f"not enough memory: {error}") from error
+        except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
+            raise
+        except Exception as error:
+            if "BEZEL_TRACEBACK" in os.environ:
+                raise
+            raise click.ClickException(UNFORESEEN.format(error=f"{type(error).__name__}: {error}")) from error
+
+
+def _end(*_: object) -> NoReturn:
+    """SIGTERM ends the program as Ctrl-C would: what is half written goes."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -85,7 +85,11 @@ class NativeBackend(ModelBackend):
             _native.isa()
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        pool = _native.ThreadPool(threads or _native.default_threads())
+        threads = threads or _native.default_threads()
+        try:
+            pool = _native.ThreadPool(threads)
+        except RuntimeError as error:
+            raise InvalidRequest(f"threads: this machine refuses to start {threads} ({error}); use fewer") from None
         shared: dict[str, Any] = {}
         layers: list[dict[str, Any]] = [{} for _ in config.layers]
         for spec in tensor_specs(config):

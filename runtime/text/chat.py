@@ -111,6 +111,7 @@ def template_is_known(template: str | None) -> bool:
 def template_hash(template: str) -> str:
     """SHA-256 (hex) of a template, whose layout does not count."""
     # A newline in a string may stand as itself or as \n; a line break between tags means nothing.
-    form = re.sub(r"\n+'", lambda found: "\\n" * (len(found[0]) - 1) + "'", template)
-    form = re.sub(r"%\}\s*\n\s*\{%", "%}{%", form)
+    # Each run of line breaks or spaces is looked at once: templates may be long, and hostile.
+    form = re.sub(r"(?<!\n)\n+'", lambda found: "\\n" * (len(found[0]) - 1) + "'", template)
+    form = re.sub(r"%\}\s+\{%", lambda found: "%}{%" if "\n" in found[0] else found[0], form)
     return hashlib.sha256(" ".join(form.split()).encode(errors="replace")).hexdigest()

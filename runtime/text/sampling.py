@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = (int,) if field.name in ("top_k", "seed") else (int, float)
+            if isinstance(value, bool) or not isinstance(value, (*number, np.integer)):
+                if field.name == "seed" and value is None:
+                    continue
+                want = "a whole number" if len(number) == 1 else "a number"
+                raise InvalidRequest(f"{field.name}: found {value!r:.80}, expected {want}")
         checks = [
             ("temperature", 0 <= self.temperature < np.inf, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
@@ -43,6 +52,45 @@ class Sampling:
                 raise InvalidRequest(f"{name}: found {getattr(self, name)}, expected {want}")
 
 
+_HUGE = 1e300
+# Where GGUF files keep what their makers recommend; llama.cpp reads these.
+_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+
+def write_sampling(values: Mapping[str, Any]) -> dict[str, int | float]:
+    """What a generation config (transformers) says about sampling, as metadata. Raises InvalidRequest for nonsense."""
+    chosen = {name: values[name] for name in _KEYS if values.get(name) is not None}
+    if values.get("do_sample") is False:
+        chosen["temperature"] = 0.0
+    Sampling(**chosen)
+    return {_KEYS[name]: value if name == "top_k" else float(value) for name, value in chosen.items()}
+
+
+def read_sampling(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What metadata say of `Sampling`'s fields, and a complaint about each value that cannot be used."""
+    usable: dict[str, Any] = {}
+    complaints = []
+    for name, key in _KEYS.items():
+        value = metadata.get(key)
+        if value is None:
+            continue
+        if name == "top_k" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        try:
+            Sampling(**{name: value})
+        except InvalidRequest as error:
+            complaints.append(f"key '{key}' is ignored: {error}")
+        else:
+            usable[name] = value
+    return usable, complaints
+
+
 class Sampler:
     """Draws tokens; keeps the random state, so one Sampler serves one generation."""
 
@@ -54,9 +102,11 @@ class Sampler:
         """The next token's id, from logits (vocab,); `seen` are the ids that the repetition penalty acts on."""
         s = self._sampling
         if s.repetition_penalty != 1 and len(seen):
-            logits = logits.copy()
+            logits = logits.astype(np.float64)
             ids = np.unique(np.asarray(seen))
-            logits[ids] *= np.where(logits[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
+            with np.errstate(over="ignore"):
+                logits[ids] *= np.where(logits[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
+            logits = logits.clip(-_HUGE, _HUGE)
         if s.temperature == 0:
             return int(np.argmax(logits))
         ids, p = candidates(logits, s)
@@ -67,11 +117,13 @@ class Sampler:
 
 def candidates(logits: Floats, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The ids that temperature, top-k, top-p and min-p leave, likeliest first, and their probabilities (unscaled)."""
-    scaled = logits.astype(np.float64) / s.temperature
+    logits = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # far below the likeliest is as good as never
+        scaled = (logits - logits.max()) / s.temperature
     limited = 0 < s.top_k < len(logits)
     ids = np.argpartition(scaled, -s.top_k)[-s.top_k :] if limited else np.arange(len(logits))
     ids = ids[np.lexsort((ids, -scaled[ids]))]  # ties by id, so that a seed means the same text everywhere
-    p = np.exp(scaled[ids] - scaled[ids[0]])
+    p = np.exp(scaled[ids])
     p /= p.sum()
     kept = max(1, int(np.count_nonzero(np.cumsum(p) - p < s.top_p)))
     kept = min(kept, max(1, int(np.count_nonzero(p >= s.min_p * p[0]))))

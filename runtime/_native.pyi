@@ -98,9 +98,9 @@ class KVStore:
     """Keys and values of one layer, for `capacity` positions; position p takes the place of p − capacity or of an
     earlier one. Memory is reserved at once and taken as it is filled.
 
-    `kv` is "f32", "f16", or "int8" with a float32 scale per head and position, max|x| / 127, of the head rotated by
-    `cache.rotation.hadamard` where head_dim is a power of two. A store knows no length: the caller says which positions
-    it holds. Not to be written while another thread reads it.
+    `kv` is "f32", "f16", or "int8" with a float32 scale per head and position, as `cache.numpy_store` has it, of the
+    head rotated by `cache.rotation.hadamard` where head_dim is a power of two. A store knows no length: the caller says
+    which positions it holds. Not to be written while another thread reads it.
     """
 
     def __init__(self, kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:

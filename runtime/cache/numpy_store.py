@@ -15,8 +15,8 @@ _GROWTH = 256  # rows by which storage grows
 class NumpyStore:
     """NumPy arrays of whole slots, which grow as positions come in. Position p lives in slot p mod capacity.
 
-    int8 has a scale, max |x| / 127, for each head and position; heads of a power of two are rotated first, see
-    `rotation.py`.
+    int8 has a scale for each head and position, see `quantize_values` and `quantize_keys`; heads of a power of two are
+    rotated first, see `rotation.py`.
     """
 
     def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
@@ -40,10 +40,10 @@ class NumpyStore:
     def write(self, position: int, keys: Floats, values: Floats) -> None:
         self._grow(position + len(keys))
         slots = self._slots(position, position + len(keys))
-        for name, x in (("key", self._rotate(keys)), ("value", self._rotate(values))):
-            if (scales := self._arrays.get(f"{name}_scales")) is not None:
-                scales[slots] = np.abs(x).max(axis=-1) / np.float32(127)
-                x = np.rint(x / np.where(scales[slots] > 0, scales[slots], 1)[..., None])
+        for name, x, quantize in (("key", keys, quantize_keys), ("value", values, quantize_values)):
+            x = self._rotate(x)
+            if f"{name}_scales" in self._arrays:
+                x, self._arrays[f"{name}_scales"][slots] = quantize(x)
             self._arrays[f"{name}s"][slots] = x
 
     def attend(self, queries: Floats, first: Ints, last: Ints, scale: float, softcap: float | None) -> Floats:
@@ -56,7 +56,12 @@ class NumpyStore:
         slots = self._slots(start, stop)
         rows: Floats = self._arrays[f"{name}s"][slots].astype(np.float32, copy=False)
         scales = self._arrays.get(f"{name}_scales")
-        return rows if scales is None else rows * scales[slots][..., None]
+        if scales is None:
+            return rows
+        if name == "value":
+            return rows * scales[slots][..., None]
+        steps, offsets = split_key_scales(scales[slots])
+        return (rows + offsets[..., None]) * steps[..., None]
 
     def raw(self, start: int, stop: int) -> Arrays:
         slots = self._slots(start, stop)
@@ -81,6 +86,38 @@ class NumpyStore:
             if rows > len(old):
                 self._arrays[name] = np.empty((rows, *old.shape[1:]), old.dtype)
                 self._arrays[name][: len(old)] = old
+
+
+def quantize_values(x: Floats) -> tuple[Floats, Floats]:
+    """Codes and scales of heads (…, head_dim): scale · code, with scale = max|x| / 127."""
+    scales = np.abs(x).max(axis=-1) / np.float32(127)
+    codes: Floats = np.rint(x / np.where(scales > 0, scales, 1)[..., None])
+    return codes, scales
+
+
+def quantize_keys(x: Floats) -> tuple[Floats, Floats]:
+    """Codes and scales of heads (…, head_dim): scale · (code + offset), so that the codes' whole range is used.
+
+    The scale is (max − min) / 254, or more, so that the offset fits a byte; in place of its lowest eight bits, with
+    which it is rounded up, it holds offset + 128. Where it is not finite the codes are 0, and it stays so.
+    """
+    high, low, magnitude = x.max(axis=-1), x.min(axis=-1), np.abs(x).max(axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = np.maximum((high - low) / np.float32(254), np.abs(high + low) / np.float32(252))
+        bits = np.where(np.isfinite(magnitude), steps, magnitude).astype(np.float32).view(np.int32)
+        usable = (bits > 0) & (bits < 0x7F800000 - 255)
+        bits = np.where(usable, bits + 255, bits) & ~255
+        steps = np.where(usable, bits.view(np.float32), np.float32(1))
+        offsets = np.where(usable, np.rint((high + low) * np.float32(0.5) / steps + np.float32(0.5)), 0)
+        codes = np.rint(x / steps[..., None]) - offsets[..., None]
+    codes = np.where(usable[..., None], codes.clip(-128, 127), np.float32(0))
+    return codes, (bits | (offsets.astype(np.int32) + 128)).view(np.float32)
+
+
+def split_key_scales(scales: Floats) -> tuple[Floats, Floats]:
+    """Steps and offsets in the scales of `quantize_keys`."""
+    bits = scales.view(np.int32)
+    return (bits & ~255).view(np.float32), ((bits & 255) - 128).astype(np.float32)
 
 
 def _rows(length: int, capacity: int) -> int:

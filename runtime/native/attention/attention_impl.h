@@ -343,10 +343,17 @@ static void soften(const SplitJob& j, int64_t r) {
     return;
   }
   const int64_t begin = first / kLanes * kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
+  const F query_sum = set(static_cast<float>(j.query_bias[r] / Int8::kBias));
   const F factor = set(j.query_factors[r]), cap = set(j.cap), inverse = set(j.cap > 0 ? 1.0f / j.cap : 0.0f);
   for (int64_t i = begin; i < end; i += kLanes) {
     F s = load(x + i);
-    s = mul(s, j.key_scales ? mul(load(j.key_scales + i), factor) : factor);
+    if (j.key_scales) {
+      const I both = bits(load(j.key_scales + i));
+      const F offset = to_float(sub(band(both, set(255)), set(128)));
+      s = mul(add(s, mul(offset, query_sum)), mul(from_bits(band(both, set(~255))), factor));
+    } else {
+      s = mul(s, factor);
+    }
     if (j.cap > 0) s = mul(cap, tanh(mul(s, inverse)));
     store(x + i, s);
     bring(i);
@@ -517,6 +524,43 @@ static void quantize(const float* x, int64_t n, int8_t* q, float* scale) noexcep
   }
 }
 
+static void quantize_key(const float* x, int64_t n, int8_t* q, float* scale) noexcept {
+  I top = set(0);
+  F high = set(x[0]), low = set(-x[0]);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    top = max(top, magnitude_bits(load(x + i, n - i)));
+    alignas(64) float part[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) part[l] = x[i + l < n ? i + l : 0];
+    high = max(high, load(part));
+    low = max(low, sub(set(0.0f), load(part)));
+  }
+  const int32_t magnitude = largest(top);
+  const float above = largest(high), below = -largest(low);
+  const float range = (above - below) / 254.0f, middle = fabsf(above + below) / 252.0f;
+  float step = range > middle ? range : middle;  // so that the offset fits its byte, too
+  if (magnitude >= 0x7F800000) step = float_of(magnitude);
+  int32_t rounded = 0;
+  std::memcpy(&rounded, &step, sizeof step);
+  const bool usable = step > 0.0f && rounded < 0x7F800000 - 255;
+  if (usable) rounded = (rounded + 255) & ~255;
+  step = float_of(rounded & ~255);
+  float lanes_of_offset[kLanes] = {usable ? (above + below) * 0.5f / step + 0.5f : 0.0f};
+  int32_t lanes[kLanes];
+  store(lanes, round(load(lanes_of_offset)));
+  const int32_t offset = lanes[0];
+  *scale = float_of((rounded & ~255) | (offset + 128));
+  if (!usable) {
+    std::memset(q, 0, static_cast<size_t>(n));
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const I code = sub(round(div(load(x + i, n - i), set(step))), set(offset));
+    store(lanes, min(max(code, set(-128)), set(127)));
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    for (int64_t l = 0; l < left; ++l) q[i + l] = static_cast<int8_t>(lanes[l]);
+  }
+}
+
 static void to_half(const float* x, int64_t n, uint16_t* y) noexcept {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store_half(y + i, load(x + i));
@@ -535,7 +579,7 @@ constexpr KvKernels kv_kernels() {
 }
 
 constexpr AttentionKernels kAttention = {{kv_kernels<Single>(), kv_kernels<Half>(), kv_kernels<Int8>()},
-                                         merge, finish, hadamard, quantize, to_half};
+                                         merge, finish, hadamard, quantize, quantize_key, to_half};
 
 }  // namespace
 }  // namespace bezel

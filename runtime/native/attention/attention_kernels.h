@@ -25,6 +25,9 @@ constexpr int kKvTypes = 3;
 // Int8 has one scale for a head, and a head of keys may have a few numbers far above all others. So where head_dim is a
 // power of two, int8 keys, values and the queries for them are rotated by the Hadamard matrix, which spreads every number
 // over the whole head, and the mixed values are rotated back. Of a rotated query and key the product is the same.
+//
+// Values are scale · code. Keys, which need it more, use the codes' whole range: they are scale · (code + offset), and
+// the lowest eight bits of the scale, which it can do without, hold offset + 128.
 struct KvLayout {
   int64_t panel;    // W: 16 or 64, what suits the instruction set
   int64_t group;    // g: 4 for int8, 1 for floats
@@ -70,6 +73,8 @@ struct AttentionKernels {
   // q = x / scale to the nearest, ties to even, with scale = max|x| / 127. A scale that is not finite stays so,
   // and the damage shows in whatever reads it.
   void (*quantize)(const float* x, int64_t n, int8_t* q, float* scale) noexcept;
+  // q = x / scale − offset likewise, with scale = (max x − min x) / 254, and the offset in it.
+  void (*quantize_key)(const float* x, int64_t n, int8_t* q, float* scale) noexcept;
   void (*to_half)(const float* x, int64_t n, uint16_t* y) noexcept;
 };
 

@@ -156,7 +156,8 @@ void KVStore::write_row(bool values, int64_t kv_head, int64_t slot, const float*
       alignas(64) float turned[kMaxHeadDim];
       std::memcpy(turned, x, static_cast<size_t>(sizes_.head_dim) * sizeof *x);
       if (rotated()) kernels_.hadamard(turned, sizes_.head_dim);
-      kernels_.quantize(turned, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(values, kv_head, slot));
+      const auto quantize = values ? kernels_.quantize : kernels_.quantize_key;
+      quantize(turned, sizes_.head_dim, reinterpret_cast<int8_t*>(row), scale(values, kv_head, slot));
       break;
     }
   }

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bezel.runtime import _native
 from bezel.runtime._native import KVStore, ThreadPool
-from bezel.runtime.cache.numpy_store import NumpyStore
+from bezel.runtime.cache.numpy_store import NumpyStore, split_key_scales
 from bezel.runtime.cache.rotation import hadamard
 
 KVS = ("f32", "f16", "int8")
@@ -51,11 +51,11 @@ def turn(store: KVStore, x: np.ndarray) -> np.ndarray:
 def stored(store: KVStore, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values as attention reads them, in float64 (stop − start, kv_heads, head_dim)."""
     raw = store.raw(start, stop)
-    keys, values = (
-        raw[f"{name}s"].astype(np.float64) * raw.get(f"{name}_scales", np.float32([1]))[..., None]
-        for name in ("key", "value")
-    )
-    return keys, values
+    keys, values = raw["keys"].astype(np.float64), raw["values"].astype(np.float64)
+    if "key_scales" not in raw:
+        return keys, values
+    steps, offsets = split_key_scales(raw["key_scales"])
+    return (keys + offsets[..., None]) * steps[..., None], values * raw["value_scales"][..., None]
 
 
 Spans = tuple[np.ndarray, np.ndarray]
@@ -335,6 +335,9 @@ def test_storage_is_that_of_the_numpy_cache(kv: str, dim: int) -> None:
     rng = np.random.default_rng(dim)
     keys, values = floats(rng, 300, 3, dim), floats(rng, 300, 3, dim) * np.float32(1000)
     keys[5, 1] = 0  # a scale of zero
+    keys[7, 1], keys[8, 0] = 3.5, 100 + np.abs(keys[8, 0])  # far from zero, for what they span
+    if kv == "int8" and dim in (30, 80):  # that are not rotated
+        keys[9, 2, :2] = -3e38, 3e38  # further apart than a float32 can say
     values[6, 2] *= np.float32(1e-30)
     cache, store = NumpyStore(3, dim, 300, kv), KVStore(3, dim, 300, kv)
     for part in (slice(0, 100), slice(100, 101), slice(101, 300)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -152,14 +152,19 @@ class Model:
 
         `raw` text is continued instead, after <bos>; None means raw only where the file is no chat model.
         """
+        if isinstance(prompt, (bytes, bytearray)):
+            raise InvalidRequest("prompt: found bytes, expected text, ids or messages; decode them first")
         if isinstance(prompt, str):
             if raw or (raw is None and not self.is_chat_model):
                 return self.tokenizer.encode(prompt, bos=True)
             prompt = [chat.Message("user", prompt)]
-        messages = [m for m in prompt if isinstance(m, chat.Message)]
-        if messages:
-            return chat.render(self.tokenizer, messages)
-        return [int(i) for i in prompt if not isinstance(i, chat.Message)]
+        parts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
+        messages = [part for part in parts if isinstance(part, chat.Message)]
+        ids = [int(part) for part in parts if isinstance(part, (int, np.integer)) and not isinstance(part, bool)]
+        if not parts or len(parts) not in (len(messages), len(ids)):
+            kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "nothing"
+            raise InvalidRequest(f"prompt: found {kinds}, expected text, ids or messages, and of one kind")
+        return chat.render(self.tokenizer, messages) if messages else ids
 
     def generate(
         self,

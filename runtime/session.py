@@ -130,6 +130,8 @@ class Session:
 
     def rewind(self, n: int) -> None:
         """Forget the n newest tokens. Raises CacheError when a ring no longer holds what comes before them."""
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+            raise InvalidRequest(f"rewind: found {n!r:.80}, expected a number of tokens")
         self.engine.rewind(n)
         del self.ids[len(self.ids) - n :]
 

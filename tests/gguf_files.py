@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+from bezel.export.gguf.header import TensorRecord, encode_header
 from bezel.runtime.errors import BezelError
-from bezel.runtime.files.gguf import StringArray
+from bezel.runtime.files.gguf import GGUFFile, StringArray
 from bezel.runtime.files.gguf_model import GGUFModel
 
 U8, U32, F32, BOOL, STRING, ARRAY = 0, 4, 6, 7, 8, 9
@@ -115,6 +117,16 @@ def write_gemma2(
     writer.write_tensors_to_file()
     writer.close()
     return stored
+
+
+def edited(path: Path, out: Path, changes: Mapping[str, Any]) -> Path:
+    """A copy of a GGUF file with other metadata."""
+    with GGUFFile(path) as file:
+        infos = list(file.tensors.values())
+        start = min(info.offset for info in infos)
+        records = [TensorRecord(i.name, i.shape, i.format.gguf_type, i.offset - start) for i in infos]
+        out.write_bytes(encode_header(dict(file.metadata) | dict(changes), records) + path.read_bytes()[start:])
+    return out
 
 
 def read_everything(path: str) -> str:

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.model": ("runtime.errors", "runtime.arrays", "runtime.model", "runtime.files.strict_json", "numpy"),
     "runtime.cache": ("runtime.errors", "runtime.arrays", "runtime.cache", "numpy"),
     "runtime.files": (*CONTRACT, "quant.formats", "numpy"),
+    "runtime.files.safetensors": ("runtime.arrays", "numpy", "safetensors"),
     "runtime.files.strings": ("runtime._native", "numpy"),
     "runtime.files.gguf": ("runtime.errors", "runtime.files.strings", "runtime._native", "quant.formats", "numpy"),
     "runtime.text.tokenizer": (*CONTRACT, "runtime._native", "sentencepiece", "numpy"),

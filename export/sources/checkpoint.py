@@ -232,7 +232,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     template_file = folder / "chat_template.jinja"
     template = _chat_template(optional_json("tokenizer_config.json").get("chat_template"))
     if template_file.exists():  # where recent versions of transformers keep it
-        files.append(_required(template_file))
+        files.append(_own(_required(template_file)))
         template = template_file.read_text(encoding="utf-8", errors="replace")
 
     checkpoint = Checkpoint(
@@ -358,6 +358,19 @@ def _required(path: Path) -> Path:
             raise InvalidCheckpoint(
                 f"{path}: found a git-lfs pointer, expected the file itself; run 'git lfs pull' in {path.parent}"
             )
+    return path
+
+
+def _own(path: Path) -> Path:
+    """`path`, if what it is a link to belongs to the checkpoint: its content goes into what is exported."""
+    folder, real = path.parent.resolve(), path.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":  # the hub's cache, whose files are links
+        homes.append(folder.parents[1] / "blobs")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise InvalidCheckpoint(
+            f"{path}: is a link to {real}, which is no part of the checkpoint; put a copy in its place if it should be"
+        )
     return path
 
 

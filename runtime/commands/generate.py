@@ -201,10 +201,10 @@ def chat(model: Path, **options: Any) -> None:
                 _note(f"{command[1:]}: {path}, {conversation.turns()} exchanges")
             elif command in ("/exit", "/quit"):
                 return
-            elif command in ("/help", "/save", "/load"):
-                click.echo(_CHAT_HELP)
             else:
-                _note(f"{command} is no command; a message may begin with // for a slash. {_CHAT_HELP}")
+                if command not in ("/help", "/save", "/load"):
+                    _note(f"{command} is no command; for a message that begins with a slash, type two")
+                click.echo(_CHAT_HELP)
         except (BezelError, OSError, MemoryError) as error:
             _note(f"error: {error}")
         except Exception as error:  # whatever it is, the chat goes on

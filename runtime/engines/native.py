@@ -90,6 +90,13 @@ class NativeBackend(ModelBackend):
             pool = _native.ThreadPool(threads)
         except RuntimeError as error:
             raise InvalidRequest(f"threads: this machine refuses to start {threads} ({error}); use fewer") from None
+        for layer in config.layers:
+            try:
+                _native.KVStore.bytes_for(layer.n_kv_heads, layer.head_dim, 1, "f32", 0)
+            except ValueError as error:
+                raise InvalidRequest(
+                    f"{file.path}: the native engine cannot run it ({error}); use the reference engine"
+                ) from None
         shared: dict[str, Any] = {}
         layers: list[dict[str, Any]] = [{} for _ in config.layers]
         for spec in tensor_specs(config):

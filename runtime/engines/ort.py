@@ -32,7 +32,7 @@ class OrtBackend:
     """
 
     def __init__(self, folder: OnnxFolder, config: ModelConfig, threads: int | None, exact: bool = False) -> None:
-        self.config, self._folder = config, folder
+        self.config, self.folder = config, folder
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or _native.default_threads()
         options.log_severity_level = 3
@@ -92,7 +92,12 @@ class OrtEngine(CachedEngine):
                 self._binding.bind_cpu_input(name, array)
             logits = np.empty((len(rows), self._backend.config.vocab_size), np.float32)
             self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-            self._backend.session.run_with_iobinding(self._binding)
+            try:
+                self._backend.session.run_with_iobinding(self._binding)
+            except Exception as error:  # onnxruntime's exceptions have no base of their own
+                raise InvalidModelFile(
+                    self._backend.folder.model_path, f"onnxruntime cannot run it: {str(error)[:500]}"
+                ) from error
         except BaseException:
             self.caches.cut(start)
             raise

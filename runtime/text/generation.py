@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from ..errors import InvalidRequest
 from ..session import MakeRoom, Session
 from .sampling import Sampler, Sampling
 
@@ -31,6 +32,10 @@ class Generation:
         cancel: Callable[[], bool] = lambda: False,
         hold_last: bool = False,
     ) -> None:
+        if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+            raise InvalidRequest(f"stop: found {stop!r:.80}, expected a list of texts")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
+            raise InvalidRequest(f"max_tokens: found {max_tokens!r:.80}, expected a whole number from 0 on, or None")
         self.ids: list[int] = []
         self.finish: str | None = None
         self.prompt_read = False

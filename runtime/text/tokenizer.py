@@ -202,12 +202,16 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """The ids of a text, after <bos> if asked for. Raises InvalidRequest for text that is not Unicode."""
+        if not isinstance(text, str):
+            raise InvalidRequest(f"text: found {type(text).__name__}, expected str")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                f"the text is not valid Unicode: a lone surrogate at character {error.start}"
-            ) from None
+            found = ord(text[error.start])
+            # As Python reads bytes that are no text.
+            what = f"the byte {found - 0xDC00:#04x} is no UTF-8" if 0xDC80 <= found <= 0xDCFF else "a lone surrogate"
+            before = text[max(0, error.start - 20) : error.start]
+            raise InvalidRequest(f"the text is not valid Unicode: {what}, after {before!r}") from None
         ids: list[int] = self._processor.encode(text)
         return [self.bos_id, *ids] if bos else ids
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -247,8 +248,17 @@ def test_sampling_defaults_and_stop_tokens(tmp_path: Path) -> None:
         "bezel.generation.stop_token_ids": [107],
     }
     assert fields() == {"bezel.generation.stop_token_ids": [1]}  # as config.json says
-    for bad in ({"temperature": "hot"}, {"top_k": -1}, {"eos_token_id": [1, 1024]}, {"eos_token_id": "x"}):
-        with pytest.raises(InvalidCheckpoint, match=f"key '{next(iter(bad))}'"):
+    assert fields(min_p=0.25, repetition_penalty=1.5, do_sample=False) == {
+        "general.sampling.temp": 0.0,
+        "general.sampling.min_p": 0.25,
+        "general.sampling.penalty_repeat": 1.5,
+        "bezel.generation.stop_token_ids": [1],
+    }
+    for bad in ({"temperature": "hot"}, {"top_k": -1}, {"top_k": 2.5}, {"top_p": 0}, {"min_p": True}):
+        with pytest.raises(InvalidCheckpoint, match=f"generation config: {next(iter(bad))}: found"):
+            fields(**bad)
+    for bad in ({"eos_token_id": [1, 1024]}, {"eos_token_id": "x"}):
+        with pytest.raises(InvalidCheckpoint, match="key 'eos_token_id'"):
             fields(**bad)
 
 
@@ -287,15 +297,30 @@ def test_an_existing_file_survives_unless_replacing_is_asked_for(tiny: Path, tmp
         raise RuntimeError
 
     out = tmp_path / "out.gguf"
-    out.write_bytes(b"precious")
+    out.write_bytes(b"GGUF, precious")
     with pytest.raises(InvalidRequest, match=r"exists already.*--force"):
         export(tiny, out)
     with pytest.raises(RuntimeError):
         export(tiny, out, force=True, progress=fail)
-    assert out.read_bytes() == b"precious"
+    assert out.read_bytes() == b"GGUF, precious"
     export(tiny, out, force=True)
-    assert out.read_bytes()[:4] == b"GGUF"
+    assert out.read_bytes()[4:8] == (3).to_bytes(4, "little")
     assert left(tmp_path) == ["out.gguf"]
+    out.write_bytes(b"my thesis")
+    with pytest.raises(InvalidRequest, match="is no GGUF file, which alone --force replaces"):
+        export(tiny, out, force=True)
+    assert out.read_bytes() == b"my thesis"
+
+
+def test_a_source_that_changes_while_it_is_read(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "folder"))
+
+    def change(done: int, total: int) -> None:  # noqa: ARG001
+        os.utime(folder / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors: has changed while it was read"):
+        export(folder, tmp_path / "out.gguf", progress=change)
+    assert left(tmp_path) == ["folder"]
 
 
 def test_a_source_is_never_replaced(tiny: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class TestSavedFiles:
         with safe_open(path, framework="numpy") as file:
             labels, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         save_file(arrays, path, {k: v for k, v in (labels | {"bezel_session": version}).items() if v})
-        with pytest.raises(InvalidSession, match=f"found {said}, expected one of version 2"):
+        with pytest.raises(InvalidSession, match=f"found {said}, expected one of version 3"):
             model.session().restore(path)
 
     def test_too_long(self, saved: tuple[Model, Path], model_of: ModelOf) -> None:

@@ -1,0 +1,251 @@
+"""What users, files and callers may do wrong is answered by bezel's own words, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bezel.export.commands import export as export_command
+from bezel.runtime import load
+from bezel.runtime.commands import generate
+from bezel.runtime.commands.main import main
+from bezel.runtime.errors import InvalidRequest, InvalidSession
+from bezel.runtime.text.chat import template_is_known
+from bezel.runtime.text.sampling import Sampler, Sampling
+from click.testing import CliRunner
+from gguf_files import edited
+from tiny import DEMO
+
+BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
+
+
+@pytest.fixture(scope="module")
+def demo(gguf_of: Callable[..., Path]) -> Path:
+    return gguf_of("demo", "q8_0")
+
+
+def bezel(*args: object, stdin: bytes = b"") -> tuple[int, str, str]:
+    done = subprocess.run([*BEZEL, *map(str, args)], input=stdin, capture_output=True, timeout=120)
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def chat(demo: Path, *lines: str) -> str:
+    """What a chat says beside the answers; it has to live to its end."""
+    code, out, err = bezel("chat", demo, "--max-tokens", 2, "--seed", 1, stdin="\n".join([*lines, "/help"]).encode())
+    assert code == 0
+    assert "/reset starts anew" in out
+    return err
+
+
+# --- a chat outlives its commands
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes of this kind")
+def test_saving_and_loading_what_cannot_be(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_bytes(b"precious")
+    os.mkfifo(tmp_path / "pipe")
+    places = ["/nonexistent/x", ".", "/", "/proc/x", "~nobody/x", f"{tmp_path}/thesis", f"{tmp_path}/pipe", str(demo)]
+    before = demo.read_bytes()
+    said = chat(demo, "Once", *(f"/save {place}" for place in places), *(f"/load {place}" for place in places))
+    assert said.count("error: ") == 2 * len(places)
+    assert (tmp_path / "thesis").read_bytes() == b"precious"
+    assert demo.read_bytes() == before
+
+
+def test_a_session_replaces_a_session(demo: Path, tmp_path: Path) -> None:
+    said = chat(demo, "Once", f"/save {tmp_path}/s", "Twice", f"/save {tmp_path}/s", f"/load {tmp_path}/s")
+    assert "load: " in said
+    assert "2 exchanges" in said
+
+
+def test_the_home_folder_is_known(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    chat(demo, "Once", "/save ~/s")
+    assert (tmp_path / "s").exists()
+
+
+def test_the_unforeseen_ends_no_chat(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("so it is")
+
+    monkeypatch.setattr(generate, "_answer", fail)
+    done = CliRunner().invoke(main, ["chat", str(demo)], input="Once\n/help\n")
+    assert "ZeroDivisionError: so it is). It is a fault of bezel; please report it" in done.output
+    assert "/reset starts anew" in done.output
+    assert done.exit_code == 0
+
+
+def test_a_slash_that_is_no_command(demo: Path) -> None:
+    said = chat(demo, "/what", "//usr/bin is where?", "/undo")
+    assert "/what is no command; for a message that begins with a slash, type two" in said
+    assert "0 exchanges left" in said
+
+
+def test_a_damaged_session(demo: Path, tmp_path: Path) -> None:
+    with load(demo) as model:
+        session = model.session()
+        session.prefill([2, 300, 301])
+        session.save(tmp_path / "s")
+        raw = bytearray((tmp_path / "s").read_bytes())
+        raw[-9] ^= 1
+        (tmp_path / "s").write_bytes(raw)
+        with pytest.raises(InvalidSession, match="checksum"):
+            session.restore(tmp_path / "s")
+        assert session.ids == [2, 300, 301]
+
+
+# --- the funnel
+
+
+def test_the_unforeseen_is_told_in_a_sentence(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("so it is")
+
+    monkeypatch.setattr(generate, "_load", fail)
+    done = CliRunner().invoke(main, ["run", str(demo), "Once"])
+    assert (done.exit_code, type(done.exception)) == (1, SystemExit)
+    assert "ZeroDivisionError: so it is). It is a fault of bezel; please report it" in done.output
+    monkeypatch.setenv("BEZEL_TRACEBACK", "1")
+    assert isinstance(CliRunner().invoke(main, ["run", str(demo), "Once"]).exception, ZeroDivisionError)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
+def test_a_terminated_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(done: int, total: int) -> None:  # noqa: ARG001
+        assert list(tmp_path.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(export_command, "progress_bar", lambda *_: nullcontext(end))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        done = CliRunner().invoke(main, ["export", str(DEMO), str(tmp_path / "out.gguf")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.exit_code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_input_that_is_no_utf8(demo: Path) -> None:
+    code, _, err = bezel("run", demo, "-", stdin=b"caf\xe9 au lait")
+    assert code == 1
+    assert "the byte 0xe9 is no UTF-8, after 'user\\ncaf'" in err
+    code, out, err = bezel("chat", demo, "--max-tokens", 2, stdin=b"caf\xe9\nOnce\n")
+    assert code == 0
+    assert "no UTF-8" in err
+    assert out.strip()
+
+
+def test_output_that_takes_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = subprocess.run([*BEZEL, "run", "--help"], capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert b"? among the likeliest" in done.stdout
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 10**10])
+def test_threads_that_no_machine_has(threads: int, demo: Path) -> None:
+    code, _, err = bezel("run", demo, "Once", "--threads", threads)
+    assert code == 1
+    assert f"threads: found {threads}, expected 1 to 1024" in err
+
+
+# --- files
+
+
+HOSTILE = {
+    "name of numbers": {"general.name": np.array([1, 2, 3], np.uint32)},
+    "sources that are a number": {"bezel.provenance.source_files": 5},
+    "sources of numbers": {"bezel.provenance.source_files": [1], "bezel.provenance.source_sha256": [1.0]},
+    "receipt of texts": {"bezel.receipt.kld_mean": "x", "bezel.receipt.tokens": [1]},
+    "stops of texts": {"bezel.generation.stop_token_ids": ["a"]},
+    "sampling of texts": {"general.sampling.top_k": "many", "general.sampling.temp": [1.0]},
+    "template of numbers": {"tokenizer.chat_template": 7},
+}
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_metadata_of_another_type(changes: dict[str, Any], demo: Path, tmp_path: Path) -> None:
+    file = edited(demo, tmp_path / "m.gguf", changes)
+    for more in ([], ["--json"]):
+        code, out, err = bezel("inspect", file, *more)
+        assert code == 0, err
+        if more:
+            json.loads(out)
+    code, _, err = bezel("run", file, "Once", "--max-tokens", 1)
+    assert code == 0, err
+
+
+def test_texts_of_a_file_command_no_terminal(demo: Path, tmp_path: Path) -> None:
+    evil = "\x1b]0;pwned\x07\x1b[2J\x9bEVIL\rover"
+    changes = {"general.name": evil, "bezel.provenance.note": evil, "bezel.receipt.kld_mean": 0.5}
+    file = edited(demo, tmp_path / "m.gguf", changes | {"bezel.receipt.reference": evil})
+    _, out, _ = bezel("inspect", file)
+    assert out.count("EVIL") == 3
+    assert not any(c in out for c in "\x1b\x07\x9b\r")
+
+
+def test_what_a_file_recommends(demo: Path, tmp_path: Path) -> None:
+    changes = {"general.sampling.top_k": 40.0, "general.sampling.top_p": 0.0, "general.sampling.penalty_repeat": 1.5}
+    file = edited(demo, tmp_path / "m.gguf", changes)
+    with load(file) as model:
+        assert model.default_sampling == Sampling(top_k=40, repetition_penalty=1.5)
+    for options in ((), ("--top-p", 0.9), ("--temperature", 0)):
+        code, _, err = bezel("run", file, "Once", "--max-tokens", 1, *options)
+        assert code == 0
+        assert "key 'general.sampling.top_p' is ignored: top_p: found 0.0, expected above 0" in err
+
+
+def test_templates_are_looked_at_once() -> None:
+    """Each of these took a time that grew with the square of its length: minutes."""
+    for text in ("%}" + "\n" * 1_000_000, "\n" * 1_000_000 + "x", "%}" * 300_000 + " " * 300_000):
+        assert not template_is_known(text)
+
+
+# --- callers
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: m.generate(b"Once"), "prompt: found bytes"),
+        (lambda m: m.generate([1.5, 2.0]), "prompt: found float, expected"),
+        (lambda m: m.generate([2, "a"]), "prompt: found int, str, expected"),
+        (lambda m: m.generate([True]), "prompt: found bool"),
+        (lambda m: m.generate([]), "prompt: found nothing"),
+        (lambda m: m.generate(None), "prompt: found NoneType"),
+        (lambda m: m.generate(5.0), "prompt: found float"),
+        (lambda m: m.generate("Once", stop="end"), "stop: found 'end', expected a list"),
+        (lambda m: m.generate("Once", stop=[1]), "stop: found"),
+        (lambda m: m.generate("Once", max_tokens=-1), "max_tokens: found -1"),
+        (lambda m: m.generate("Once", max_tokens=2.0), "max_tokens: found 2.0"),
+        (lambda m: m.session().rewind(1.5), "rewind: found 1.5"),
+        (lambda m: m.session().prefill([1.5]), "token ids: found float64"),
+        (lambda m: m.session().prefill(["a"]), "token ids: found"),
+        (lambda m: m.tokenizer.encode(b"Once"), "text: found bytes"),
+        (lambda _: Sampling(temperature="hot"), "temperature: found 'hot', expected a number"),
+        (lambda _: Sampling(top_k=1.5), "top_k: found 1.5, expected a whole number"),
+        (lambda _: Sampling(temperature=float("nan")), "temperature: found nan"),
+        (lambda _: Sampling(seed=1.5), "seed: found 1.5, expected a whole number"),
+    ],
+)
+def test_misuse_is_answered(call: Callable[[Any], Any], said: str, demo: Path) -> None:
+    with load(demo) as model, pytest.raises(InvalidRequest, match=said):
+        call(model)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=5e-324), Sampling(repetition_penalty=1e-300)])
+def test_extreme_sampling_gives_sound_tokens(sampling: Sampling) -> None:
+    logits = np.float32([-3, 2, 80, 79, 0])
+    with np.errstate(all="raise", under="ignore"):
+        assert Sampler(sampling)(logits, [1, 2]) in (1, 2)

@@ -119,13 +119,14 @@ def write_gemma2(
     return stored
 
 
-def edited(path: Path, out: Path, changes: Mapping[str, Any]) -> Path:
-    """A copy of a GGUF file with other metadata."""
+def edited(path: Path, out: Path, changes: Mapping[str, Any], alignment: int = 32) -> Path:
+    """A copy of a GGUF file with other metadata, whose offsets are multiples of `alignment` already."""
     with GGUFFile(path) as file:
         infos = list(file.tensors.values())
         start = min(info.offset for info in infos)
         records = [TensorRecord(i.name, i.shape, i.format.gguf_type, i.offset - start) for i in infos]
-        out.write_bytes(encode_header(dict(file.metadata) | dict(changes), records) + path.read_bytes()[start:])
+        header = encode_header(dict(file.metadata) | dict(changes), records)
+        out.write_bytes(header + bytes(-len(header) % alignment) + path.read_bytes()[start:])
     return out
 
 

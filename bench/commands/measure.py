@@ -11,9 +11,10 @@ from pathlib import Path
 
 import click
 
-from ...export.gguf.receipt import check_room, stamp
+from ...export.gguf.receipt import stamp
 from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.files.atomic import check_output
 from ...runtime.files.gguf_model import GGUFModel
 from ..loss.measure import measure as run
 from ..loss.passages import CHUNK, PROTOCOLS
@@ -124,8 +125,8 @@ def measure(
 def _check_receipts(specs: Sequence[Spec]) -> None:
     """Before hours of measuring rather than after them."""
     for spec in specs:
-        with GGUFModel(spec.path) as file:
-            check_room(file)
+        GGUFModel(spec.path).close()
+        check_output(spec.path)
 
 
 def _stamp(specs: Sequence[Spec], result: Measurement) -> None:

@@ -42,7 +42,7 @@ def encode_header(metadata: Mapping[str, Any], tensors: Sequence[TensorRecord]) 
     """
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        parts += [_string(key), encode_value(key, value)]
+        parts.append(encode_entry(key, value))
     for tensor in tensors:
         parts += [
             _string(tensor.name),
@@ -58,8 +58,12 @@ def _string(text: str | bytes) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def encode_value(key: str, value: Any) -> bytes:
-    """A value with its type before it, as `encode_header` says."""
+def encode_entry(key: str, value: Any) -> bytes:
+    """A key and its value, as `encode_header` says."""
+    return _string(key) + _value(key, value)
+
+
+def _value(key: str, value: Any) -> bytes:
     if isinstance(value, (bool, np.bool_)):
         return struct.pack("<I?", _BOOL, value)
     if isinstance(value, (int, np.integer)):

@@ -1,48 +1,27 @@
-"""Receipts: what was measured of a GGUF file, in the file itself.
-
-The exporter leaves room for it, `bezel.receipt.*` keys of fixed width; `stamp` fills them in, once the file has been
-measured, without moving a byte of anything else. Texts are padded with spaces.
-"""
+"""Receipts: what was measured of a GGUF file, in the file itself, under `bezel.receipt.*` keys."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ...runtime.errors import InvalidRequest
+from ...runtime.files.atomic import atomic
 from ...runtime.files.gguf import RECEIPT
 from ...runtime.files.gguf_model import GGUFModel
-from .header import encode_value
+from .header import encode_entry
 
-_FIGURES = ("kld_mean", "kld_p999", "top1", "perplexity_ratio", "kld_mean_low", "kld_mean_high")
-_WIDTHS = {
-    "date": 20,
-    "tool": 32,
-    "protocol": 32,
-    "engine": 48,
-    "text_sha256": 64,
-    "reference": 64,
-    "reference_sha256": 64,
-}
-
-# What the exporter writes: no figure yet.
-PLACEHOLDERS: dict[str, Any] = {
-    **{f"{RECEIPT}{name}": math.nan for name in _FIGURES},
-    f"{RECEIPT}tokens": 0,
-    **{f"{RECEIPT}{name}": " " * width for name, width in _WIDTHS.items()},
-}
+_MOST = 64  # bytes of a text
 
 
 @dataclass(frozen=True)
 class Receipt:
     """What was measured of a file, and on what: `tokens` positions of texts with these hashes, against `reference`.
 
-    KLD is in nats per token, `top1` a share of positions. Texts that are too long are cut.
+    KLD is in nats per token, `top1` a share of positions. Texts of more than 64 bytes are cut.
     """
 
     date: str
@@ -61,49 +40,26 @@ class Receipt:
     perplexity_ratio: float
 
 
-def check_room(file: GGUFModel) -> None:
-    """Raises InvalidRequest unless the file has room for a receipt, empty or filled in."""
-    for key, placeholder in PLACEHOLDERS.items():
-        found, span = file.metadata.get(key), file.receipt_spans.get(key, slice(0, 0))
-        if type(found) is not type(placeholder) or span.stop - span.start != len(encode_value(key, placeholder)):
-            raise InvalidRequest(
-                f"{file.path}: key '{key}': found {'nothing' if found is None else repr(found)[:80]}, expected room "
-                "for a receipt; export the model again with this version of bezel"
-            )
-
-
 def stamp(path: str | Path, receipt: Receipt) -> None:
-    """Write the receipt into the GGUF file `path`, which it is of.
+    """Write the receipt into the GGUF file `path`, which it is of, in place of an earlier one.
 
-    Raises InvalidModelFile, InvalidRequest for a file without room for a receipt, and OSError; the file is then as
-    it was.
+    The file is written anew, so that it is whole at any time. Raises InvalidModelFile, InvalidRequest and OSError; the
+    file is then as it was.
     """
     path = Path(path)
-    values = _values(receipt)
     with GGUFModel(path) as file:
-        check_room(file)
-        before, spans = file.fingerprint(), file.receipt_spans
-    start, end = min(s.start for s in spans.values()), max(s.stop for s in spans.values())
-    with path.open("r+b", buffering=0) as raw:
-        raw.seek(start)
-        old = raw.read(end - start)
-        new = bytearray(old)
-        for key, value in values.items():
-            new[spans[key].start - start : spans[key].stop - start] = encode_value(key, value)
-
-        def write(block: bytes) -> None:
-            raw.seek(start)
-            raw.write(block)
-            os.fsync(raw.fileno())
-
-        try:
-            write(bytes(new))
-            with GGUFModel(path) as file:
-                if file.fingerprint() != before:
-                    raise InvalidRequest(f"{path}: another program changed the file; measure it again")
-        except BaseException:  # Ctrl-C too
-            write(old)
-            raise
+        before, start = file.fingerprint(), file.data_start
+        header = file.header([encode_entry(RECEIPT + key, value) for key, value in _values(receipt).items()])
+    free = shutil.disk_usage(path.resolve().parent).free
+    if free < path.stat().st_size + len(header):
+        raise InvalidRequest(f"{path}: no room on the disk to write it anew with its receipt")
+    with atomic(path) as new, path.open("rb") as old:
+        new.write(header)
+        old.seek(start)
+        shutil.copyfileobj(old, new, 1 << 20)
+        with GGUFModel(path) as file:
+            if file.fingerprint() != before:
+                raise InvalidRequest(f"{path}: another program changed the file; measure it again")
 
 
 def model_sha256(model: Path) -> str:
@@ -121,20 +77,14 @@ def model_sha256(model: Path) -> str:
     return _of_all(hashes)
 
 
-def _values(receipt: Receipt) -> dict[str, Any]:
+def _values(receipt: Receipt) -> dict[str, str | int | float]:
     found = {**asdict(receipt), "text_sha256": _of_all(receipt.text_sha256)}
-    values = {
-        **{name: math.nan if found[name] is None else float(found[name]) for name in _FIGURES},
-        "tokens": receipt.tokens,
-        **{name: _padded(found[name], width) for name, width in _WIDTHS.items()},
-    }
-    return {RECEIPT + name: value for name, value in values.items()}
+    return {key: _cut(value) if isinstance(value, str) else value for key, value in found.items() if value is not None}
 
 
-def _padded(text: str, width: int) -> str:
-    """The text in `width` bytes of UTF-8, cut between two characters or padded with spaces."""
-    cut = text.encode("utf-8", "replace")[:width].decode("utf-8", "ignore")
-    return cut + " " * (width - len(cut.encode()))
+def _cut(text: str) -> str:
+    """The text in 64 bytes of UTF-8 at most, cut between two characters."""
+    return text.encode("utf-8", "replace")[:_MOST].decode("utf-8", "ignore")
 
 
 def _of_all(hashes: Sequence[str]) -> str:

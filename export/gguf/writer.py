@@ -31,7 +31,6 @@ from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint
 from ..summary import ExportSummary
 from .header import TensorRecord, aligned, encode_header
-from .receipt import PLACEHOLDERS
 
 # llama.cpp's `llama_ftype`, by preset or by the format of most matrices.
 _FILE_TYPES = {form.name: form.file_type for form in FORMATS.values()} | {"q4_k_m": 15, "q5_k_m": 17}
@@ -224,7 +223,6 @@ def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTens
         "bezel.provenance.embedding_format": formats["token_embd"],
         "bezel.provenance.source_files": [file.name for file in checkpoint.files],
         "bezel.provenance.source_sha256": ["0" * 64 for _ in checkpoint.files],
-        **PLACEHOLDERS,
     }
 
 

@@ -15,7 +15,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -38,9 +38,10 @@ _MAX_ENTRIES = 1 << 16
 _MAX_KEY, _MAX_NAME, _MAX_DIMENSIONS = 65535, 64, 4  # the limits of the GGUF specification
 _ALIGNMENTS = tuple(1 << i for i in range(3, 17))
 
+_KEYS = 4 + 4 + 8 + 8  # magic, version, the numbers of tensors and of keys; then come the keys
 _SMALLEST_KEY = 8 + 1 + 4 + 1  # length, one letter, value type, a one-byte value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # length, one letter, one dimension, type, offset
-RECEIPT = "bezel.receipt."  # keys whose values may be filled in later, and so are no part of the fingerprint
+RECEIPT = "bezel.receipt."  # keys that may be added later, and so are no part of the fingerprint
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -86,7 +87,6 @@ class StringArray(Strings):
 class GGUFFile:
     """An open GGUF file. `metadata` maps keys to Python scalars, read-only arrays and StringArrays.
 
-    `receipt_spans` says where in the file the value of each RECEIPT key lies, its type included.
     Raises InvalidModelFile for whatever is not a sound GGUF file. The map is released once the file is closed
     and the last array that was read from it is gone.
     """
@@ -101,8 +101,9 @@ class GGUFFile:
         n_tensors = header.count("tensors", _SMALLEST_TENSOR)
         n_keys = header.count("metadata keys", _SMALLEST_KEY)
         self.metadata: Mapping[str, Any] = header.keys(n_keys)
-        self.receipt_spans: Mapping[str, slice] = header.receipt_spans
-        self.tensors: dict[str, TensorInfo] = header.tensors(n_tensors, self.metadata.get("general.alignment", 32))
+        self._receipts, self._keys_end, self._n_keys = header.receipts, header.pos, n_keys
+        self._alignment = self.metadata.get("general.alignment", 32)
+        self.tensors: dict[str, TensorInfo] = header.tensors(n_tensors, self._alignment)
         self.file_bytes = self._raw.size
         self._header_size = header.pos
         self._closed = False
@@ -121,12 +122,23 @@ class GGUFFile:
             return info.format.dequantize(data).reshape(info.shape)
         return info.format.dequantize(data[rows])
 
-    def header(self) -> NDArray[np.uint8]:
-        """The bytes before the tensors' data and the padding, a copy with zeros for what receipts hold."""
-        header = self._raw[: self._header_size].copy()
-        for span in self.receipt_spans.values():
-            header[span] = 0
-        return header
+    def header(self, receipts: Sequence[bytes] = ()) -> bytes:
+        """The bytes before the tensors' data, padding included, with other keys and values in place of receipts."""
+        raw, done = self._raw, _KEYS
+        n_keys = self._n_keys - len(self._receipts) + len(receipts)
+        parts = [raw[: _KEYS - _U64.size].tobytes(), _U64.pack(n_keys)]
+        for span in self._receipts:
+            parts.append(raw[done : span.start].tobytes())
+            done = span.stop
+        header = b"".join(
+            [*parts, raw[done : self._keys_end].tobytes(), *receipts, raw[self._keys_end : self._header_size].tobytes()]
+        )
+        return header + bytes(-len(header) % self._alignment)
+
+    @property
+    def data_start(self) -> int:
+        """Where the tensors' data begins."""
+        return -(-self._header_size // self._alignment) * self._alignment
 
     def close(self) -> None:
         self._closed = True
@@ -199,7 +211,7 @@ class _Header:
     def __init__(self, path: Path, raw: NDArray[np.uint8]) -> None:
         self.path, self.raw, self.view = path, raw, raw.data
         self.pos, self.end = len(b"GGUF"), min(raw.size, _MAX_HEADER)
-        self.receipt_spans: dict[str, slice] = {}
+        self.receipts: list[slice] = []  # the keys that begin so, with their values
 
     def fail(self, reason: str, offset: int | None = None) -> NoReturn:
         raise InvalidModelFile(self.path, reason, self.pos if offset is None else offset)
@@ -251,11 +263,11 @@ class _Header:
     def keys(self, count: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for i in range(count):
-            key = self.name(f"key {i}", _MAX_KEY, found)
             start = self.pos
+            key = self.name(f"key {i}", _MAX_KEY, found)
             found[key] = self.value(f"key {_show(key)}")
             if key.startswith(RECEIPT):
-                self.receipt_spans[key] = slice(start, self.pos)
+                self.receipts.append(slice(start, self.pos))
         return found
 
     def value(self, what: str) -> Any:

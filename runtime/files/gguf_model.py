@@ -64,12 +64,12 @@ class GGUFModel(GGUFFile):
         return Vocabulary.from_gguf(self.metadata, str(self.path))
 
     def fingerprint(self) -> str:
-        """Which model this is: SHA-256 (hex) of the size, the header and the first 4 KiB of each tensor.
+        """Which model this is: SHA-256 (hex) of the data's size, the header and the first 4 KiB of each tensor.
 
-        Receipts count as zeros: what was measured of a model does not make it another.
+        Receipts do not count: what was measured of a model does not make it another.
         """
-        digest = hashlib.sha256(struct.pack("<Q", self.file_bytes))
-        digest.update(self.header().data)
+        digest = hashlib.sha256(struct.pack("<Q", self.file_bytes - self.data_start))
+        digest.update(self.header())
         for name in self.tensors:
             digest.update(self.data(name).reshape(-1)[:_SAMPLE].data)
         return digest.hexdigest()

@@ -147,13 +147,12 @@ class OnnxFolder:
 
     def check_hashes(self) -> None:
         """Raises InvalidModelFile unless every file that `bezel.json` lists has the content it had when written."""
-        for name, entry in self.files.items():
+        for name in self.files:
             digest = hashlib.sha256()
             with os.fdopen(self._open(name)[0], "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-            if digest.hexdigest() != entry["sha256"]:
-                self._fail(name, f"found SHA-256 {digest.hexdigest()}, expected {entry['sha256']} by {MANIFEST}")
+            self._check_hash(name, digest.hexdigest())
 
     def facts(self) -> dict[str, Any]:
         """What only a graph has. Operators are named with their domain, unless it is ONNX's own."""
@@ -196,6 +195,9 @@ class OnnxFolder:
                 self._fail(MANIFEST, f"key {key!r}: found {_show(raw.get(key))}, expected a {kind.__name__}")
         if raw["kv"] not in KV_STORAGE.values():
             self._fail(MANIFEST, f"key 'kv': found {_show(raw['kv'])}, expected {' or '.join(KV_STORAGE.values())}")
+        for name, form in raw["formats"].items():
+            if not isinstance(form, str):
+                self._fail(MANIFEST, f"key 'formats': found {_show({name: form})}, expected the name of a format")
         for name, entry in raw["files"].items():
             sound = is_file_name(name) and isinstance(entry, dict) and set(entry) >= {"bytes", "sha256"}
             if not sound or type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
@@ -213,7 +215,15 @@ class OnnxFolder:
             content = file.read(size + 1)
         if len(content) != size:
             self._fail(name, f"found {len(content)} bytes, expected {size}: it was changed while it was being read")
+        if name != MANIFEST:
+            self._check_hash(name, hashlib.sha256(content).hexdigest())
         return content
+
+    def _check_hash(self, name: str, found: str) -> None:
+        """What was altered after the export may fit no more what was not."""
+        expected = self.files.get(name, {}).get("sha256")
+        if found != expected:
+            self._fail(name, f"found SHA-256 {found}, expected {expected} by {MANIFEST}: it was altered")
 
     def _map_data(self) -> dict[str, NDArray[np.uint8]]:
         """The files that hold weights, mapped, once all initialisers are known to lie inside them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,8 @@ def test_a_damaged_graph(tmp_path: Path) -> None:
                 attribute.f = 0
     path.write_bytes(model.SerializeToString())
     manifest = json.loads((folder / "bezel.json").read_text())
-    manifest["files"]["model.onnx"]["bytes"] = path.stat().st_size
+    content = path.read_bytes()
+    manifest["files"]["model.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "bezel.json").write_text(json.dumps(manifest))
     assert off(agreement(folder, DEMO, False)) == [True] * 3
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -25,14 +25,16 @@ from ...quant.formats import EVEN, F32, Format
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files.gguf_model import GGUFModel
 from ...runtime.files.packaged import find_model
+from ...runtime.files.strings import Strings
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.families import FAMILIES
 from ...runtime.model.families.hf import read_hf_config, text_name
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.sampling import read_sampling
-from ...runtime.text.tokenizer import Vocabulary
+from ...runtime.text.tokenizer import CONTROL, USER_DEFINED, Vocabulary, checked_vocabulary
 from .safetensors import DTYPES, StoredTensor, read_header, read_json
+from .tokenizer_json import read_tokenizer_json
 
+_PADDING = 256  # rows by which an embedding may be filled up
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
@@ -203,23 +205,21 @@ def _state(file: Path) -> tuple[int, int, int] | None:
 
 def _open_folder(folder: Path) -> Checkpoint:
     config_file = _required(folder / "config.json")
-    tokenizer_file = _required(folder / "tokenizer.model")
     raw_config = read_json(config_file)
     config = read_hf_config(raw_config, str(config_file))
     found, weight_files = _read_weights(folder)
-    files = [*weight_files, config_file, tokenizer_file]
+    tokenizer_files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    files = [*weight_files, config_file, *map(_required, tokenizer_files or [folder / "tokenizer.model"])]
     weights = _of_text(raw_config, found)
     stored = _match(folder, config, weights)
-    load_vocabulary = cache(lambda: Vocabulary.from_model_file(tokenizer_file))
+    load_vocabulary = cache(partial(_vocabulary, folder, config.vocab_size))
     warnings = ["pictures are left out: bezel runs the text part of this model"] if len(weights) < len(found) else []
-    if FAMILIES[config.family].trims_vocabulary:
-        pieces = len(load_vocabulary().pieces)
-        if pieces < config.vocab_size:
-            rows = config.vocab_size - pieces
-            warnings.append(f"{rows} rows of the embedding are left out: the tokenizer has no pieces for them")
-            config = replace(config, vocab_size=pieces)
-            for spec in tensor_specs(config):
-                stored[spec.gguf] = replace(stored[spec.gguf], shape=spec.shape)
+    rows = config.vocab_size - len(load_vocabulary().pieces)
+    if 0 < rows <= _PADDING:
+        warnings.append(f"{rows} rows of the embedding are left out: the tokenizer has no pieces for them")
+        config = replace(config, vocab_size=config.vocab_size - rows)
+        for spec in tensor_specs(config):
+            stored[spec.gguf] = replace(stored[spec.gguf], shape=spec.shape)
 
     def optional_json(name: str) -> dict[str, Any]:
         if not (folder / name).exists():
@@ -250,6 +250,41 @@ def _open_folder(folder: Path) -> Checkpoint:
     if config.tied_head and _HEAD in weights:
         _check_tied_head(checkpoint, weights[_HEAD], weights[_EMBEDDING])
     return checkpoint
+
+
+def _vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """From `tokenizer.json`, which has the latest say, or `tokenizer.model`; where both are there, they must agree.
+
+    Tokens that were added without a row of the embedding are left out.
+    """
+    newer, older = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not newer.exists():
+        return Vocabulary.from_model_file(older)
+    special = (
+        read_json(_required(folder / "tokenizer_config.json")) if (folder / "tokenizer_config.json").exists() else {}
+    )
+
+    def fail(reason: str) -> InvalidCheckpoint:
+        return InvalidCheckpoint(f"{newer}: {reason}")
+
+    found = read_tokenizer_json(read_json(newer), special, fail)
+    n = len(found.pieces)
+    while n > rows and found.types[n - 1] in (CONTROL, USER_DEFINED):
+        n -= 1
+    if n < len(found.pieces):
+        pieces, scores, types = Strings.of(found.pieces[:n]), found.scores[:n], found.types[:n]
+        found = checked_vocabulary(pieces, scores, types, found.bos_id, found.eos_id, found.pad_id, fail)
+    if older.exists():
+        original, same = Vocabulary.from_model_file(older), len(found.pieces)
+        for i, (new, old) in enumerate(zip(found.pieces, original.pieces, strict=False)):
+            if new == old.replace(" ", "▁"):
+                continue
+            same = min(same, i)
+            if found.types[i] not in (CONTROL, USER_DEFINED):  # those a fine-tune may have taken for something else
+                raise fail(f"token {i} is {new[:40]!r}, and in {older.name} it is {old[:40]!r}; remove the wrong file")
+        if same == len(original.pieces) == len(found.pieces):
+            return original
+    return found
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
@@ -350,8 +385,8 @@ def _required(path: Path) -> Path:
     """`path`, if it is a file with its content in place."""
     if not path.is_file():
         raise InvalidCheckpoint(
-            f"{path.parent}: {path.name} is missing; expected a folder with config.json, tokenizer.model and "
-            "model.safetensors (or its shards), as downloaded"
+            f"{path.parent}: {path.name} is missing; expected a folder with config.json, tokenizer.model or "
+            "tokenizer.json, and model.safetensors (or its shards), as downloaded"
         )
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:

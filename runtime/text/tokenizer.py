@@ -86,7 +86,7 @@ class Vocabulary:
             raise fail(f"not a SentencePiece model: {str(error)[:200]}") from error
         pad = original.pad_id()  # -1 where there is none
         special = (original.bos_id(), original.eos_id(), pad if pad >= 0 else None)
-        vocabulary = _checked(pieces, np.array(scores), np.array(types), *special, fail)
+        vocabulary = checked_vocabulary(pieces, np.array(scores), np.array(types), *special, fail)
         try:
             same = Tokenizer(vocabulary, "").encode(_PROBE) == probe
         except InvalidModelFile as error:
@@ -146,7 +146,7 @@ class Vocabulary:
         pad_id, unk_id = special("padding_token_id", False), special("unknown_token_id", False)
         if unk_id is not None and types[unk_id] == CONTROL and UNKNOWN not in types:  # as llama.cpp's converter has it
             types[unk_id] = UNKNOWN
-        vocabulary = _checked(pieces, scores, types, bos_id, eos_id, pad_id, fail)
+        vocabulary = checked_vocabulary(pieces, scores, types, bos_id, eos_id, pad_id, fail)
         if unk_id not in (None, vocabulary.unk_id):
             want = f"{vocabulary.unk_id}, the token of the type unknown"
             raise fail(f"key 'tokenizer.ggml.unknown_token_id': found {unk_id}, expected {want}")
@@ -270,7 +270,7 @@ class StreamDecoder:
         return self._bytes.decode(b"", final=True)
 
 
-def _checked(
+def checked_vocabulary(
     pieces: Strings,
     scores: NDArray[Any],
     types: NDArray[Any],

@@ -20,7 +20,6 @@ class Family:
     `softcaps` lists what may have one, "attn" and "final": each must be said, if only as none, where `says_softcaps`.
     `says_query_scalar`: config.json has the number by whose root queries are divided, which is otherwise head_dim. In
     GGUF it is head_dim, too, but hidden size / heads in models of so many layers as `scales_by_width` holds.
-    `trims_vocabulary`: a checkpoint's embedding may have more rows than its tokenizer has pieces.
     `chat_templates` are the published ones, as `chat.template_hash` makes them.
     """
 
@@ -42,7 +41,6 @@ class Family:
     says_softcaps: bool = False
     says_query_scalar: bool = True
     scales_by_width: frozenset[int] = frozenset()
-    trims_vocabulary: bool = False
     chat_templates: frozenset[str] = frozenset()
 
     def windows(self, n_layers: int, window: int | None) -> tuple[int | None, ...]:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.errors import InvalidModelFile
+from ..runtime.errors import InvalidModelFile, InvalidRequest
 from ..runtime.files.model_file import ModelFile, Tensor, open_model
+from ..runtime.model.config import ModelConfig
 from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import NORMAL
 from .metadata import CALIBRATION
@@ -52,18 +54,12 @@ def verify(
 
     `progress` is called with (tensors done, tensors in all).
 
-    Raises InvalidModelFile where comparing makes no sense or the text would differ: another config, other
-    tensors, another vocabulary; and where a file of a folder is not what was written.
+    Raises InvalidRequest for models of two configs, InvalidModelFile where the text would differ: other tensors,
+    another vocabulary; and where a file of a folder is not what was written.
     """
     with open_model(path) as file:
         config = file.config()
-        for field in fields(config):
-            found, want = getattr(config, field.name), getattr(source.config, field.name)
-            if found != want:
-                raise InvalidModelFile(
-                    path,
-                    f"config: {field.name} is {str(found)[:80]}, expected {str(want)[:80]} as in {source.path}",
-                )
+        _check_config(path, config, source)
         file.check_tensors(config)
         file.check_hashes()
         _check_vocabulary(file, source)
@@ -73,6 +69,21 @@ def verify(
             reports.append(_compare(file, spec, source))
         progress(len(reports), len(source.specs))
         return reports
+
+
+def _check_config(path: str | Path, config: ModelConfig, source: Checkpoint) -> None:
+    pairs: list[tuple[str, Any, Any]] = [("", config, source.config)]
+    if config.n_layers == source.config.n_layers:
+        each = zip(config.layers, source.config.layers, strict=True)
+        pairs = [*((f"layer {i}: ", *pair) for i, pair in enumerate(each)), *pairs]
+    for where, ours, theirs in pairs:
+        for field in fields(ours):
+            found, want = getattr(ours, field.name), getattr(theirs, field.name)
+            if found != want:
+                raise InvalidRequest(
+                    f"{path}: {where}{field.name} is {str(found)[:80]}, and {str(want)[:80]} in {source.path}: these "
+                    "are two models"
+                )
 
 
 def _check_vocabulary(file: ModelFile, source: Checkpoint) -> None:

@@ -29,10 +29,6 @@ class Choice:
     format: type[Format]
     wanted: type[Format]
 
-    @property
-    def fell_back(self) -> bool:
-        return self.format is not self.wanted
-
 
 @dataclass(frozen=True)
 class Rule:

@@ -7,13 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Model, load
+    from .errors import BezelError
     from .session import Session
     from .text.chat import Message
     from .text.sampling import Sampling
 
-__all__ = ["Message", "Model", "Sampling", "Session", "load"]
+__all__ = ["BezelError", "Message", "Model", "Sampling", "Session", "load"]
 
-_HOME = {"Message": "text.chat", "Model": "api", "Sampling": "text.sampling", "Session": "session", "load": "api"}
+_HOME = {
+    "BezelError": "errors",
+    "Message": "text.chat",
+    "Model": "api",
+    "Sampling": "text.sampling",
+    "Session": "session",
+    "load": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

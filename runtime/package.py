@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .runtime import BezelError as BezelError
     from .runtime import Message as Message
     from .runtime import Sampling as Sampling
     from .runtime import load as load
 
     __version__: str
 
-__all__ = ["Message", "Sampling", "__version__", "load"]
+__all__ = ["BezelError", "Message", "Sampling", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,8 @@ from bezel.runtime.text.generation import Generation
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 HEAD = """# bezel from Python
 
-`import bezel` offers `bezel.load`, `bezel.Sampling`, `bezel.Message` and `bezel.__version__`. This page is made of the
-docstrings, by `python tests/make_docs.py`; a test holds them equal.
+`import bezel` offers `bezel.load`, `bezel.Sampling`, `bezel.Message`, `bezel.BezelError`, the base of all its errors,
+and `bezel.__version__`. This page is made of the docstrings, by `python tests/make_docs.py`; a test holds them equal.
 
 ```python
 import bezel
@@ -35,7 +35,7 @@ def page() -> str:
     for kind in (Model, Session, Generation, Sampling, Message):
         parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n")
         parts += [entry(name, member, "###") for name, member in members(kind)]
-    parts.append("## Errors\n")
+    parts.append("## Errors\n\nThey are in `bezel.runtime.errors`.\n")
     for name, kind in vars(errors).items():
         if inspect.isclass(kind) and issubclass(kind, errors.BezelError):
             base = "" if kind is errors.BezelError else f", a `{kind.__base__.__name__}`"
@@ -54,15 +54,17 @@ def entry(name: str, member: Any, level: str = "##") -> str:
     if isinstance(member, property):
         return f"{level} `{name}`\n\n{inspect.getdoc(member)}\n"
     signature = inspect.signature(member)
-    shown = [str(p).partition(":")[0] + (f"={p.default!r}" if shows(p) else "") for p in signature.parameters.values()]
+    shown = [str(p).partition(":")[0] + default(p) for p in signature.parameters.values()]
     stars = [i for i, p in enumerate(signature.parameters.values()) if p.kind is p.KEYWORD_ONLY]
     if stars:
         shown.insert(stars[0], "*")
     return f"{level} `{name}({', '.join(part for part in shown if part != 'self')})`\n\n{inspect.getdoc(member)}\n"
 
 
-def shows(parameter: inspect.Parameter) -> bool:
-    return parameter.default is not parameter.empty and not callable(parameter.default)
+def default(parameter: inspect.Parameter) -> str:
+    if parameter.default is parameter.empty:
+        return ""
+    return "=…" if callable(parameter.default) else f"={parameter.default!r}"
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ class Opener:
         key = (spec.path, spec.engine, spec.activations)
         if key not in self._opened:
             self._opened[key] = self._open_checkpoint(spec) if spec.is_checkpoint else self._open_model(spec)
-        return Subject(spec, name or spec.name or spec.path.stem, self._opened[key])
+        return Subject(spec, name or spec.name or _stem(spec.path), self._opened[key])
 
     def _open_model(self, spec: Spec) -> _Opened:
         model = load(spec.path, spec.engine, kv=spec.kv, activations=spec.activations, threads=self._threads)
@@ -199,9 +199,14 @@ def key_of(spec: Spec) -> dict[str, Any]:
     return {"path": str(spec.path.resolve()), "files": stats, **setting}
 
 
+def _stem(path: Path) -> str:
+    """A file's name without its kind; a folder's name may have dots of its own."""
+    return path.name if path.is_dir() else path.stem
+
+
 def unique_names(specs: Sequence[Spec]) -> list[str]:
     """A name for each: the file's, with the settings where that alone would not tell them apart."""
-    short = [spec.name or spec.path.stem for spec in specs]
+    short = [spec.name or _stem(spec.path) for spec in specs]
     repeated = {name for name, times in Counter(short).items() if times > 1}
     names: list[str] = []
     for spec, name in zip(specs, short, strict=True):

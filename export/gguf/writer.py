@@ -20,6 +20,7 @@ from ...quant.recipes import PRESETS, Recipe
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic, check_output
 from ...runtime.model.config import ModelConfig
+from ...runtime.model.families import FAMILIES
 from ...runtime.model.families.gguf import read_gguf_config, write_gguf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.tokenizer import END_OF_TURN
@@ -239,7 +240,8 @@ def _calibration_metadata(calibrated: Calibrated | None) -> dict[str, Any]:
 def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
     """What llama.cpp, which has no keys for it, would read differently from bezel."""
     standard = {key: value for key, value in metadata.items() if not key.startswith("bezel.")}
-    theirs = read_gguf_config(standard, vocab_size=config.vocab_size, tied_head=True, source="metadata")
+    tied_head = config.tied_head or not FAMILIES[config.family].unties
+    theirs = read_gguf_config(standard, vocab_size=config.vocab_size, tied_head=tied_head, source="metadata")
     what = {
         "layers": "its own pattern of layer windows",
         "query_pre_attn_scalar": "its own query scale",

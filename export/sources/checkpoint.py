@@ -118,8 +118,8 @@ class Checkpoint:
                 raise InvalidCheckpoint(
                     f"{self.path}: tensor '{name}' is {stored.format.name}, expected one of "
                     f"{', '.join(form.name for form in DTYPES.values())}: this file is quantized already, and rounding "
-                    "it again would lose more than rounding the original once; `bezel export --requantize` does it "
-                    "all the same"
+                    "it again would lose more than rounding the original once, from which to start; only `bezel export "
+                    "--requantize` takes it all the same"
                 )
 
     def added_losses(self, formats: Mapping[str, type[Format]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -127,16 +128,15 @@ def _claimed(out: Path) -> Iterator[Path]:
 def _lock(handle: int) -> bool:
     """Whether a lock on an open file was free; it is held until the file is closed, or its process is gone."""
     try:
-        import fcntl
-    except ImportError:  # Windows, where an open file cannot be removed, so that it is always the same one
-        import msvcrt
+        if sys.platform == "win32":
+            import msvcrt
 
-        lock, error = lambda: msvcrt.locking(handle, msvcrt.LK_NBLCK, 1), OSError  # type: ignore[attr-defined]
-    else:
-        lock, error = lambda: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB), BlockingIOError
-    try:
-        lock()
-    except error:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
     return True
 

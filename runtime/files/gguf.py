@@ -102,7 +102,7 @@ class GGUFFile:
         n_keys = header.count("metadata keys", _SMALLEST_KEY)
         self.metadata: Mapping[str, Any] = header.keys(n_keys)
         self._receipts, self._keys_end, self._n_keys = header.receipts, header.pos, n_keys
-        self._alignment = self.metadata.get("general.alignment", 32)
+        self._alignment: int = self.metadata.get("general.alignment", 32)
         self.tensors: dict[str, TensorInfo] = header.tensors(n_tensors, self._alignment)
         self.file_bytes = self._raw.size
         self._header_size = header.pos

@@ -262,6 +262,13 @@ def test_sampling_defaults_and_stop_tokens(tmp_path: Path) -> None:
             fields(**bad)
 
 
+def test_llama_cpp_is_said_to_ignore_a_head_where_it_does(tmp_path: Path) -> None:
+    for shape, ignored in (("tiny-gemma-2", True), ("tiny-gemma-3", False)):
+        folder = write_checkpoint(tmp_path / shape, SHAPES[shape] | {"tie_word_embeddings": False})
+        summary = export(folder, tmp_path / f"{shape}.gguf")
+        assert any("the embedding as the head" in warning for warning in summary.warnings) == ignored
+
+
 # --- failing
 
 

@@ -133,7 +133,6 @@ def test_int4_of_a_model_that_is_mostly_embedding(layers: int, hidden: int, inne
 def test_rows_that_are_not_whole_blocks_fall_back(name: str, n: int, expected: str) -> None:
     choice = choose(preset(name, 4), "attn_q", shape=(4, n))
     assert names(choice) == (expected, name)
-    assert choice.fell_back == (expected != name)
     assert n % choice.format.block == 0
 
 
@@ -310,7 +309,7 @@ def test_a_target_is_met_and_used_up(tmp_path: Path) -> None:
     for target in (5.0, 6.5, 7.9):
         recipe = solve_bits(file, CONFIG, target)
         chosen = {spec: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape) for spec in tensor_specs(CONFIG)}
-        assert not any(choice.fell_back for choice in chosen.values())
+        assert all(choice.format is choice.wanted for choice in chosen.values())
         room = target * weights - sum(int(np.prod(spec.shape)) * bits(c.format) for spec, c in chosen.items())
         small = [int(np.prod(spec.shape)) for spec, choice in chosen.items() if choice.format is Q4_0]
         assert 0 <= room < 4 * min(small)

@@ -17,7 +17,7 @@ from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.checkpoint import Checkpoint, open_checkpoint
 from bezel.export.verify import TensorReport, verify
 from bezel.quant.recipes import PRESETS
-from bezel.runtime.errors import InvalidModelFile
+from bezel.runtime.errors import InvalidModelFile, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.tensors import TensorSpec
 from tiny import DEMO
@@ -164,7 +164,7 @@ def test_a_chunk_written_to_the_wrong_place(tiny: Path, tmp_path: Path, monkeypa
 def test_another_config(exported: Path, tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "other"))
     (folder / "config.json").write_text(json.dumps(SHAPES["tiny-gemma-2"] | {"final_logit_softcapping": 20.0}))
-    with pytest.raises(InvalidModelFile, match=r"final_softcap is 30.0, expected 20.0"):
+    with pytest.raises(InvalidRequest, match=r"final_softcap is 30.0, and 20.0 in .*: these are two models"):
         check(exported, folder)
 
 

@@ -20,6 +20,7 @@ class Family:
     `softcaps` lists what may have one, "attn" and "final": each must be said, if only as none, where `says_softcaps`.
     `says_query_scalar`: config.json has the number by whose root queries are divided, which is otherwise head_dim. In
     GGUF it is head_dim, too, but hidden size / heads in models of so many layers as `scales_by_width` holds.
+    `unties`: llama.cpp reads a head of its own, where a file has one.
     `chat_templates` are the published ones, as `chat.template_hash` makes them.
     """
 
@@ -41,6 +42,7 @@ class Family:
     says_softcaps: bool = False
     says_query_scalar: bool = True
     scales_by_width: frozenset[int] = frozenset()
+    unties: bool = False
     chat_templates: frozenset[str] = frozenset()
 
     def windows(self, n_layers: int, window: int | None) -> tuple[int | None, ...]:

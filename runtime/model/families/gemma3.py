@@ -25,5 +25,6 @@ GEMMA3 = Family(
     qk_norms=True,
     softcaps=("final",),
     scales_by_width=frozenset({62}),  # the 27B
+    unties=True,
     chat_templates=frozenset({"02ee7cb921fe6c7d6b7d6669074d7dc866ce0eb9d4ac4449efd7dab1e9811fd3"}),
 )

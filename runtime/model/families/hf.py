@@ -145,9 +145,11 @@ def _windows(keys: Keys, family: Family, n_layers: int) -> tuple[int | None, ...
         if not isinstance(types, list) or len(types) != n_layers or any(t not in tuple(kinds) for t in types):
             raise keys.fail("layer_types", f"{n_layers} entries, each one of {', '.join(kinds)}")
         return tuple(kinds[t] for t in types)
-    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-        if keys.has(key) and family.local_rope_base is not None:
-            return replace(family, period=keys.count(key, 1024)).windows(n_layers, window)
+    if keys.has("_sliding_window_pattern") and not keys.has("sliding_window_pattern"):
+        # transformers writes it beside layer_types, and reads it no more.
+        raise keys.fail("_sliding_window_pattern", "'layer_types' beside it, which says what each layer is")
+    if keys.has("sliding_window_pattern") and family.local_rope_base is not None:
+        return replace(family, period=keys.count("sliding_window_pattern", 1024)).windows(n_layers, window)
     return family.windows(n_layers, window)
 
 
@@ -160,7 +162,8 @@ def _ropes(keys: Keys, family: Family) -> dict[str, tuple[float, float]]:
     keys.used.add("rope_local_base_freq")
     found = {}
     nested = keys.raw.get("rope_parameters") or {}
-    if not isinstance(nested, dict) or set(nested) - {_LOCAL, _GLOBAL}:
+    sound = isinstance(nested, dict) and all(inner is None or isinstance(inner, dict) for inner in nested.values())
+    if not sound or set(nested) - {_LOCAL, _GLOBAL}:
         raise keys.fail("rope_parameters", f"an entry for each of {_LOCAL}, {_GLOBAL}")
     old = {_GLOBAL: "rope_theta", _LOCAL: "rope_local_base_freq"}
     for kind, published in ((_GLOBAL, family.rope_base), (_LOCAL, family.local_rope_base)):
@@ -172,7 +175,9 @@ def _ropes(keys: Keys, family: Family) -> dict[str, tuple[float, float]]:
             base = inner.positive("rope_theta")
         found[kind] = base, _factor(inner, allowed=kind == _GLOBAL)
     if keys.has("rope_scaling"):
-        scaling = keys.get("rope_scaling", "RoPE's scaling", lambda v: isinstance(v, dict))
+        scaling = keys.get(
+            "rope_scaling", "a type and a factor", lambda v: isinstance(v, dict) and "rope_theta" not in v
+        )
         factor = _factor(Keys(scaling, f"{keys.source}: rope_scaling"), allowed=True)
         if found[_GLOBAL][1] not in (1.0, factor):
             raise keys.fail("rope_scaling", f"a factor of {found[_GLOBAL][1]:g} as in 'rope_parameters'")
@@ -186,6 +191,8 @@ def _factor(keys: Keys, allowed: bool) -> float:
     names = [name for name in ("rope_type", "type") if name in keys.raw]
     for name in names:
         keys.get(name, f"{' or '.join(map(repr, kinds))}: bezel knows no other scaling here", kinds.__contains__)
+    if len({keys.raw[name] for name in names}) > 1:
+        raise keys.fail("type", f"{keys.raw['rope_type']!r} as in 'rope_type'")
     linear = any(keys.raw[name] == "linear" for name in names)
     factor = keys.positive("factor") if linear else 1.0
     keys.refuse_unknown({"rope_theta"})

@@ -65,6 +65,16 @@ def test_a_file_that_was_cut_is_made_anew(toy: Path) -> None:  # noqa: ARG001
     assert find_model("toy").read_bytes() == WHOLE
 
 
+def test_a_file_that_was_written_to_is_made_anew(toy: Path) -> None:  # noqa: ARG001
+    find_model("toy").write_bytes(bytes(len(WHOLE)))
+    assert find_model("toy").read_bytes() == WHOLE
+
+
+def test_a_name_that_is_almost_one(toy: Path) -> None:  # noqa: ARG001
+    with pytest.raises(InvalidRequest, match="toyy: there is no such file; the model that can be installed is 'toy'"):
+        find_model("toyy")
+
+
 def test_the_real_ones_have_an_extra() -> None:
     project = (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
     for model in PACKAGED.values():

@@ -179,7 +179,7 @@ class _Options:
 def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Write CHECKPOINT to OUT: a GGUF file, or a folder with an ONNX graph.
 
-    CHECKPOINT is a folder as downloaded from the hub (config.json, tokenizer.model, safetensors), or a GGUF
+    CHECKPOINT is a folder as downloaded from the hub or saved by transformers, or a GGUF
     file that is not quantized; for ONNX it may be, and its weights then stay what they are. With --requantize it may
     be for GGUF, too. OUT may be a folder; a GGUF file is then named after the checkpoint. `bezel verify` compares what
     was written with its source.

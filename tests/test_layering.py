@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.engines": (*CONTRACT, "runtime.engines", "runtime._native", "quant.formats", "threadpoolctl", "numpy"),
     "runtime.engines.ort": (*CONTRACT, "runtime.engines", "runtime._native", "onnxruntime", "numpy"),
     "runtime.package": ("runtime.version", "runtime"),
+    "runtime.package_main": ("runtime",),
     "runtime": ("runtime", "quant.formats", "numpy", "sentencepiece", "threadpoolctl", "safetensors"),
     "runtime.commands": ("runtime", "quant.formats", "click", "numpy"),
     "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),
@@ -65,7 +66,7 @@ def is_module(name: str) -> bool:
 
 def imports(path: Path, tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """Absolute names of the modules that the module at `path` below the root imports anywhere in `tree`."""
-    package = ["bezel"] if path == Path("runtime/package.py") else ["bezel", *path.parent.parts]
+    package = ["bezel"] if path.name in ("package.py", "package_main.py") else ["bezel", *path.parent.parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)

@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import ModelFile, open_model
 from ...runtime.files.user_cache import cache_folder
 from ..speed import machine
-from ..speed.peers import OWN_FILE, SETTINGS
+from ..speed.peers import MODULES, OWN_FILE, SETTINGS
 from ..speed.profiling import profile
 from ..speed.speed import Race, TokenCost, comparisons, figures
 from ..speed.tables import show_profile, show_speed
@@ -76,8 +77,8 @@ def bench(
 ) -> None:
     """Measure the speed and the memory of MODEL, a GGUF file or an exported ONNX folder, on this computer.
 
-    Prints a table and, last, one line of JSON, which is kept in bench/results if there is such a folder, else with
-    the user's cached files. The whole bench takes minutes, and more with a long --context; --context 1024 is quick.
+    Prints a table, or with --json one line, which is kept in bench/results if there is such a folder, else with the
+    user's cached files. The whole bench takes minutes, and more with a long --context; --context 1024 is quick.
 
     \b
     Examples:
@@ -94,6 +95,8 @@ def bench(
         raise click.UsageError("--peer-model goes with --vs.")
     if vs in OWN_FILE and peer_model is None:
         raise click.UsageError(f"--vs {vs} needs --peer-model, the folder that its own exporter made.")
+    if vs is not None and find_spec(MODULES[vs]) is None:
+        raise InvalidRequest(f"--vs {vs}: it is not installed: pip install 'bezel-lm[bench]'")
     progress = _show if sys.stderr.isatty() else _hide
     try:
         file = model or _random_model(str(shape), quant, embedding, progress)
@@ -119,7 +122,8 @@ def bench(
     record = facts | result
     if not as_json:
         show_speed(record)
-    click.echo(json.dumps(record))
+    else:
+        click.echo(json.dumps(record))
     _keep(record, save)
 
 
@@ -137,7 +141,7 @@ def _facts(file: ModelFile, engine: str, kv: str, threads: int, context: int | N
     if context is not None and context > longest:
         raise InvalidRequest(f"--context: found {context}, expected up to {longest}, what {file.path} was made for")
     return {
-        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "model": {
             "file": str(file.path),
             "name": file.metadata.get("general.name"),
@@ -203,6 +207,7 @@ def _profile(facts: dict[str, Any], as_json: bool, progress: Callable[[str], Non
     if not as_json:
         show_profile(f"A token after {held} others, mean of {steps}", tables["decode"])
         show_profile("The first chunk of a prompt", tables["prefill"])
+        return
     rows = {what: [asdict(row) for row in table] for what, table in tables.items()}
     click.echo(json.dumps(facts | {"profile": rows}))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def measure(
     main = [(work.subjects[c.candidate], p) for c, p in compared if c.effect is None]
     tokenizer = work.subjects[0].tokenizer
     return Measurement(
-        time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         tool=f"bezel {bezel_version()}",
         protocol=protocol,
         chunk=chunk,

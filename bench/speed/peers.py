@@ -137,5 +137,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "llama.cpp": {"flash attention on": {"flash_attention": True}, "flash attention off": {"flash_attention": False}},
     "onnxruntime-genai": {"its own export": {}},
 }
+# What each is imported as.
+MODULES = {"llama.cpp": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai"}
 # Peers that read another kind of file than bezel's, so that --peer-model must name it.
 OWN_FILE = ("onnxruntime-genai",)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _ONNX_QUANTS = ("int8", "int4")  # and f32, f16
+_PRESETS = {*PRESETS, *_ONNX_QUANTS}
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,13 @@ class _Options:
 @click.option(
     "--quant",
     metavar="PRESET|FILE",
+    callback=lambda _context, _parameter, name: name.lower() if name and name.lower() in _PRESETS else name,
     help=f"Format of the weights: {', '.join(PRESETS)}, or a recipe file. q8_0 is almost lossless, int4 the best of at "
     "most 4.6 bits a weight. For ONNX f32, f16, int8 or int4.  [default: q8_0; for ONNX int8, or a GGUF file's own]",
 )
 @click.option(
     "--embedding",
-    type=click.Choice((*PLAIN, *_ONNX_QUANTS)),
+    type=click.Choice((*PLAIN, *_ONNX_QUANTS), case_sensitive=False),
     help="Format of the embedding, which is also the head. By default as --quant, but no less than q6_k (int4: q5_k, "
     "where that fits), or int8 for ONNX.",
 )
@@ -161,7 +163,7 @@ class _Options:
 @click.option(
     "--dialect",
     type=click.Choice(("ort", "standard")),
-    help="ONNX: operators for quantized weights, onnxruntime's own or any runtime's.  [default: ort]",
+    help="ONNX: operators for quantized weights, onnxruntime's own or ONNX's.  [default: ort]",
 )
 @click.option(
     "--kv",

@@ -48,7 +48,7 @@ def open_checkpoint(path: str | Path, quantized: bool = False) -> Checkpoint:
     """
     path = find_model(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(_snapshot(path))
     if path.is_file():
         checkpoint = _open_gguf(path)
         if not quantized:
@@ -203,7 +203,33 @@ def _state(file: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def _snapshot(folder: Path) -> Path:
+    """The newest version of a repository in the hub's cache, `models--…`; any other folder as it is."""
+    main = folder / "refs" / "main"
+    if not main.is_file() or not (folder / "snapshots").is_dir():
+        return folder
+    revision = main.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9a-f]{7,64}", revision):
+        raise InvalidCheckpoint(f"{main}: found {revision[:80]!r}, expected the name of a folder in snapshots")
+    return folder / "snapshots" / revision
+
+
+def _check_adapter(folder: Path) -> list[str]:
+    """A warning where an adapter lies beside a model. Raises InvalidCheckpoint where it lies alone."""
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        return []
+    base = read_json(_required(file)).get("base_model_name_or_path")
+    if not (folder / "config.json").exists():
+        raise InvalidCheckpoint(
+            f"{folder}: this is an adapter of {str(base)[:200]}, not a model; merge it first: with peft, "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)"
+        )
+    return [f"the adapter in {folder} is left out: only the model beside it is exported"]
+
+
 def _open_folder(folder: Path) -> Checkpoint:
+    adapters = _check_adapter(folder)
     config_file = _required(folder / "config.json")
     raw_config = read_json(config_file)
     config = read_hf_config(raw_config, str(config_file))
@@ -213,7 +239,8 @@ def _open_folder(folder: Path) -> Checkpoint:
     weights = _of_text(raw_config, found)
     stored = _match(folder, config, weights)
     load_vocabulary = cache(partial(_vocabulary, folder, config.vocab_size))
-    warnings = ["pictures are left out: bezel runs the text part of this model"] if len(weights) < len(found) else []
+    pictures = ["pictures are left out: bezel runs the text part of this model"] if len(weights) < len(found) else []
+    warnings = [*adapters, *pictures]
     rows = config.vocab_size - len(load_vocabulary().pieces)
     if 0 < rows <= _PADDING:
         warnings.append(f"{rows} rows of the embedding are left out: the tokenizer has no pieces for them")
@@ -331,6 +358,11 @@ def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
 def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors that are not of pictures, under the names that a text model's have."""
     weights: dict[str, StoredTensor] = {}
+    prefix = "base_model.model."  # peft's, around a model that it has nothing in
+    if found and all(name.startswith(prefix) for name in found):
+        found = {name.removeprefix(prefix): stored for name, stored in found.items()}
+    if _EMBEDDING.removeprefix("model.") in found:  # a model without its head, as AutoModel saves it
+        found = {name if name == _HEAD else f"model.{name}": stored for name, stored in found.items()}
     for name, stored in found.items():
         plain = text_name(name, raw_config)
         if plain in weights:

@@ -22,7 +22,7 @@ from .numpy_store import NumpyStore
 from .store import KV_DTYPES, SCALED, BytesFor, NewStore, Store
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 LARGEST_CHUNK = 512  # tokens that go through a model at once, where nothing asks for fewer
 

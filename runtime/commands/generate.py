@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -14,19 +15,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import BezelError, InvalidRequest
+from ..errors import BezelError, ContextFull, InvalidRequest
 from .console import UNFORESEEN, printable
 
 if TYPE_CHECKING:
     from ..api import Model
     from ..session import Session
+    from ..text.conversation import Conversation
     from ..text.generation import Generation
     from ..text.sampling import Sampling
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = [
-    click.option("--temperature", type=float, help="0 always takes the likeliest token.  [default: MODEL's, or 1.0]"),
+    click.option(
+        "--temperature", "--temp", type=float, help="0 always takes the likeliest token.  [default: MODEL's, or 1.0]"
+    ),
     click.option("--top-k", type=int, help="Choose among the k likeliest tokens; 0 is off.  [default: MODEL's, or 64]"),
     click.option(
         "--top-p", type=float, help="… among the likeliest that reach p together.  [default: MODEL's, or 0.95]"
@@ -35,9 +39,9 @@ _OPTIONS = [
         "--min-p", type=float, help="… among those with p times the best one's chance.  [default: MODEL's, or 0]"
     ),
     click.option("--repetition-penalty", type=float, help="Above 1 discourages repeating.  [default: MODEL's, or 1.0]"),
-    click.option("--seed", type=int, help="Same seed, same text."),
-    click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after this many tokens."),
-    click.option("--context", type=int, help="Most tokens to hold.  [default: what the model was made for]"),
+    click.option("--seed", type=int, help="Same seed, same text; -1 is another one each time."),
+    click.option("--max-tokens", "-n", type=click.IntRange(min=1), help="Stop after this many tokens."),
+    click.option("--context", "-c", type=int, help="Most tokens to hold.  [default: what the model was made for]"),
     click.option(
         "--kv",
         type=click.Choice(["f32", "f16", "int8"]),
@@ -78,12 +82,29 @@ def _generation_options(command: Command) -> Command:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("prompt", required=False)
+@click.argument("words", nargs=-1, metavar="[PROMPT]")
+@click.option("--prompt", "-p", help="The prompt, instead of words of their own.")
+@click.option(
+    "--file",
+    "-f",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    help="The prompt from a file.",
+)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text instead of answering it in a chat.")
 @click.option("--stop", multiple=True, help="Stop before this text. May be given several times.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON, at the end.")
 @_generation_options
-def run(model: Path, prompt: str | None, raw: bool, stop: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def run(
+    model: Path,
+    words: tuple[str, ...],
+    prompt: str | None,
+    prompt_file: Path | None,
+    raw: bool,
+    stop: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Answer PROMPT with MODEL, a GGUF file or an exported ONNX folder. A PROMPT of - is read from standard input.
 
     A model without a chat template continues PROMPT as plain text. Ctrl-C stops the answer.
@@ -98,14 +119,12 @@ def run(model: Path, prompt: str | None, raw: bool, stop: tuple[str, ...], as_js
     from ..text.conversation import keep_prompt
     from ..text.generation import Generation
 
-    if prompt is None and sys.stdin.isatty():
-        raise click.UsageError("PROMPT is missing; - reads it from standard input.")
-    text = sys.stdin.read() if prompt in (None, "-") else prompt
+    text = _prompt(words, prompt, prompt_file)
     loaded = _load(model, options)
     system = options["system"]
     if system and (raw or not loaded.is_chat_model):
         raise InvalidRequest("--system needs a chat, and this is plain text; put it into the prompt")
-    messages = [Message("system", system), Message("user", text or "")] if system else text or ""
+    messages = [Message("system", system), Message("user", text)] if system else text
     ids = loaded.prompt_ids(messages, raw or None)
     _show_prompt(loaded, ids, options)
 
@@ -144,6 +163,25 @@ def run(model: Path, prompt: str | None, raw: bool, stop: tuple[str, ...], as_js
         click.echo(json.dumps(figures, ensure_ascii=False))
     if generation.finish == "cancelled":
         raise SystemExit(130)
+
+
+def _prompt(words: tuple[str, ...], prompt: str | None, file: Path | None) -> str:
+    """What was said in one of these ways, or comes from standard input."""
+    if bool(words) + (prompt is not None) + (file is not None) > 1:
+        raise click.UsageError("PROMPT, --prompt and --file: give one of them.")
+    if file is not None:
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    elif words and words != ("-",):
+        text = " ".join(words)
+    elif prompt is not None:
+        text = prompt
+    elif words or not sys.stdin.isatty():
+        text = sys.stdin.read()
+    else:
+        raise click.UsageError("PROMPT is missing; - reads it from standard input.")
+    if not text.strip():
+        raise click.UsageError("PROMPT is empty.")
+    return text
 
 
 _CHAT_HELP = """\
@@ -191,24 +229,31 @@ def chat(model: Path, **options: Any) -> None:
                 conversation = begin()
             elif command == "/undo":
                 conversation.undo()
-                _note(f"{conversation.turns()} exchanges left")
+                _note(f"{_exchanges(conversation)} left")
             elif command in ("/save", "/load") and argument.strip():
                 session, path = conversation.session, Path(argument.strip()).expanduser()
                 if command == "/save":
                     session.save(path)
                 else:
                     session.restore(path)
-                _note(f"{command[1:]}: {path}, {conversation.turns()} exchanges")
+                _note(f"{command[1:]}: {path}, {_exchanges(conversation)}")
             elif command in ("/exit", "/quit"):
                 return
             else:
                 if command not in ("/help", "/save", "/load"):
                     _note(f"{command} is no command; for a message that begins with a slash, type two")
                 click.echo(_CHAT_HELP)
+        except ContextFull as error:
+            _note(f"error: {error}; /undo or /reset makes room, as --on-full slide does by itself")
         except (BezelError, OSError, MemoryError) as error:
             _note(f"error: {error}")
         except Exception as error:  # whatever it is, the chat goes on
             _note(f"error: {UNFORESEEN.format(error=f'{type(error).__name__}: {error}')}")
+
+
+def _exchanges(conversation: Conversation) -> str:
+    n = conversation.turns()
+    return "1 exchange" if n == 1 else f"{n} exchanges"
 
 
 def _answer(conversation: Any, text: str, sampling: Sampling, options: dict[str, Any]) -> None:
@@ -242,6 +287,8 @@ def _sampling(model: Model, options: dict[str, Any]) -> Sampling:
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     chosen = {n: options[n] for n in names if options[n] is not None}
+    if chosen.get("seed") == -1:
+        del chosen["seed"]
     for complaint in read_sampling(model.file.metadata)[1]:
         _note(printable(f"warning: {model.file.path}: {complaint}"))
     return replace(model.default_sampling, **chosen)
@@ -255,7 +302,7 @@ def _show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:
 
 
 def _note(text: str) -> None:
-    click.echo(click.style(text, dim=True), err=True)
+    click.echo(text if "NO_COLOR" in os.environ else click.style(text, dim=True), err=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..errors import InvalidRequest
 from ..files.gguf import RECEIPT
 from ..files.model_file import ModelFile, open_model
 from ..model.config import ModelConfig
+from ..text.chat import template_is_known
+from ..text.sampling import Sampling, read_sampling
 from .console import printable
 
 MIB = 1 << 20
@@ -58,6 +61,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
     weights = sum(row["weights"] for row in formats.values())
     tensor_bytes = sum(row["bytes"] for row in formats.values())
     engine = file.engines[0]
+    sampling, _ = read_sampling(file.metadata)
     contexts = [context] if context else _contexts(config.context_length)
 
     def cache(kv: str) -> list[dict[str, int]]:
@@ -91,6 +95,9 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         "rope_bases": [layer.rope_base for layer in config.layers],
         "rope_factors": [layer.rope_factor for layer in config.layers],
         "cache": {kv: cache(kv) for kv in file.kv_types(engine)},
+        "weight_bytes": tensor_bytes,
+        "chat_template": _template(file),
+        "sampling": {**asdict(Sampling()), **sampling},
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [
@@ -98,6 +105,14 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
             for info in file.tensors.values()
         ],
     }
+
+
+def _template(file: ModelFile) -> str | None:
+    """Whose chat template the file has."""
+    template = file.metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str):
+        return None
+    return "Gemma's" if template_is_known(template) else "another than Gemma's, which stands in for it"
 
 
 def _provenance(file: ModelFile) -> dict[str, Any]:
@@ -158,6 +173,17 @@ def _print(facts: dict[str, Any], tensors: bool) -> None:
             for r in rows
         ]
         _echo(f"  {rows[0]['context']:8}" + "".join(f"  {cell:>34}" for cell in cells))
+    biggest = {kv: rows[-1] for kv, rows in facts["cache"].items()}
+    needs = (
+        f"{(facts['weight_bytes'] + row['total']) / MIB:,.0f} MiB with {kv} keys and values"
+        for kv, row in biggest.items()
+    )
+    tokens = next(iter(biggest.values()))["context"]
+    _echo(f"  with the weights, {tokens} tokens take {', '.join(needs)}")
+    _echo("\nText")
+    _echo(f"  {'chat template':<22} {facts['chat_template'] or 'none: it continues text'}")
+    chosen = (f"{name} {value:g}" for name, value in facts["sampling"].items() if value is not None)
+    _echo(f"  {'sampling':<22} {', '.join(chosen)}")
     if facts["provenance"]:
         _echo("\nProvenance")
         for key, value in facts["provenance"].items():

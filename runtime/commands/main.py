@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import BezelError
-from .console import UNFORESEEN
+from .console import UNFORESEEN, printable
 
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
@@ -41,6 +42,13 @@ class _Verbs(click.Group):
             return None
         command: click.Command = getattr(import_module(_VERBS[cmd_name][0]), cmd_name)
         return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in _VERBS and not args[0].startswith("-"):
+            close = get_close_matches(args[0], _VERBS, 1)
+            meant = f" Did you mean {close[0]!r}?" if close else " `bezel --help` lists them."
+            raise click.UsageError(f"{printable(args[0])!r} is no command.{meant}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -81,7 +89,7 @@ def _end(*_: object) -> NoReturn:
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="bezel-lm", prog_name="bezel")
+@click.version_option(None, "-V", "--version", package_name="bezel-lm", prog_name="bezel")
 def main() -> None:
     """Run Gemma on this computer, offline, from one file.
 

@@ -30,7 +30,7 @@ from ..errors import InvalidModelFile, InvalidRequest
 from .strings import Strings
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 # Bounds on what a hostile header costs to read. Gemma's own headers hold under 7 MB, 50 keys and 600 tensors.
 _MAX_HEADER = 16 << 20

@@ -363,6 +363,40 @@ def test_a_config_that_is_no_json_object(folder: Path, text: str) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    "rename",
+    [lambda name: name.removeprefix("model."), lambda name: f"base_model.model.{name}"],
+    ids=["a model without its head", "what peft held"],
+)
+def test_names_under_other_prefixes(rename: Callable[[str], str], folder: Path, sound: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): array for name, array in tensors.items()}, folder / "model.safetensors")
+    with open_checkpoint(folder) as found, open_checkpoint(sound) as expected:
+        for name, array in all_tensors(expected).items():
+            assert np.array_equal(all_tensors(found)[name], array)
+
+
+def test_an_adapter_is_told_from_a_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-2-2b"}')
+    with open_checkpoint(folder) as checkpoint:
+        assert any("the adapter in" in warning for warning in checkpoint.warnings)
+    (folder / "config.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match=r"an adapter of google/gemma-2-2b, not a model; merge it first"):
+        open_checkpoint(folder)
+
+
+def test_the_root_of_a_repository_in_the_hub_cache(sound: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models--google--gemma-2-2b-it"
+    shutil.copytree(sound, root / "snapshots" / "0123abcd")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0123abcd")
+    with open_checkpoint(root) as checkpoint:
+        assert checkpoint.name == "gemma-2-2b-it"
+    (root / "refs" / "main").write_text("../../elsewhere")
+    with pytest.raises(InvalidCheckpoint, match="expected the name of a folder in snapshots"):
+        open_checkpoint(root)
+
+
 def test_the_name_in_the_hub_cache_is_the_repository(sound: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--google--gemma-2-2b-it" / "snapshots" / "0123abcd"
     shutil.copytree(sound, snapshot)

@@ -18,6 +18,7 @@ class Family:
     Every `period`-th layer is global, those between are local; None: all are global. `local_rope_base` is RoPE's base
     in local layers where it is another one than in global layers; those may then have a factor, too.
     `softcaps` lists what may have one, "attn" and "final": each must be said, if only as none, where `says_softcaps`.
+    `gguf_softcaps` are llama.cpp's, where a GGUF file is silent.
     `says_query_scalar`: config.json has the number by whose root queries are divided, which is otherwise head_dim. In
     GGUF it is head_dim, too, but hidden size / heads in models of so many layers as `scales_by_width` holds.
     `unties`: llama.cpp reads a head of its own, where a file has one.
@@ -40,6 +41,7 @@ class Family:
     qk_norms: bool = False
     softcaps: tuple[str, ...] = ()
     says_softcaps: bool = False
+    gguf_softcaps: Mapping[str, float] = field(default_factory=dict)
     says_query_scalar: bool = True
     scales_by_width: frozenset[int] = frozenset()
     unties: bool = False

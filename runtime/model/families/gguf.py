@@ -76,8 +76,10 @@ def read_gguf_config(metadata: Mapping[str, Any], *, vocab_size: int, tied_head:
 
 
 def _softcap(keys: Keys, family: Family, what: str) -> float | None:
-    """A soft-cap as GGUF stores it; 0 is none."""
+    """A soft-cap as GGUF stores it; 0 is none. Early files of llama.cpp's leave it out, which takes a number for it."""
     key = f"{family.name}.{what}_logit_softcapping"
+    if key not in keys.raw and what in family.gguf_softcaps:
+        return family.gguf_softcaps[what]
     if what not in family.softcaps or (not family.says_softcaps and key not in keys.raw):
         return None
     accept = lambda v: is_positive(v) or (v == 0 and not isinstance(v, bool))  # noqa: E731

@@ -100,6 +100,31 @@ def test_raw_and_full_context(demo: Path) -> None:
     assert slid.stdout.startswith(full.stdout.rstrip("\n"))
 
 
+def test_a_prompt_may_be_given_in_any_way(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("Once upon", encoding="utf-8")
+    rest = ("--raw", "-n", 4, "--temp", 0, "-c", 64)
+    expected = bezel("run", demo, "Once upon", *rest).stdout
+    assert bezel("run", demo, "Once", "upon", *rest).stdout == expected
+    assert bezel("run", demo, "-p", "Once upon", *rest).stdout == expected
+    assert bezel("run", demo, "-f", tmp_path / "prompt", *rest).stdout == expected
+    assert bezel("run", demo, "-", *rest, stdin="Once upon").stdout == expected
+    assert bezel("run", demo, *rest, stdin="Once upon").stdout == expected
+    assert "give one of them" in bezel("run", demo, "Once", "-p", "upon", ok=False).stderr
+    assert "PROMPT is empty" in bezel("run", demo, ok=False).stderr
+    assert "PROMPT is empty" in bezel("run", demo, "-", stdin="\n", ok=False).stderr
+
+
+def test_habits_from_elsewhere(demo: Path, tmp_path: Path) -> None:
+    assert "Did you mean 'inspect'?" in bezel("inspct", ok=False).stderr
+    assert "`bezel --help` lists them" in bezel("frobnicate", ok=False).stderr
+    assert bezel("-V").stdout == bezel("--version").stdout
+    module = subprocess.run([sys.executable, "-m", "bezel", "-V"], capture_output=True, text=True)
+    assert module.stdout == bezel("-V").stdout
+    bezel("export", DEMO, tmp_path / "out.gguf", "--quant", "Q4_0")
+    bezel("run", demo, "Once", "-n", 1, "--seed", -1)
+    assert "\x1b" not in bezel("run", demo, "Once", "-n", 1, "--on-full", "slide").stderr
+
+
 def test_chat(demo: Path, tmp_path: Path) -> None:
     lines = [
         "Tell me a story \\",
@@ -115,7 +140,7 @@ def test_chat(demo: Path, tmp_path: Path) -> None:
     ]
     done = bezel("chat", demo, "--max-tokens", 6, "--seed", 1, "--show-prompt", stdin="\n".join(lines))
     assert "Tell me a story \nof a cat.<end_of_turn>" in done.stderr
-    for said in ("0 exchanges left", "error: nothing to undo", "load: ", ", 1 exchanges", "not a saved session"):
+    for said in ("0 exchanges left", "error: nothing to undo", "load: ", ", 1 exchange\n", "not a saved session"):
         assert said in done.stderr
     assert "/reset starts anew" in done.stdout
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 
 import numpy as np
 
+from .arguments import is_whole, path_of, shown, whole
 from .arrays import Floats
 from .engines import ENGINES, new_backend
 from .errors import InvalidModelFile, InvalidRequest
@@ -44,11 +45,13 @@ def load(
         ("activations", activations, ACTIVATIONS),
     )
     for name, value, known in choices:
-        if value not in known:
+        if not isinstance(value, (str, NoneType)) or value not in known:
             raise InvalidRequest(f"{name}: found {value!r}, expected one of {', '.join(filter(None, known))}")
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
+    if threads is not None and not 1 <= whole("threads", threads) <= MAX_THREADS:
         raise InvalidRequest(f"threads: found {threads}, expected 1 to {MAX_THREADS}")
-    file = open_model(path)
+    if context is not None:
+        whole("context", context)
+    file = open_model(path_of(path))
     try:
         if engine not in (None, *file.engines):
             fitting = " or ".join(file.engines)
@@ -63,6 +66,8 @@ def load(
 def _storage(file: ModelFile, engine: str, kv: str | None) -> str:
     """How keys and values are stored where `kv` is asked for: "int8" means any way of int8 that the engine has."""
     types = file.kv_types(engine)
+    if not isinstance(kv, (str, NoneType)):
+        raise InvalidRequest(f"kv: found {shown(kv)}, expected one of {', '.join(types)}")
     for name in types:
         if kv is None or name == kv or name.startswith(f"{kv}-"):
             return name
@@ -160,7 +165,7 @@ class Model:
             prompt = [chat.Message("user", prompt)]
         parts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
         messages = [part for part in parts if isinstance(part, chat.Message)]
-        ids = [int(part) for part in parts if isinstance(part, (int, np.integer)) and not isinstance(part, bool)]
+        ids = [int(part) for part in parts if is_whole(part)]
         if not parts or len(parts) not in (len(messages), len(ids)):
             kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "nothing"
             raise InvalidRequest(f"prompt: found {kinds}, expected text, ids or messages, and of one kind")
@@ -182,6 +187,8 @@ class Model:
         `max_tokens`, or when `cancel` returns True. Raises ContextFull, while iterating, when no position is left.
         """
         ids = self.prompt_ids(prompt, raw)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise InvalidRequest(f"sampling: found {shown(sampling)}, expected a Sampling")
         sampling = self.default_sampling if sampling is None else sampling
         return Generation(self.session(), ids, sampling, max_tokens=max_tokens, stop=stop, cancel=cancel)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import ids_of, path_of, whole
 from .arrays import Floats
 from .cache.caches import default_chunk
 from .engines.protocol import Backend, Engine
@@ -130,13 +131,12 @@ class Session:
 
     def rewind(self, n: int) -> None:
         """Forget the n newest tokens. Raises CacheError when a ring no longer holds what comes before them."""
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-            raise InvalidRequest(f"rewind: found {n!r:.80}, expected a number of tokens")
-        self.engine.rewind(n)
+        self.engine.rewind(whole("rewind", n, "a number of tokens"))
         del self.ids[len(self.ids) - n :]
 
     def go_to(self, ids: Sequence[int]) -> None:
         """Hold these ids, reusing the common beginning as far as the caches allow."""
+        ids = ids_of(ids)
         common = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), None)
         common = min(len(self.ids), len(ids)) if common is None else common
         try:
@@ -161,13 +161,13 @@ class Session:
         Raises InvalidRequest where the path is no file's, or that of a file which is no session, and OSError.
         """
         arrays = {**self.engine.snapshot(), "ids": np.array(self.ids, np.int64)}
-        with atomic(Path(path), lambda old: _LABEL in read_labels(old)) as file:
+        with atomic(path_of(path), lambda old: _LABEL in read_labels(old)) as file:
             write_arrays(file, arrays, {_LABEL: _VERSION, **self.model.identity()})
 
     def restore(self, path: str | Path) -> None:
         """Go on from a saved session, as if nothing had happened. Raises InvalidSession, changing nothing."""
         try:
-            labels, arrays = read_arrays(Path(path))
+            labels, arrays = read_arrays(path_of(path))
         except ValueError as error:
             raise InvalidSession(f"{path}: not a saved session: {error}") from error
         if (version := labels.get(_LABEL)) != _VERSION:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..arguments import shown
 from ..errors import InvalidRequest
 from ..model.families import FAMILIES
 from .tokenizer import END_OF_TURN, START_OF_TURN, Tokenizer
@@ -22,6 +23,11 @@ class Message:
 
     role: str
     text: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("role", self.role), ("text", self.text)):
+            if not isinstance(value, str):
+                raise InvalidRequest(f"message: {name}: found {shown(value)}, expected text")
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True) -> list[int]:

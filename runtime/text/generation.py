@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..errors import InvalidRequest
 from ..session import MakeRoom, Session
@@ -32,7 +32,8 @@ class Generation:
         cancel: Callable[[], bool] = lambda: False,
         hold_last: bool = False,
     ) -> None:
-        if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+        sound = isinstance(stop, Iterable) and not isinstance(stop, str)
+        if not sound or not all(isinstance(text, str) for text in stop):
             raise InvalidRequest(f"stop: found {stop!r:.80}, expected a list of texts")
         if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
             raise InvalidRequest(f"max_tokens: found {max_tokens!r:.80}, expected a whole number from 0 on, or None")

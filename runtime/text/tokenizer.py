@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _native
+from ..arguments import ids_of, whole
 from ..errors import BezelError, InvalidCheckpoint, InvalidModelFile, InvalidRequest
 from ..files.protobuf import read_fields, varint_bytes
 from ..files.strings import Strings
@@ -220,7 +221,7 @@ class Tokenizer:
 
         Raises InvalidRequest for an id outside the vocabulary.
         """
-        text: str = self._processor.decode([self._check(i) for i in ids])
+        text: str = self._processor.decode([self._check(i) for i in ids_of(ids)])
         return text
 
     def stream(self) -> StreamDecoder:
@@ -236,7 +237,7 @@ class Tokenizer:
         return int(self._types[self._check(token)])
 
     def _check(self, token: int) -> int:
-        if not 0 <= token < self.vocab_size:
+        if not 0 <= whole("token", token) < self.vocab_size:
             raise InvalidRequest(f"token {token} is outside the vocabulary of {self.vocab_size}")
         return int(token)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bezel.export.commands import export as export_command
-from bezel.runtime import load
+from bezel.runtime import Message, load
 from bezel.runtime.commands import generate
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest, InvalidSession
@@ -229,10 +229,24 @@ def test_templates_are_looked_at_once() -> None:
         (lambda m: m.generate("Once", stop=[1]), "stop: found"),
         (lambda m: m.generate("Once", max_tokens=-1), "max_tokens: found -1"),
         (lambda m: m.generate("Once", max_tokens=2.0), "max_tokens: found 2.0"),
-        (lambda m: m.session().rewind(1.5), "rewind: found 1.5"),
+        (lambda m: m.session().rewind(1.5), "rewind: found float 1.5"),
         (lambda m: m.session().prefill([1.5]), "token ids: found float64"),
         (lambda m: m.session().prefill(["a"]), "token ids: found"),
         (lambda m: m.tokenizer.encode(b"Once"), "text: found bytes"),
+        (lambda m: m.generate("Once", sampling=0.5), "sampling: found float 0.5, expected a Sampling"),
+        (lambda m: m.generate("Once", stop=5), "stop: found 5, expected a list"),
+        (lambda _: Message("user", 5), "message: text: found int 5, expected text"),
+        (lambda _: load(["a"]), "path: found list"),
+        (lambda _: load("a\0b"), "path: found str"),
+        (lambda _: load(DEMO, context="long"), "context: found str 'long', expected a whole number"),
+        (lambda _: load(DEMO, threads=1.5), "threads: found float 1.5"),
+        (lambda _: load(DEMO, engine=["native"]), "engine: found"),
+        (lambda m: load(m.file.path, kv=8), "kv: found int 8"),
+        (lambda m: m.session().save(5), "path: found int 5"),
+        (lambda m: m.session().restore(None), "path: found NoneType None"),
+        (lambda m: m.session().go_to(["a"]), "token ids: found str 'a'"),
+        (lambda m: m.tokenizer.decode([1.5]), "token ids: found float 1.5"),
+        (lambda m: m.tokenizer.decode("abc"), "token ids: found str 'abc'"),
         (lambda _: Sampling(temperature="hot"), "temperature: found 'hot', expected a number"),
         (lambda _: Sampling(top_k=1.5), "top_k: found 1.5, expected a whole number"),
         (lambda _: Sampling(temperature=float("nan")), "temperature: found nan"),

@@ -461,7 +461,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         config = gguf.config()
         gguf.check_tensors(config)
         tensors = (gguf.tensors[spec.gguf] for spec in tensor_specs(config))
-        stored = {info.name: StoredTensor(path, info.format, info.shape, info.offset) for info in tensors}
+        stored = {i.name: StoredTensor(gguf.home(i.name), i.format, i.shape, i.offset) for i in tensors}
+        files = gguf.paths
         metadata = gguf.metadata
         generation_config, complaints = read_sampling(metadata)
         if (stops := metadata.get("bezel.generation.stop_token_ids")) is not None:
@@ -478,7 +479,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         name if isinstance(name, str) and name else path.stem,
         config,
         stored,
-        (path,),
+        files,
         load_vocabulary,
         norm_offset=0.0,  # GGUF holds weight + 1 already
         warnings=tuple(complaints),

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..cache.caches import LARGEST_CHUNK
 from ..cache.store import KV_TYPES
@@ -19,11 +24,68 @@ _SAMPLE = 4096  # bytes of each tensor that the fingerprint covers
 
 
 class GGUFModel(GGUFFile):
-    """The `ModelFile` that is a GGUF file."""
+    """The `ModelFile` that is a GGUF file, or the first of several, which llama.cpp splits large ones into.
+
+    Then `tensors` has those of all parts, each with its place in its own, whose path `home` gives.
+    """
 
     kind = "a GGUF file"
     engines = ("native", "reference")
     largest_chunk = LARGEST_CHUNK
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._parts: list[GGUFFile] = []
+        self._homes: dict[str, GGUFFile] = {}
+        count = self.metadata.get("split.count", 1)
+        if count != 1:
+            self._open_parts(count)
+
+    def _open_parts(self, count: Any) -> None:
+        name = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", self.path.name)
+        number: Any = self.metadata.get("split.no")
+        if name is None or (number, count) != (int(name[2]) - 1, int(name[3])):
+            raise InvalidModelFile(
+                self.path,
+                f"keys 'split.no' and 'split.count': found {number!r:.20} and {count!r:.20}, which call for another "
+                "name: parts are called NAME-00001-of-00002.gguf and so on",
+            )
+        names = [f"{name[1]}-{i:05}-of-{name[3]}.gguf" for i in range(1, count + 1)]
+        if number != 0:
+            raise InvalidModelFile(
+                self.path, f"this is part {number + 1} of {count} of a model; give the first, {names[0]}"
+            )
+        for i, other in enumerate(names[1:], 1):
+            part = GGUFFile(self.path.with_name(other))
+            found = part.metadata.get("split.no"), part.metadata.get("split.count")
+            if found != (i, count):
+                raise InvalidModelFile(
+                    part.path, f"found part {found[0]!r:.20} of {found[1]!r:.20}, expected {i} of {count}"
+                )
+            for tensor, info in part.tensors.items():
+                if tensor in self.tensors:
+                    raise InvalidModelFile(part.path, f"tensor {tensor!r} is in a part before this one, too")
+                self.tensors[tensor], self._homes[tensor] = info, part
+            self._parts.append(part)
+            self.file_bytes += part.file_bytes
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that it consists of."""
+        return (self.path, *(part.path for part in self._parts))
+
+    def home(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._homes[name].path if name in self._homes else self.path
+
+    def data(self, name: str) -> NDArray[np.uint8]:
+        home = self._homes.get(name)
+        return super().data(name) if home is None else home.data(name)
+
+    def close(self) -> None:
+        super().close()
+        for part in self._parts:
+            part.close()
 
     def kv_types(self, engine: str) -> tuple[str, ...]:  # noqa: ARG002
         return KV_TYPES
@@ -69,7 +131,8 @@ class GGUFModel(GGUFFile):
         Receipts do not count: what was measured of a model does not make it another.
         """
         digest = hashlib.sha256(struct.pack("<Q", self.file_bytes - self.data_start))
-        digest.update(self.header())
+        for part in (self, *self._parts):
+            digest.update(part.header())
         for name in self.tensors:
             digest.update(self.data(name).reshape(-1)[:_SAMPLE].data)
         return digest.hexdigest()

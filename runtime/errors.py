@@ -21,10 +21,18 @@ class InvalidCheckpoint(BezelError):
 class InvalidModelFile(BezelError):
     """A model file that is damaged or hostile. `offset` is the byte at which it stopped making sense."""
 
+    _what = "invalid model file"
+
     def __init__(self, path: object, reason: str, offset: int | None = None) -> None:
         where = f" at byte {offset}" if offset is not None else ""
-        super().__init__(f"{path}: invalid model file{where}: {reason}")
+        super().__init__(f"{path}: {self._what}{where}: {reason}")
         self.path, self.reason, self.offset = path, reason, offset
+
+
+class UnsupportedModelFile(InvalidModelFile):
+    """A model file that may be sound, with what bezel has no code for."""
+
+    _what = "not supported"
 
 
 class InvalidSession(BezelError):

@@ -32,6 +32,7 @@ from .noting import HEAD, NotingOps, moments, widths
 from .sweep import Sweep
 
 SEQUENCE = 512
+_FEWEST = 16  # different tokens
 _TOKENS, _TOKENS_OF_SMALL = 10_240, 102_400
 _WEIGHTS = 2.6e9  # of Gemma 2 2B, which so many tokens take about 40 minutes with
 
@@ -72,7 +73,7 @@ def default_tokens(config: ModelConfig) -> int:
 def read_text(checkpoint: Checkpoint, path: Path, tokens: int | None = None) -> CalibrationText:
     """So many tokens of the text, or `default_tokens`; all of a text that has fewer.
 
-    Raises InvalidRequest for a file that is not UTF-8, or has too few tokens for one sequence.
+    Raises InvalidRequest for a file that is not UTF-8, or has too few tokens, or too few different ones.
     """
     tokens = tokens or default_tokens(checkpoint.config)
     raw = path.read_bytes()
@@ -88,6 +89,12 @@ def read_text(checkpoint: Checkpoint, path: Path, tokens: int | None = None) -> 
     wanted = max(1, min(whole, tokens // length))
     starts = [i * whole // wanted * length for i in range(wanted)]
     sequences = [np.concatenate([ids[:1], ids[start + 1 : start + length]]) for start in starts]
+    different = len(np.unique(np.concatenate(sequences)))
+    if different < _FEWEST:
+        raise InvalidRequest(
+            f"{path}: found {different} different tokens, expected {_FEWEST} at least: weights that are rounded for so "
+            "few would serve no other text"
+        )
     return CalibrationText(path, hashlib.sha256(raw).hexdigest(), tuple(sequences))
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ...quant.formats import FORMAT_OF_TYPE, Format
 from .. import _native
-from ..errors import InvalidModelFile, InvalidRequest
+from ..errors import InvalidModelFile, InvalidRequest, UnsupportedModelFile
 from .strings import Strings
 
 if TYPE_CHECKING:
@@ -343,8 +343,13 @@ class _Header:
         offset = self.number("Q", f"the offset of {what}")
         if type_id not in FORMAT_OF_TYPE:
             known = ", ".join(kind.name for kind in FORMAT_OF_TYPE.values())
-            type_name = _GGML_TYPES[type_id] if type_id < len(_GGML_TYPES) else "unknown"
-            self.fail(f"{what} has type {type_id} ({type_name}); bezel reads {known}", start)
+            if type_id >= len(_GGML_TYPES):
+                self.fail(f"{what} has the unknown type {type_id}; bezel reads {known}", start)
+            raise UnsupportedModelFile(
+                self.path,
+                f"{what} is {_GGML_TYPES[type_id]}; bezel reads {known}. Look for the model in one of these, or export "
+                "its checkpoint",
+            )
         kind = FORMAT_OF_TYPE[type_id]
         if 0 in shape:
             self.fail(f"{what} has shape {shape_text(shape)}: a dimension is zero", start)

@@ -370,6 +370,9 @@ def test_what_is_no_calibration_is_refused(tmp_path):
         short.write_text("Once upon a time")
         with pytest.raises(InvalidRequest, match="expected at least 512"):
             read_text(checkpoint, short)
+        short.write_text("Once upon a time " * 500)
+        with pytest.raises(InvalidRequest, match="found 6 different tokens, expected 16"):
+            read_text(checkpoint, short)
         short.write_bytes(b"\xff" * 5000)
         with pytest.raises(InvalidRequest, match="not UTF-8 at 0"):
             read_text(checkpoint, short)

@@ -170,6 +170,11 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         return {"bezel_measure": 1, **asdict(self)}
 
+    @property
+    def ranked(self) -> list[Candidate]:
+        """The candidates, the one that loses least first."""
+        return sorted(self.candidates, key=lambda c: c.metrics.kld_mean.value)
+
     def receipts(self) -> list[Receipt]:
         """Of each candidate what its GGUF file can hold. Reads the reference to name it by its hash."""
         sha256 = model_sha256(Path(self.reference.path))

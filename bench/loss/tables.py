@@ -26,8 +26,7 @@ def show(result: Measurement) -> None:
     click.echo(f"reference: {reference.name}, {reference.setting}: perplexity {perplexity}\n")
     heads = ["mean KLD", "99.9 %", "same top, %", "RMS Δp, %", "perplexity ratio"]
     rows = [
-        [c.name, f"{c.file_bytes / 1e6:,.1f}", f"{c.bits_per_weight:.2f}", *_figures(c.metrics)]
-        for c in result.candidates
+        [c.name, f"{c.file_bytes / 1e6:,.1f}", f"{c.bits_per_weight:.2f}", *_figures(c.metrics)] for c in result.ranked
     ]
     _table(["candidate", "MB", "bits", *heads], rows)
     _show_pairs(result)

@@ -19,7 +19,7 @@ _MOST_BANDS = 3
 
 def ranking(result: Measurement) -> list[str]:
     """The candidates' names, the one that loses least first."""
-    return [c.name for c in sorted(result.candidates, key=lambda c: c.metrics.kld_mean.value)]
+    return [c.name for c in result.ranked]
 
 
 def size_against_kld(result: Measurement) -> Element | None:

@@ -56,7 +56,7 @@ def write_report(result: Measurement, path: str | Path) -> None:
 
 
 def _overview(result: Measurement) -> list[Element]:
-    ranked = sorted(result.candidates, key=lambda c: c.metrics.kld_mean.value)
+    ranked = result.ranked
     shown = ranked if len(ranked) <= 3 else [ranked[0], ranked[-1]]
     parts = [element("p.lead", _sentence(c, result)) for c in shown]
     if len(ranked) > 3:
@@ -97,7 +97,7 @@ def _plus_minus(metric: Interval) -> str:
 def _overview_table(result: Measurement) -> Element:
     reference = result.reference
     rows = []
-    for c in result.candidates:
+    for c in result.ranked:
         formats = [f"{n} × {name}" for name, n in c.formats.items()]
         cells = (_cell(c, m, _is_best(c, m, result.candidates)) for m in _MAIN)
         rows.append([*_row_head(c, joined(formats), reference), *cells])

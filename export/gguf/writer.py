@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ...quant.formats import FORMATS, Format
 from ...quant.recipes import PRESETS, Recipe
+from ...runtime.cache.store import LARGEST_HEAD
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic, check_output
 from ...runtime.model.config import ModelConfig
@@ -238,7 +239,7 @@ def _calibration_metadata(calibrated: Calibrated | None) -> dict[str, Any]:
 
 
 def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
-    """What llama.cpp, which has no keys for it, would read differently from bezel."""
+    """What the native engine cannot run, and what llama.cpp, which has no keys for it, would read differently."""
     standard = {key: value for key, value in metadata.items() if not key.startswith("bezel.")}
     tied_head = config.tied_head or not FAMILIES[config.family].unties
     theirs = read_gguf_config(standard, vocab_size=config.vocab_size, tied_head=tied_head, source="metadata")
@@ -247,7 +248,11 @@ def _warnings(config: ModelConfig, metadata: Mapping[str, Any]) -> list[str]:
         "query_pre_attn_scalar": "its own query scale",
         "tied_head": "the embedding as the head, and refuses or ignores output.weight",
     }
-    return [
+    wide = max(layer.head_dim for layer in config.layers)
+    native = (
+        f"heads of {wide} numbers are too wide for the native engine ({LARGEST_HEAD}): the reference engine runs this"
+    )
+    return [native] * (wide > LARGEST_HEAD) + [
         f"llama.cpp reads this file with {what.get(field.name, field.name)}, so its output will differ"
         for field in fields(config)
         if getattr(theirs, field.name) != getattr(config, field.name)

@@ -12,6 +12,7 @@ from ..arrays import Arrays, Floats, Ints
 INT8_CHANNEL = "int8-channel"  # int8 with a fixed scale for each channel, which an ONNX graph holds
 KV_DTYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8, INT8_CHANNEL: np.int8}
 KV_TYPES = ("f16", "f32", "int8")  # those that a user chooses from, the default first
+LARGEST_HEAD = 512  # numbers of a head that the native store takes
 SCALED = ("int8",)  # those with a float32 scale for each head and position
 
 

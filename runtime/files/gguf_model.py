@@ -38,13 +38,14 @@ class GGUFModel(GGUFFile):
         self._parts: list[GGUFFile] = []
         self._homes: dict[str, GGUFFile] = {}
         count = self.metadata.get("split.count", 1)
-        if count != 1:
+        if type(count) is not int or count != 1:
             self._open_parts(count)
 
     def _open_parts(self, count: Any) -> None:
         name = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", self.path.name)
         number: Any = self.metadata.get("split.no")
-        if name is None or (number, count) != (int(name[2]) - 1, int(name[3])):
+        sound = type(number) is type(count) is int  # an array would answer == with one
+        if not sound or name is None or (number, count) != (int(name[2]) - 1, int(name[3])):
             raise InvalidModelFile(
                 self.path,
                 f"keys 'split.no' and 'split.count': found {number!r:.20} and {count!r:.20}, which call for another "
@@ -58,7 +59,7 @@ class GGUFModel(GGUFFile):
         for i, other in enumerate(names[1:], 1):
             part = GGUFFile(self.path.with_name(other))
             found = part.metadata.get("split.no"), part.metadata.get("split.count")
-            if found != (i, count):
+            if not all(type(x) is int for x in found) or found != (i, count):
                 raise InvalidModelFile(
                     part.path, f"found part {found[0]!r:.20} of {found[1]!r:.20}, expected {i} of {count}"
                 )

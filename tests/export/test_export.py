@@ -269,6 +269,13 @@ def test_llama_cpp_is_said_to_ignore_a_head_where_it_does(tmp_path: Path) -> Non
         assert any("the embedding as the head" in warning for warning in summary.warnings) == ignored
 
 
+def test_heads_that_the_native_engine_cannot_run_are_told_of(tmp_path: Path) -> None:
+    shape = SHAPES["tiny-gemma-2"] | {"head_dim": 514, "query_pre_attn_scalar": 514}
+    folder = write_checkpoint(tmp_path / "wide", shape)
+    summary = export(folder, tmp_path / "wide.gguf")
+    assert any("heads of 514 numbers are too wide for the native engine" in warning for warning in summary.warnings)
+
+
 # --- failing
 
 

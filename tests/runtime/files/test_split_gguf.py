@@ -98,7 +98,9 @@ def test_parts_that_do_not_fit(demo: Path, tmp_path: Path) -> None:
         GGUFModel(first.rename(tmp_path / "renamed.gguf"))
 
 
-@pytest.mark.parametrize("changes", [{"split.count": "two"}, {"split.no": 5}, {"split.count": 0}, {"split.no": [1]}])
+@pytest.mark.parametrize(
+    "changes", [{"split.count": "two"}, {"split.no": 5}, {"split.count": 0}, {"split.no": [1]}, {"split.count": [2, 2]}]
+)
 def test_parts_that_lie(changes: dict[str, Any], demo: Path, tmp_path: Path) -> None:
     first, _ = split(demo, tmp_path, 2, **changes)
     with pytest.raises(InvalidModelFile, match="split"):

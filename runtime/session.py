@@ -104,9 +104,12 @@ class Session:
             self.ids += part.tolist()
         last: Floats = logits[0]
         if not np.isfinite(last).all():
+            layer = self.engine.first_unsound()
+            where = "seen behind the last layer" if layer is None else f"first seen in keys or values of layer {layer}"
+            wider = " (float16 ends at 65504: try --kv f32)" if layer is not None and self.model.kv == "f16" else ""
             raise BezelError(
-                f"after {self.position} tokens the model gives logits that are not finite: its file is damaged, or was "
-                "never sound; `bezel verify` compares it with its source"
+                f"after {self.position} tokens the model gives logits that are not finite, {where}{wider}: its file is "
+                "damaged, or was never sound; `bezel verify` compares it with its source"
             )
         return last
 

@@ -92,6 +92,11 @@ class KVCache:
             first, last = np.minimum(first, blocks[:, 0]), np.maximum(last, blocks[:, 1])
         return self._store.attend(queries, first, last, scale, softcap)
 
+    def is_sound(self) -> bool:
+        """Whether the newest keys and values are finite, as they are stored."""
+        newest = self._store.raw(max(0, self.length - 1), self.length).values()
+        return all(np.isfinite(array).all() for array in newest)
+
     def check_rewind(self, n: int) -> None:
         """Raises CacheError if after forgetting the n newest positions the next query would miss a key."""
         target = self.length - n
@@ -208,6 +213,10 @@ class Caches:
             cache.check_rewind(n)
         for cache in self:
             cache.rewind(n)
+
+    def first_unsound(self) -> int | None:
+        """The first layer whose newest keys or values are not finite."""
+        return next((i for i, cache in enumerate(self) if not cache.is_sound()), None)
 
     def cut(self, length: int) -> None:
         """Back to `length` positions after a pass that stopped half-way, when not all layers had taken its rows."""

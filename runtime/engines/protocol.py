@@ -36,6 +36,9 @@ class Engine(Protocol):
         `streams`, where the engine knows them, receives the residual stream behind each layer; see `model.forward`.
         """
 
+    def first_unsound(self) -> int | None:
+        """The first layer whose newest keys or values are not finite."""
+
     def rewind(self, n: int) -> None:
         """Forget the n newest ids. Raises CacheError if a ring no longer holds what comes before them."""
 
@@ -66,6 +69,9 @@ class CachedEngine:
     @property
     def cache_bytes(self) -> int:
         return self.caches.nbytes
+
+    def first_unsound(self) -> int | None:
+        return self.caches.first_unsound()
 
     def rewind(self, n: int) -> None:
         self.caches.rewind(n)

@@ -19,6 +19,7 @@ from bezel.runtime import Message, load
 from bezel.runtime.commands import generate
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest, InvalidSession
+from bezel.runtime.files.gguf import GGUFFile
 from bezel.runtime.text.chat import template_is_known
 from bezel.runtime.text.sampling import Sampler, Sampling
 from click.testing import CliRunner
@@ -204,6 +205,27 @@ def test_what_a_file_recommends(demo: Path, tmp_path: Path) -> None:
         code, _, err = bezel("run", file, "Once", "--max-tokens", 1, *options)
         assert code == 0
         assert "key 'general.sampling.top_p' is ignored: top_p: found 0.0, expected above 0" in err
+
+
+@pytest.mark.parametrize("kv", ["f16", "int8", "f32"])
+@pytest.mark.parametrize(
+    ("tensor", "where"),
+    [
+        ("blk.2.attn_k.weight", "first seen in keys or values of layer 2"),
+        ("blk.2.attn_q.weight", "first seen in keys or values of layer 3"),
+        ("output_norm.weight", "seen behind the last layer"),
+    ],
+)
+def test_a_number_that_is_none_is_told_and_where(tensor: str, where: str, kv: str, demo: Path, tmp_path: Path) -> None:
+    raw = bytearray(demo.read_bytes())
+    with GGUFFile(demo) as file:
+        at = file.info(tensor).offset
+    raw[at : at + 4] = np.float32([np.nan]).tobytes() if "norm" in tensor else np.float16([np.nan, 1]).tobytes()
+    (tmp_path / "m.gguf").write_bytes(raw)
+    code, out, err = bezel("run", tmp_path / "m.gguf", "Once", "--raw", "--kv", kv)
+    assert (code, out.strip()) == (1, "")
+    assert f"gives logits that are not finite, {where}" in err
+    assert ("try --kv f32" in err) == (kv == "f16" and "layer" in where and "last" not in where)
 
 
 def test_templates_are_looked_at_once() -> None:

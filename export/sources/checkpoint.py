@@ -397,12 +397,12 @@ def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor
 
 
 def _check_tied_head(checkpoint: Checkpoint, head: StoredTensor, embedding: StoredTensor) -> None:
-    """A head saved beside a tied embedding must be the embedding, bit for bit."""
-    same = (head.format, head.shape) == (embedding.format, embedding.shape)
-    step = 1024
+    """A head saved beside a tied embedding must hold the same numbers, whatever their type."""
+    same, step = head.shape == embedding.shape, 1024
     for start in range(0, embedding.shape[0] if same else 0, step):
         stop = min(start + step, embedding.shape[0])
-        same = np.array_equal(checkpoint._read(head, start, stop), checkpoint._read(embedding, start, stop))
+        ours, theirs = (t.format.dequantize(checkpoint._read(t, start, stop)) for t in (head, embedding))
+        same = np.array_equal(ours, theirs)
         if not same:
             break
     if not same:

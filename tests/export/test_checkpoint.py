@@ -301,6 +301,16 @@ def test_a_tied_head_must_equal_the_embedding(folder: Path, said: bool | None) -
         open_checkpoint(folder)
 
 
+def test_a_tied_head_of_another_type_with_the_same_numbers(folder: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[HEAD] = tensors[EMBEDDING].astype(np.float16)
+        tensors[EMBEDDING] = tensors[HEAD].astype(np.float32)
+
+    change_tensors(folder, change)
+    with open_checkpoint(folder) as checkpoint:
+        assert HEAD not in all_tensors(checkpoint)
+
+
 def test_an_untied_head_is_a_tensor_of_the_model(folder: Path) -> None:
     change_config(folder, tie_word_embeddings=False)
     with pytest.raises(InvalidCheckpoint, match=r"'lm_head.weight' is missing"):

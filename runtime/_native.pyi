@@ -17,6 +17,12 @@ def isas() -> list[str]:
 def default_threads() -> int:
     """Physical performance cores that this process may use, at least 1."""
 
+def explain_bus_errors() -> None:
+    """From now on a mapped file that is cut short ends the process with a sentence and the exit status 1.
+
+    For programs: a signal handler is the whole process's. Does nothing on Windows.
+    """
+
 class ThreadPool:
     """A persistent pool of `threads` threads, the caller's included; freed with the object.
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from .. import _native
 from ..errors import BezelError
 from .console import UNFORESEEN, printable
 
@@ -61,6 +62,7 @@ class _Verbs(click.Group):
                 stream.reconfigure(errors=errors)
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, _end)
+        _native.explain_bus_errors()
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:

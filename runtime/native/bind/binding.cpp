@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "base/bus_error.h"
 #include "base/cpu.h"
 #include "base/thread_pool.h"
 #include "base/topology.h"
@@ -33,6 +34,9 @@ NB_MODULE(_native, m) {
     return names;
   });
   m.def("default_threads", &default_threads);
+  m.def("explain_bus_errors", [] {
+    explain_bus_errors("Error: a model file was cut short or changed by another program while it was in use\n");
+  });
 
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<int>(), "threads"_a)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,26 @@ def test_a_number_that_is_none_is_told_and_where(tensor: str, where: str, kv: st
     assert (code, out.strip()) == (1, "")
     assert f"gives logits that are not finite, {where}" in err
     assert ("try --kv f32" in err) == (kv == "f16" and "layer" in where and "last" not in where)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cuts no file short that is mapped")
+def test_a_file_that_is_cut_short_while_it_is_used(demo: Path, tmp_path: Path) -> None:
+    shutil.copy(demo, tmp_path / "m.gguf")
+    chat = subprocess.Popen(
+        [*BEZEL, "chat", tmp_path / "m.gguf", "--max-tokens", "2"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert chat.stdin is not None
+    assert chat.stdout is not None
+    chat.stdin.write(b"Once\n")
+    chat.stdin.flush()
+    chat.stdout.readline()
+    os.truncate(tmp_path / "m.gguf", 4096)
+    _, err = chat.communicate(b"Twice\n", timeout=60)
+    assert chat.returncode == 1
+    assert b"Error: a model file was cut short or changed by another program while it was in use" in err
 
 
 def test_templates_are_looked_at_once() -> None:

@@ -36,6 +36,4 @@ def path_of(value: Any) -> Path:
 def ids_of(value: Any, what: str = "token ids") -> list[int]:
     """A sequence of ids as a list."""
     found = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]
-    for token in found:
-        whole(what, token, "whole numbers")
-    return [int(token) for token in found]
+    return [whole(what, token, "whole numbers") for token in found]

@@ -215,8 +215,8 @@ def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTens
         **write_gguf_config(checkpoint.config),
         **vocabulary.to_gguf(),
     }
-    if END_OF_TURN in vocabulary.pieces:
-        metadata["tokenizer.ggml.eot_token_id"] = vocabulary.pieces.index(END_OF_TURN)
+    if (end := vocabulary.pieces.find(END_OF_TURN)) is not None:
+        metadata["tokenizer.ggml.eot_token_id"] = end
     return metadata | {
         **described(checkpoint),
         "bezel.provenance.tool": f"bezel {bezel_version()}",

@@ -30,7 +30,7 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.families.hf import read_hf_config, text_name
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.text.sampling import read_sampling
-from ...runtime.text.tokenizer import CONTROL, USER_DEFINED, Vocabulary, checked_vocabulary
+from ...runtime.text.tokenizer import CONTROL, SPACE, USER_DEFINED, Vocabulary, checked_vocabulary
 from .safetensors import DTYPES, StoredTensor, read_header, read_json
 from .tokenizer_json import read_tokenizer_json
 
@@ -304,7 +304,7 @@ def _vocabulary(folder: Path, rows: int) -> Vocabulary:
     if older.exists():
         original, same = Vocabulary.from_model_file(older), len(found.pieces)
         for i, (new, old) in enumerate(zip(found.pieces, original.pieces, strict=False)):
-            if new == old.replace(" ", "▁"):
+            if new == old.replace(" ", SPACE):
                 continue
             same = min(same, i)
             if found.types[i] not in (CONTROL, USER_DEFINED):  # those a fine-tune may have taken for something else

@@ -18,14 +18,14 @@ from ...runtime.text.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
+    SPACE,
     UNKNOWN,
     USER_DEFINED,
     Vocabulary,
     checked_vocabulary,
 )
 
-_SPACE = "▁"
-_ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 # Changes nothing once spaces are escaped.
 _SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
@@ -59,7 +59,7 @@ def read_tokenizer_json(
     scores = _scores(pieces, ids, types, model.get("merges"), fail)
     shown = list(pieces)
     for i in added:  # transformers looks them up in the text as it is, where spaces are spaces
-        spaced = pieces[i].replace(" ", _SPACE)
+        spaced = pieces[i].replace(" ", SPACE)
         if types[i] == USER_DEFINED and spaced not in ids:
             shown[i] = spaced
 

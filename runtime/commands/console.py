@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-UNFORESEEN = (
-    "this should not have happened ({error}). It is a fault of bezel; please report it with the command and with what "
-    "it prints when the environment has BEZEL_TRACEBACK=1"
-)
+
+def unforeseen(error: Exception) -> str:
+    """What to say of an error that nobody meant."""
+    return (
+        f"this should not have happened ({type(error).__name__}: {error}). It is a fault of bezel; please report it "
+        "with the command and with what it prints when the environment has BEZEL_TRACEBACK=1"
+    )
 
 
 def printable(value: object) -> str:

@@ -9,14 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..errors import BezelError, ContextFull, InvalidRequest
-from .console import UNFORESEEN, printable
+from .console import printable, unforeseen
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -248,7 +247,7 @@ def chat(model: Path, **options: Any) -> None:
         except (BezelError, OSError, MemoryError) as error:
             _note(f"error: {error}")
         except Exception as error:  # whatever it is, the chat goes on
-            _note(f"error: {UNFORESEEN.format(error=f'{type(error).__name__}: {error}')}")
+            _note(f"error: {unforeseen(error)}")
 
 
 def _exchanges(conversation: Conversation) -> str:
@@ -283,15 +282,16 @@ def _load(path: Path, options: dict[str, Any]) -> Model:
 
 
 def _sampling(model: Model, options: dict[str, Any]) -> Sampling:
-    from ..text.sampling import read_sampling
+    from ..text.sampling import Sampling, read_sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     chosen = {n: options[n] for n in names if options[n] is not None}
     if chosen.get("seed") == -1:
         del chosen["seed"]
-    for complaint in read_sampling(model.file.metadata)[1]:
+    stored, complaints = read_sampling(model.file.metadata)
+    for complaint in complaints:
         _note(printable(f"warning: {model.file.path}: {complaint}"))
-    return replace(model.default_sampling, **chosen)
+    return Sampling(**{**stored, **chosen})
 
 
 def _show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         "cache": {kv: cache(kv) for kv in file.kv_types(engine)},
         "weight_bytes": tensor_bytes,
         "chat_template": _template(file),
-        "sampling": {**asdict(Sampling()), **sampling},
+        "sampling": asdict(Sampling(**sampling)),
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [

@@ -16,7 +16,7 @@ import click
 
 from .. import _native
 from ..errors import BezelError
-from .console import UNFORESEEN, printable
+from .console import printable, unforeseen
 
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
@@ -82,7 +82,7 @@ class _Verbs(click.Group):
         except Exception as error:
             if "BEZEL_TRACEBACK" in os.environ:
                 raise
-            raise click.ClickException(UNFORESEEN.format(error=f"{type(error).__name__}: {error}")) from error
+            raise click.ClickException(unforeseen(error)) from error
 
 
 def _end(*_: object) -> NoReturn:

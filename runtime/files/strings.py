@@ -48,10 +48,10 @@ class Strings(Sequence[str]):
             yield self._decode(text[start:end], i)
 
     def __contains__(self, string: object) -> bool:
-        return isinstance(string, str) and self._find(string) is not None
+        return isinstance(string, str) and self.find(string) is not None
 
     def index(self, string: str, start: int = 0, stop: int | None = None) -> int:
-        found = self._find(string)
+        found = self.find(string)
         if found is None or not start <= found < (len(self) if stop is None else stop):
             raise ValueError(f"{string!r} is not among the strings")
         return found
@@ -65,7 +65,8 @@ class Strings(Sequence[str]):
 
     def are_text(self) -> bool:
         """Whether each is UTF-8."""
-        starts = (self.ends - self.sizes())[self.sizes() > 0]
+        sizes = self.sizes()
+        starts = (self.ends - sizes)[sizes > 0]
         try:
             self.text.tobytes().decode()
         except UnicodeDecodeError:
@@ -87,7 +88,7 @@ class Strings(Sequence[str]):
             done, sizes[i] = int(self.ends[i]), len(new)
         return Strings(np.frombuffer(b"".join([*parts, text[done:]]), np.uint8), np.cumsum(sizes))
 
-    def _find(self, string: str) -> int | None:
+    def find(self, string: str) -> int | None:
         """The first that is equal to `string`."""
         wanted = np.frombuffer(string.encode(errors="surrogatepass"), np.uint8)
         same = np.flatnonzero(self.sizes() == wanted.size)

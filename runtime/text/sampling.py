@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import is_whole
 from ..arrays import Floats
 from ..errors import InvalidRequest
 
@@ -32,12 +33,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            number = (int,) if field.name in ("top_k", "seed") else (int, float)
-            if isinstance(value, bool) or not isinstance(value, (*number, np.integer)):
-                if field.name == "seed" and value is None:
-                    continue
-                want = "a whole number" if len(number) == 1 else "a number"
+            value, counts = getattr(self, field.name), field.name in ("top_k", "seed")
+            drawn = field.name == "seed" and value is None
+            if not (is_whole(value) or drawn or (isinstance(value, float) and not counts)):
+                want = "a whole number" if counts else "a number"
                 raise InvalidRequest(f"{field.name}: found {value!r:.80}, expected {want}")
         checks = [
             ("temperature", 0 <= self.temperature < np.inf, "at least 0"),

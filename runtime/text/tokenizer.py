@@ -31,7 +31,7 @@ START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 # text would match: anyone could then end their turn and speak as the model.
 CONTROL_PIECES = ("<pad>", "<eos>", "<bos>", START_OF_TURN, END_OF_TURN)
 
-_SPACE = "▁"  # how SentencePiece writes a space
+SPACE = "▁"  # how SentencePiece writes a space
 _UNKNOWN_TEXT = " \u2047 "  # how SentencePiece decodes <unk>
 _BYTES = {f"<0x{i:02X}>": i for i in range(256)}
 # llama.cpp's converter gives this score to each piece that it takes from the list of added tokens.
@@ -161,8 +161,8 @@ class Vocabulary:
         """
         pieces, scores = list(self.pieces), self.scores.copy()
         for i in np.flatnonzero(self.types == USER_DEFINED).tolist():
-            if _SPACE in pieces[i]:
-                pieces[i], scores[i] = pieces[i].replace(_SPACE, " "), _ADDED_SCORE
+            if SPACE in pieces[i]:
+                pieces[i], scores[i] = pieces[i].replace(SPACE, " "), _ADDED_SCORE
         out: dict[str, Any] = {
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
@@ -264,7 +264,7 @@ class StreamDecoder:
             return self._bytes.decode(bytes([_BYTES[piece]]))
         if kind == CONTROL:
             return self.flush()
-        return self.flush() + (_UNKNOWN_TEXT if kind == UNKNOWN else piece.replace(_SPACE, " "))
+        return self.flush() + (_UNKNOWN_TEXT if kind == UNKNOWN else piece.replace(SPACE, " "))
 
     def flush(self) -> str:
         """What is left when no more ids come: U+FFFD for a character that was never completed, or nothing."""
@@ -301,8 +301,8 @@ def checked_vocabulary(
         raise fail(f"token {bad} ({pieces[bad][:40]!r}) has the type {types[bad]}, expected {NORMAL} to {BYTE}")
     types = types.astype(np.int32)
     for name in CONTROL_PIECES:
-        if name in pieces:
-            types[pieces.index(name)] = CONTROL
+        if (token := pieces.find(name)) is not None:
+            types[token] = CONTROL
     unknown = np.flatnonzero(types == UNKNOWN).tolist()
     if len(unknown) != 1:
         raise fail(f"{len(unknown)} tokens are of the type unknown, expected one")
@@ -327,10 +327,10 @@ def _is_array(value: Any) -> bool:
 def _undo_conversion(pieces: Strings, scores: NDArray[Any], types: NDArray[Any]) -> Strings:
     """Gives the tokens that llama.cpp's converter rewrote their own form back, the types in place."""
     added = np.flatnonzero((types == USER_DEFINED) & (scores == _ADDED_SCORE)).tolist()
-    changes = {i: pieces[i].replace(" ", _SPACE) for i in added}
+    changes = {i: pieces[i].replace(" ", SPACE) for i in added}
     # Gemma's tokenizer.json has a literal tab at the id of the tab's byte piece.
-    if "<0x09>" not in pieces and "<0x08>" in pieces:
-        tab = pieces.index("<0x08>") + 1
+    if "<0x09>" not in pieces and (before := pieces.find("<0x08>")) is not None:
+        tab = before + 1
         if pieces[tab : tab + 2] == ["\t", "<0x0A>"]:
             changes[tab], types[tab] = "<0x09>", BYTE
     return pieces.replaced(changes)

@@ -505,6 +505,17 @@ static void hadamard(float* x, int64_t n) noexcept {
     store(x + i, mul(butterfly<1>(butterfly<2>(butterfly<4>(butterfly<8>(load(x + i))))), set(scale)));
 }
 
+// q = x / step to the nearest, ties to even, − offset, from `lowest` to 127.
+static void store_codes(const float* x, int64_t n, float step, int32_t offset, int32_t lowest, int8_t* q) noexcept {
+  int32_t lanes[kLanes];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const I code = sub(round(div(load(x + i, n - i), set(step))), set(offset));
+    store(lanes, min(max(code, set(lowest)), set(127)));
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    for (int64_t l = 0; l < left; ++l) q[i + l] = static_cast<int8_t>(lanes[l]);
+  }
+}
+
 static void quantize(const float* x, int64_t n, int8_t* q, float* scale) noexcept {
   I top = set(0);
   for (int64_t i = 0; i < n; i += kLanes) top = max(top, magnitude_bits(load(x + i, n - i)));
@@ -514,14 +525,8 @@ static void quantize(const float* x, int64_t n, int8_t* q, float* scale) noexcep
     std::memset(q, 0, static_cast<size_t>(n));
     return;
   }
-  const F step = set(*scale);
-  int32_t lanes[kLanes];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    // A subnormal scale is so coarse that the quotient may pass 127.
-    store(lanes, min(max(round(div(load(x + i, n - i), step)), set(-127)), set(127)));
-    const int64_t left = n - i < kLanes ? n - i : kLanes;
-    for (int64_t l = 0; l < left; ++l) q[i + l] = static_cast<int8_t>(lanes[l]);
-  }
+  // A subnormal scale is so coarse that the quotient may pass 127.
+  store_codes(x, n, *scale, 0, -127, q);
 }
 
 static void quantize_key(const float* x, int64_t n, int8_t* q, float* scale) noexcept {
@@ -529,10 +534,14 @@ static void quantize_key(const float* x, int64_t n, int8_t* q, float* scale) noe
   F high = set(x[0]), low = set(-x[0]);
   for (int64_t i = 0; i < n; i += kLanes) {
     top = max(top, magnitude_bits(load(x + i, n - i)));
-    alignas(64) float part[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) part[l] = x[i + l < n ? i + l : 0];
-    high = max(high, load(part));
-    low = max(low, sub(set(0.0f), load(part)));
+    F part = load(x + i, n - i);
+    if (n - i < kLanes) {  // filled up with a number of the head's own: a zero may lie outside of its range
+      alignas(64) float padded[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) padded[l] = x[i + l < n ? i + l : 0];
+      part = load(padded);
+    }
+    high = max(high, part);
+    low = max(low, sub(set(0.0f), part));
   }
   const int32_t magnitude = largest(top);
   const float above = largest(high), below = -largest(low);
@@ -553,12 +562,7 @@ static void quantize_key(const float* x, int64_t n, int8_t* q, float* scale) noe
     std::memset(q, 0, static_cast<size_t>(n));
     return;
   }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const I code = sub(round(div(load(x + i, n - i), set(step))), set(offset));
-    store(lanes, min(max(code, set(-128)), set(127)));
-    const int64_t left = n - i < kLanes ? n - i : kLanes;
-    for (int64_t l = 0; l < left; ++l) q[i + l] = static_cast<int8_t>(lanes[l]);
-  }
+  store_codes(x, n, step, offset, -128, q);
 }
 
 static void to_half(const float* x, int64_t n, uint16_t* y) noexcept {

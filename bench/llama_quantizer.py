@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..export.gguf.writer import export_gguf
-from ..export.sources.checkpoint import Checkpoint, open_checkpoint
+from ..export.sources.checkpoint import Checkpoint
+from ..export.sources.opening import open_checkpoint
 from ..export.whole import WholeOps, WholeSequences, run_layers
 from ..quant.formats import BF16, Format
 from ..runtime.arrays import Floats, Ints

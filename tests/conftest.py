@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from bezel.export.onnx.source import OnnxSource
 from bezel.export.onnx.writer import export_onnx
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime import Model, load
 from tiny import TEXT, checkpoint_folder, export
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from bezel.export.gguf.writer import export_gguf
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from safetensors.numpy import save_file

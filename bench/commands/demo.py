@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from ...export.gguf.writer import export_gguf
-from ...export.sources.checkpoint import open_checkpoint
+from ...export.sources.opening import open_checkpoint
 from ...runtime.api import Model, load
 from ...runtime.cache.caches import LARGEST_CHUNK
 from ...runtime.cache.sizes import cache_sizes

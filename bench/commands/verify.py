@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from ...export.sources.checkpoint import open_checkpoint
+from ...export.sources.opening import open_checkpoint
 from ...export.verify import TensorReport
 from ...export.verify import verify as compare_tensors
 from ..loss.agreement import Span, agreement

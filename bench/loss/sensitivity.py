@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...export.sources.checkpoint import Checkpoint, open_checkpoint
+from ...export.sources.checkpoint import Checkpoint
+from ...export.sources.opening import open_checkpoint
 from ...quant.formats import FORMATS, Format
 from ...runtime.arrays import Floats, Ints
 from ...runtime.cache.caches import Caches

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...export.sources.checkpoint import Checkpoint, open_checkpoint
+from ...export.sources.checkpoint import Checkpoint
+from ...export.sources.opening import open_checkpoint
 from ...runtime.api import ACTIVATIONS, load
 from ...runtime.arrays import Floats
 from ...runtime.cache.caches import default_chunk

@@ -38,7 +38,7 @@ def calibrate(checkpoint: Path, text: Path, tokens: int | None, out: Path, force
     """
     from ..calibration.moments import calibrate as gather
     from ..calibration.moments import read_text
-    from ..sources.checkpoint import open_checkpoint
+    from ..sources.opening import open_checkpoint
 
     if out.exists() and not force:
         raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")

@@ -245,7 +245,7 @@ def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[i
 def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int, int], None]) -> ExportSummary:
     from ..calibration.rounding import export_calibrated
     from ..gguf.writer import export_gguf
-    from ..sources.checkpoint import open_checkpoint
+    from ..sources.opening import open_checkpoint
 
     with open_checkpoint(path, asked.requantize) as source:
         recipe = asked.recipe(source)

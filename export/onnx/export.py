@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..sources.checkpoint import open_checkpoint
+from ..sources.opening import open_checkpoint
 from ..summary import ExportSummary
 from .source import OnnxSource
 from .writer import export_onnx

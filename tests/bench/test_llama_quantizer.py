@@ -11,7 +11,7 @@ from bezel.bench.llama_quantizer import TYPES, command, importance_of, llama_qua
 from bezel.bench.loss.subjects import FloatBackend
 from bezel.bench.synthetic import SHAPES, write_checkpoint
 from bezel.export.recipe import find_recipe
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.quant.formats import FORMATS, Format
 from bezel.runtime.errors import BezelError, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel

@@ -13,7 +13,7 @@ from bezel.bench.loss.passages import cut, read_texts
 from bezel.bench.loss.result import Sensitivity
 from bezel.bench.loss.sensitivity import round_trip, sensitivity
 from bezel.bench.loss.subjects import FloatBackend
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.quant.formats import FORMATS
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest

@@ -18,7 +18,7 @@ from bezel.export.calibration.rounding import export_calibrated
 from bezel.export.calibration.sweep import Sweep
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.kept import KeptWork
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
 from bezel.export.whole import WholeSequences
 from bezel.runtime.commands.main import main

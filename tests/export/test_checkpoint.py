@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from bezel.bench.synthetic import SHAPES, write_checkpoint
 from bezel.export.gguf.writer import export_gguf
-from bezel.export.sources.checkpoint import Checkpoint, open_checkpoint
+from bezel.export.sources.checkpoint import Checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.quant.formats import F32, Q6_K
 from bezel.runtime.errors import BezelError, InvalidCheckpoint, InvalidConfig
 from bezel.runtime.files.gguf_model import GGUFModel

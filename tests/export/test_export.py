@@ -18,7 +18,7 @@ from bezel.export.commands import export as cli
 from bezel.export.gguf import writer as gguf_writer
 from bezel.export.gguf.writer import ExportSummary, export_gguf
 from bezel.export.recipe import find_recipe
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
 from bezel.quant.formats import FORMATS
 from bezel.quant.recipes import PRESETS
@@ -442,7 +442,7 @@ def test_ctrl_c_is_not_an_error_trace(
 def test_a_name_from_a_file_cannot_leave_the_folder(
     tiny: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bezel.export.sources.checkpoint._folder_name", lambda _: "../../etc/x")
+    monkeypatch.setattr("bezel.export.sources.folder._folder_name", lambda _: "../../etc/x")
     result = run(cli.export, tiny, tmp_path)
     assert result.exit_code == 0, result.output
     assert left(tmp_path) == ["etc-x-q8_0.gguf"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from bezel.export.calibration.moments import read_text
 from bezel.export.onnx.kv_scales import TOKENS, kv_scales
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime import Model
 from bezel.runtime.commands.main import main
 from click.testing import CliRunner

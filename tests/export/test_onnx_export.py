@@ -17,7 +17,7 @@ from bezel.export.onnx.graph import DIALECTS, build_model
 from bezel.export.onnx.ops import GraphOps, Value
 from bezel.export.onnx.source import QUANTS
 from bezel.export.onnx.weights import Storage
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
 from bezel.runtime import load
 from bezel.runtime.cache.caches import Caches

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.export.sources.tokenizer_json import read_tokenizer_json
 from bezel.runtime.errors import InvalidCheckpoint
 from bezel.runtime.text.tokenizer import CONTROL, USER_DEFINED, Tokenizer

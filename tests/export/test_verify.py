@@ -14,7 +14,8 @@ from bezel.bench.synthetic import SHAPES, write_checkpoint
 from bezel.export import verify as verify_module
 from bezel.export.gguf import writer as gguf_writer
 from bezel.export.gguf.writer import export_gguf
-from bezel.export.sources.checkpoint import Checkpoint, open_checkpoint
+from bezel.export.sources.checkpoint import Checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import TensorReport, verify
 from bezel.quant.recipes import PRESETS
 from bezel.runtime.errors import InvalidModelFile, InvalidRequest

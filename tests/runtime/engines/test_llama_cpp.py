@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bezel.export.calibration.rounding import export_calibrated
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime import Model, load
 from tiny import CONFIGS, DEMO, export, token_ids, write_tiny
 

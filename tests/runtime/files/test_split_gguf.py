@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from bezel.export.gguf.header import TensorRecord, aligned, encode_header
-from bezel.export.sources.checkpoint import open_checkpoint
+from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime import load
 from bezel.runtime.errors import InvalidModelFile
 from bezel.runtime.files.gguf import GGUFFile

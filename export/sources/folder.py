@@ -1,0 +1,282 @@
+"""A Hugging Face folder: its config, tokenizer, weights (safetensors, one file or sharded) and templates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.errors import InvalidCheckpoint
+from ...runtime.files.strings import Strings
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.families.hf import read_hf_config, text_name
+from ...runtime.model.tensors import tensor_specs
+from ...runtime.text.tokenizer import CONTROL, SPACE, USER_DEFINED, Vocabulary, checked_vocabulary
+from .checkpoint import Checkpoint
+from .safetensors import StoredTensor, read_header, read_json
+from .tokenizer_json import read_tokenizer_json
+
+_PADDING = 256  # rows by which an embedding may be filled up
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """A checkpoint as transformers saves it, or a repository in the hub's cache; see `open_checkpoint`."""
+    folder = _snapshot(folder)
+    adapters = _check_adapter(folder)
+    config_file = _required(folder / "config.json")
+    raw_config = read_json(config_file)
+    config = read_hf_config(raw_config, str(config_file))
+    found, weight_files = _read_weights(folder)
+    tokenizer_files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    files = [*weight_files, config_file, *map(_required, tokenizer_files or [folder / "tokenizer.model"])]
+    weights = _of_text(raw_config, found)
+    stored = _match(folder, config, weights)
+    load_vocabulary = cache(partial(_vocabulary, folder, config.vocab_size))
+    pictures = ["pictures are left out: bezel runs the text part of this model"] if len(weights) < len(found) else []
+    warnings = [*adapters, *pictures]
+    rows = config.vocab_size - len(load_vocabulary().pieces)
+    if 0 < rows <= _PADDING:
+        warnings.append(f"{rows} rows of the embedding are left out: the tokenizer has no pieces for them")
+        config = replace(config, vocab_size=config.vocab_size - rows)
+        for spec in tensor_specs(config):
+            stored[spec.gguf] = replace(stored[spec.gguf], shape=spec.shape)
+
+    def optional_json(name: str) -> dict[str, Any]:
+        if not (folder / name).exists():
+            return {}
+        files.append(_required(folder / name))
+        return read_json(folder / name)
+
+    generation_config = optional_json("generation_config.json")
+    generation_config.setdefault("eos_token_id", raw_config.get("eos_token_id"))
+    template_file = folder / "chat_template.jinja"
+    template = _chat_template(optional_json("tokenizer_config.json").get("chat_template"))
+    if template_file.exists():  # where recent versions of transformers keep it
+        files.append(_own(_required(template_file)))
+        template = template_file.read_text(encoding="utf-8", errors="replace")
+
+    checkpoint = Checkpoint(
+        folder,
+        _folder_name(folder),
+        config,
+        stored,
+        tuple(files),
+        load_vocabulary,
+        norm_offset=1.0,
+        generation_config=generation_config,
+        chat_template=template,
+        warnings=tuple(warnings),
+    )
+    if config.tied_head and _HEAD in weights:
+        _check_tied_head(checkpoint, weights[_HEAD], weights[_EMBEDDING])
+    return checkpoint
+
+
+def _snapshot(folder: Path) -> Path:
+    """The newest version of a repository in the hub's cache, `models--…`; any other folder as it is."""
+    main = folder / "refs" / "main"
+    if not main.is_file() or not (folder / "snapshots").is_dir():
+        return folder
+    revision = main.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9a-f]{7,64}", revision):
+        raise InvalidCheckpoint(f"{main}: found {revision[:80]!r}, expected the name of a folder in snapshots")
+    return folder / "snapshots" / revision
+
+
+def _check_adapter(folder: Path) -> list[str]:
+    """A warning where an adapter lies beside a model. Raises InvalidCheckpoint where it lies alone."""
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        return []
+    base = read_json(_required(file)).get("base_model_name_or_path")
+    if not (folder / "config.json").exists():
+        raise InvalidCheckpoint(
+            f"{folder}: this is an adapter of {str(base)[:200]}, not a model; merge it first: with peft, "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)"
+        )
+    return [f"the adapter in {folder} is left out: only the model beside it is exported"]
+
+
+def _vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """From `tokenizer.json`, which has the latest say, or `tokenizer.model`; where both are there, they must agree.
+
+    Tokens that were added without a row of the embedding are left out.
+    """
+    newer, older = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not newer.exists():
+        return Vocabulary.from_model_file(older)
+    special = (
+        read_json(_required(folder / "tokenizer_config.json")) if (folder / "tokenizer_config.json").exists() else {}
+    )
+
+    def fail(reason: str) -> InvalidCheckpoint:
+        return InvalidCheckpoint(f"{newer}: {reason}")
+
+    found = read_tokenizer_json(read_json(newer), special, fail)
+    n = len(found.pieces)
+    while n > rows and found.types[n - 1] in (CONTROL, USER_DEFINED):
+        n -= 1
+    if n < len(found.pieces):
+        pieces, scores, types = Strings.of(found.pieces[:n]), found.scores[:n], found.types[:n]
+        found = checked_vocabulary(pieces, scores, types, found.bos_id, found.eos_id, found.pad_id, fail)
+    if older.exists():
+        original, same = Vocabulary.from_model_file(older), len(found.pieces)
+        for i, (new, old) in enumerate(zip(found.pieces, original.pieces, strict=False)):
+            if new == old.replace(" ", SPACE):
+                continue
+            same = min(same, i)
+            if found.types[i] not in (CONTROL, USER_DEFINED):  # those a fine-tune may have taken for something else
+                raise fail(f"token {i} is {new[:40]!r}, and in {older.name} it is {old[:40]!r}; remove the wrong file")
+        if same == len(original.pieces) == len(found.pieces):
+            return original
+    return found
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
+    """All tensors of `model.safetensors`, or of the shards that the index names, and the files read."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(_required(single)), [single]
+    if not index.exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise InvalidCheckpoint(
+                f"{folder}: found {pickles[0]}, expected model.safetensors: bezel reads safetensors only, "
+                "because loading a pickle executes code from the file; convert it with transformers' "
+                "save_pretrained"
+            )
+        raise InvalidCheckpoint(f"{folder}: found neither model.safetensors nor model.safetensors.index.json")
+
+    weight_map = read_json(_required(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InvalidCheckpoint(f"{index}: key 'weight_map': expected tensor names → shard file names")
+    weights: dict[str, StoredTensor] = {}
+    files = [index]
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise InvalidCheckpoint(f"{index}: shard {shard[:200]!r}: expected the name of a file in the folder")
+    for shard in shards:
+        files.append(folder / shard)
+        for name, stored in read_header(_required(folder / shard)).items():
+            if weight_map.get(name) != shard:
+                where = weight_map.get(name, "nowhere")
+                raise InvalidCheckpoint(
+                    f"{folder / shard}: holds tensor {name[:200]!r}, which {index.name} puts in {where}"
+                )
+            weights[name] = stored
+    for name, shard in weight_map.items():
+        if name not in weights:
+            raise InvalidCheckpoint(
+                f"{folder / shard}: tensor {name[:200]!r} is missing, though {index.name} lists it here"
+            )
+    return weights, files
+
+
+def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors that are not of pictures, under the names that a text model's have."""
+    weights: dict[str, StoredTensor] = {}
+    prefix = "base_model.model."  # peft's, around a model that it has nothing in
+    if found and all(name.startswith(prefix) for name in found):
+        found = {name.removeprefix(prefix): stored for name, stored in found.items()}
+    if _EMBEDDING.removeprefix("model.") in found:  # a model without its head, as AutoModel saves it
+        found = {name if name == _HEAD else f"model.{name}": stored for name, stored in found.items()}
+    for name, stored in found.items():
+        plain = text_name(name, raw_config)
+        if plain in weights:
+            raise InvalidCheckpoint(f"{stored.file}: tensor {name[:200]!r}: found '{plain}' under another name too")
+        if plain is not None:
+            weights[plain] = stored
+    return weights
+
+
+def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The model's tensors by GGUF name. Raises InvalidCheckpoint if one is missing, extra or misshapen."""
+    matched = {}
+    for spec in tensor_specs(config):
+        stored = weights.get(spec.hf)
+        if stored is None:
+            raise InvalidCheckpoint(f"{folder}: tensor '{spec.hf}' is missing, expected shape {list(spec.shape)}")
+        if stored.shape != spec.shape:
+            raise InvalidCheckpoint(
+                f"{stored.file}: tensor '{spec.hf}': found shape {list(stored.shape)}, "
+                f"expected {list(spec.shape)} by config.json"
+            )
+        matched[spec.gguf] = stored
+    known = {spec.hf for spec in tensor_specs(config)} | {_HEAD}
+    for name, stored in weights.items():
+        # The RoPE frequencies that old versions of transformers saved follow from the config.
+        if name not in known and not name.endswith("rotary_emb.inv_freq"):
+            raise InvalidCheckpoint(
+                f"{stored.file}: tensor {name[:200]!r}: found shape {list(stored.shape)}, expected no such "
+                f"tensor in a {config.family} model; adapters must be merged before export"
+            )
+    return matched
+
+
+def _check_tied_head(checkpoint: Checkpoint, head: StoredTensor, embedding: StoredTensor) -> None:
+    """A head saved beside a tied embedding must hold the same numbers, whatever their type."""
+    same, step = head.shape == embedding.shape, 1024
+    for start in range(0, embedding.shape[0] if same else 0, step):
+        stop = min(start + step, embedding.shape[0])
+        ours, theirs = (t.format.dequantize(checkpoint.raw_rows(t, start, stop)) for t in (head, embedding))
+        same = np.array_equal(ours, theirs)
+        if not same:
+            break
+    if not same:
+        raise InvalidCheckpoint(
+            f"{head.file}: tensor '{_HEAD}' differs from '{_EMBEDDING}', expected the same, because "
+            "config.json ties them (as it does by saying nothing); if the head is the model's own, set "
+            '"tie_word_embeddings": false there'
+        )
+
+
+def _required(path: Path) -> Path:
+    """`path`, if it is a file with its content in place."""
+    if not path.is_file():
+        raise InvalidCheckpoint(
+            f"{path.parent}: {path.name} is missing; expected a folder with config.json, tokenizer.model or "
+            "tokenizer.json, and model.safetensors (or its shards), as downloaded"
+        )
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InvalidCheckpoint(
+                f"{path}: found a git-lfs pointer, expected the file itself; run 'git lfs pull' in {path.parent}"
+            )
+    return path
+
+
+def _own(path: Path) -> Path:
+    """`path`, if what it is a link to belongs to the checkpoint: its content goes into what is exported."""
+    folder, real = path.parent.resolve(), path.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":  # the hub's cache, whose files are links
+        homes.append(folder.parents[1] / "blobs")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise InvalidCheckpoint(
+            f"{path}: is a link to {real}, which is no part of the checkpoint; put a copy in its place if it should be"
+        )
+    return path
+
+
+def _chat_template(value: Any) -> str | None:
+    """The template, or the one called "default" where there are several."""
+    if isinstance(value, list):
+        value = next((t.get("template") for t in value if isinstance(t, dict) and t.get("name") == "default"), None)
+    return value if isinstance(value, str) else None
+
+
+def _folder_name(folder: Path) -> str:
+    """The folder's name; in the hub's cache, the repository's."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1].name.split("--")[-1]
+    return folder.name

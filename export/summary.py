@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -17,3 +18,14 @@ class ExportSummary:
     fallbacks: list[str]
     warnings: list[str]
     seconds: float
+
+
+def of_vanished(weights: Mapping[str, int]) -> list[str]:
+    """A warning for the tensors of which so many weights became zeros, if any did."""
+    found = [f"{n} of {name}" for name, n in weights.items() if n]
+    if not found:
+        return []
+    more = f" and of {len(found) - 3} more tensors" if len(found) > 3 else ""
+    return [
+        f"weights too small for their format became zeros: {', '.join(found[:3])}{more}; a recipe can keep them bf16"
+    ]

@@ -25,6 +25,7 @@ FORMAT_OF_TYPE: dict[int, type[Format]] = {}
 
 HALF_MAX = 65504.0  # largest float16
 LOW = np.uint8(15)  # the low nibble of a byte
+_SURELY_STORED = 1e-3  # a block with a weight as large has a scale in every format
 PIECE = 1 << 16  # weights worked on at a time, so that temporaries stay in the cache
 
 EVEN = np.ones(1, np.float32)  # the importance that favours no weight
@@ -252,6 +253,20 @@ class Format:
             for i in range(0, len(blocks), step):
                 cls._decode(blocks[i : i + step], out[i : i + step])
         return out.reshape(*data.shape[:-1], data.shape[-1] // cls.block_bytes * cls.block)
+
+    @classmethod
+    def vanished(cls, rows: F32Array, data: Bytes) -> int:
+        """How many of the float32 rows (..., n) `data` (..., bytes) has lost: those whose whole block became zeros.
+
+        Float16 scales do that, which end at 6e-8. A row counts as a block of floats.
+        """
+        x = rows.reshape(-1, cls.block if cls.block > 1 else rows.shape[-1])
+        peaks = np.abs(x).max(axis=1)
+        small = np.flatnonzero((peaks > 0) & (peaks < _SURELY_STORED))
+        if not len(small):
+            return 0
+        gone = ~cls.dequantize(data.reshape(len(x), -1)[small]).any(axis=1)
+        return int(np.count_nonzero(x[small[gone]]))
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:

@@ -31,7 +31,7 @@ from ..metadata import CALIBRATION, described
 from ..ordered import CHUNK_WEIGHTS, ordered
 from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint
-from ..summary import ExportSummary
+from ..summary import ExportSummary, of_vanished
 from .header import TensorRecord, aligned, encode_header
 
 # llama.cpp's `llama_ftype`, by preset or by the format of most matrices.
@@ -103,9 +103,10 @@ def export_gguf(
             "free some space or choose a smaller format"
         )
 
-    done, total = 0, sum(p.n_weights for p in plan)
+    done, total, vanished = 0, sum(p.n_weights for p in plan), Counter[str]()
     with atomic(out) as file, checkpoint.unchanged(), background_hashes(checkpoint.files) as hashes:
-        for planned, row, block in _quantized(checkpoint, plan, calibrated):
+        for planned, row, block, lost in _quantized(checkpoint, plan, calibrated):
+            vanished[planned.spec.gguf] += lost
             file.seek(len(header) + planned.offset + row * planned.row_bytes)
             file.write(block.data)
             done += len(block) * planned.spec.shape[-1]
@@ -125,6 +126,7 @@ def export_gguf(
         warnings=[
             *checkpoint.warnings,
             *checkpoint.added_losses({p.spec.gguf: p.format for p in plan}),
+            *of_vanished(vanished),
             *_warnings(checkpoint.config, metadata),
         ],
         seconds=time.monotonic() - start,
@@ -183,23 +185,23 @@ def _is_gguf(path: Path) -> bool:
 
 def _quantized(
     checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated: Calibrated | None
-) -> Iterator[tuple[PlannedTensor, int, NDArray[np.uint8]]]:
-    """(tensor, first row, quantized rows) in order."""
+) -> Iterator[tuple[PlannedTensor, int, NDArray[np.uint8], int]]:
+    """(tensor, first row, quantized rows, how many of their weights vanished) in order."""
 
     def pieces() -> Iterator[tuple[PlannedTensor, slice, NDArray[np.uint8] | None]]:
         for planned in plan:
             whole = calibrated.blocks(planned.spec) if calibrated else None
-            step = planned.n_rows if whole is not None else max(1, CHUNK_WEIGHTS // planned.spec.shape[-1])
+            step = max(1, CHUNK_WEIGHTS // planned.spec.shape[-1])
             for start in range(0, planned.n_rows, step):
                 yield planned, slice(start, min(start + step, planned.n_rows)), whole
 
     def quantize(
         piece: tuple[PlannedTensor, slice, NDArray[np.uint8] | None],
-    ) -> tuple[PlannedTensor, int, NDArray[np.uint8]]:
-        planned, rows, blocks = piece
-        if blocks is None:
-            blocks = checkpoint.blocks(planned.spec, rows.start, rows.stop, planned.format)
-        return planned, rows.start, blocks
+    ) -> tuple[PlannedTensor, int, NDArray[np.uint8], int]:
+        planned, rows, whole = piece
+        what = planned.spec, rows.start, rows.stop, planned.format
+        blocks = checkpoint.blocks(*what) if whole is None else whole[rows]
+        return planned, rows.start, blocks, checkpoint.vanished(*what, blocks)
 
     return ordered(quantize, pieces())
 

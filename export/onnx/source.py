@@ -46,9 +46,13 @@ class OnnxSource:
     def format(self, spec: TensorSpec) -> type[Format]:
         return self._formats[spec.gguf]
 
-    def blocks(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.uint8]:
-        """Rows start … stop−1 in the tensor's format, uint8 (rows, bytes). May be called from several threads."""
-        return self.checkpoint.blocks(spec, start, stop, self.format(spec))
+    def blocks(self, spec: TensorSpec, start: int, stop: int) -> tuple[NDArray[np.uint8], int]:
+        """Rows start … stop−1 in the tensor's format, uint8 (rows, bytes), and how many of their weights vanished.
+
+        May be called from several threads.
+        """
+        blocks = self.checkpoint.blocks(spec, start, stop, self.format(spec))
+        return blocks, self.checkpoint.vanished(spec, start, stop, self.format(spec), blocks)
 
 
 def _kept(checkpoint: Checkpoint, spec: TensorSpec) -> type[Format]:

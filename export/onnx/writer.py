@@ -27,7 +27,7 @@ from ...runtime.version import bezel_version
 from ..calibration.moments import read_text
 from ..hashes import background_hashes
 from ..ordered import CHUNK_WEIGHTS, ordered
-from ..summary import ExportSummary
+from ..summary import ExportSummary, of_vanished
 from .graph import DIALECTS, build_model
 from .kv_scales import TOKENS, kv_scales
 from .source import OnnxSource
@@ -85,7 +85,9 @@ def export_onnx(
         (part / MODEL).write_bytes(model.SerializeToString(deterministic=True))
         (part / CONFIG).write_text(json.dumps(write_hf_config(config), indent=2) + "\n", encoding="utf-8")
         (part / TOKENIZER).write_bytes(model_proto(vocabulary))
-        _write_data(part / DATA, size, source, tensors, offsets, lambda weights: report(done + weights, total))
+        vanished = _write_data(
+            part / DATA, size, source, tensors, offsets, lambda weights: report(done + weights, total)
+        )
         names = (MODEL, DATA, CONFIG, TOKENIZER)
         with background_hashes([part / name for name in names]) as hashes:
             files = {
@@ -117,7 +119,7 @@ def export_onnx(
         bits_per_weight=sum(tensor.nbytes for tensor in tensors) * 8 / weights,
         formats=dict(Counter(_describe(storage[spec.gguf]) for spec in specs)),
         fallbacks=[],
-        warnings=list(source.warnings),
+        warnings=[*source.warnings, *of_vanished(vanished)],
         seconds=time.monotonic() - start,
     )
 
@@ -161,11 +163,13 @@ def _write_data(
     tensors: list[External],
     offsets: Mapping[str, int],
     progress: Callable[[int], None],
-) -> None:
-    done = 0
+) -> Counter[str]:
+    """Write the external data; how many weights of each of the model's tensors are too small for their format."""
+    done, vanished = 0, Counter[str]()
     with path.open("wb") as file:
         file.truncate(size)
-        for tensor, first, data in _converted(source, tensors):
+        for tensor, first, data, lost in _converted(source, tensors):
+            vanished[tensor.spec.gguf] += lost
             if tensor.transposed:
                 stride = tensor.nbytes // tensor.shape[0]
                 start = offsets[tensor.name] + first * stride // tensor.shape[1]
@@ -179,13 +183,14 @@ def _write_data(
                 n_rows = data.shape[1] * tensor.shape[1] // stride if tensor.transposed else len(data)
                 done += n_rows * tensor.spec.shape[-1]
                 progress(done)
+    return vanished
 
 
-Converted = tuple[External, int, NDArray[np.uint8]]
+Converted = tuple[External, int, NDArray[np.uint8], int]
 
 
 def _converted(source: OnnxSource, tensors: list[External]) -> Iterator[Converted]:
-    """(tensor, first row of the weight, bytes laid out as the tensor has them, in rows)."""
+    """(tensor, first row of the weight, bytes laid out as the tensor has them, in rows, weights that vanished)."""
     parts: dict[str, list[External]] = {}
     for tensor in tensors:
         parts.setdefault(tensor.spec.gguf, []).append(tensor)
@@ -201,14 +206,17 @@ def _converted(source: OnnxSource, tensors: list[External]) -> Iterator[Converte
     def convert(job: tuple[list[External], int, int]) -> list[Converted]:
         group, start, stop = job
         spec = group[0].spec
-        data, format_ = source.blocks(spec, start, stop), source.format(spec)
+        (data, vanished), format_ = source.blocks(spec, start, stop), source.format(spec)
         if group[0].part == "weights":
-            return [(group[0], start, np.ascontiguousarray(data))]
+            return [(group[0], start, np.ascontiguousarray(data), vanished)]
         try:
             codes, scales = as_integers(format_, data)
         except ValueError as error:
             raise InvalidModelFile(source.path, f"tensor '{spec.gguf}': {error}") from None
-        return [(t, start, _laid_out(t, codes if t.part == "codes" else scales)) for t in group]
+        return [
+            (t, start, _laid_out(t, codes), vanished) if t.part == "codes" else (t, start, _laid_out(t, scales), 0)
+            for t in group
+        ]
 
     for converted in ordered(convert, jobs()):
         yield from converted

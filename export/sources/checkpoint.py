@@ -137,6 +137,12 @@ class Checkpoint:
         except ValueError as error:
             raise InvalidCheckpoint(f"{self.path}: tensor '{spec.hf}': {error}") from None
 
+    def vanished(self, spec: TensorSpec, start: int, stop: int, form: type[Format], blocks: NDArray[np.uint8]) -> int:
+        """How many weights of these rows were too small for `form`, so that `blocks` holds zeros instead."""
+        if form is self.format(spec):
+            return 0
+        return form.vanished(self.rows(spec, start, stop), blocks)
+
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's vocabulary, which has one piece for each row of the embedding."""
         vocabulary = self._load_vocabulary()

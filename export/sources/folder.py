@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...runtime.arrays import Floats
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files.strings import Strings
 from ...runtime.model.config import ModelConfig
@@ -34,14 +36,15 @@ def open_folder(folder: Path) -> Checkpoint:
     config_file = _required(folder / "config.json")
     raw_config = read_json(config_file)
     config = read_hf_config(raw_config, str(config_file))
-    found, weight_files = _read_weights(folder)
+    read = _read_weights(folder)
+    found = read.stored
     tokenizer_files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
-    files = [*weight_files, config_file, *map(_required, tokenizer_files or [folder / "tokenizer.model"])]
+    files = [*read.files, config_file, *map(_required, tokenizer_files or [folder / "tokenizer.model"])]
     weights = _of_text(raw_config, found)
     stored = _match(folder, config, weights)
     load_vocabulary = cache(partial(_vocabulary, folder, config.vocab_size))
     pictures = ["pictures are left out: bezel runs the text part of this model"] if len(weights) < len(found) else []
-    warnings = [*adapters, *pictures]
+    warnings = [*adapters, *read.warnings, *pictures]
     rows = config.vocab_size - len(load_vocabulary().pieces)
     if 0 < rows <= _PADDING:
         warnings.append(f"{rows} rows of the embedding are left out: the tokenizer has no pieces for them")
@@ -75,8 +78,17 @@ def open_folder(folder: Path) -> Checkpoint:
         chat_template=template,
         warnings=tuple(warnings),
     )
-    if config.tied_head and _HEAD in weights:
-        _check_tied_head(checkpoint, weights[_HEAD], weights[_EMBEDDING])
+    for name, copy in read.twice:
+        if not _same(checkpoint, found[name], copy):
+            raise InvalidCheckpoint(
+                f"{copy.file}: tensor {name[:200]!r} differs from that in {found[name].file.name}, expected it once"
+            )
+    if config.tied_head and _HEAD in weights and not _same(checkpoint, weights[_HEAD], weights[_EMBEDDING]):
+        raise InvalidCheckpoint(
+            f"{weights[_HEAD].file}: tensor '{_HEAD}' differs from '{_EMBEDDING}', expected the same, because "
+            "config.json ties them (as it does by saying nothing); if the head is the model's own, set "
+            '"tie_word_embeddings": false there'
+        )
     return checkpoint
 
 
@@ -140,11 +152,21 @@ def _vocabulary(folder: Path, rows: int) -> Vocabulary:
     return found
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
-    """All tensors of `model.safetensors`, or of the shards that the index names, and the files read."""
+@dataclass
+class _Weights:
+    """All tensors of the weight files; `twice` are those of which another shard holds a copy."""
+
+    stored: dict[str, StoredTensor]
+    files: list[Path]
+    twice: list[tuple[str, StoredTensor]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def _read_weights(folder: Path) -> _Weights:
+    """What is in `model.safetensors`, or in the shards that the index names, whichever of them it puts a tensor in."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return read_header(_required(single)), [single]
+        return _Weights(read_header(_required(single)), [single])
     if not index.exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
@@ -158,27 +180,27 @@ def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
     weight_map = read_json(_required(index)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InvalidCheckpoint(f"{index}: key 'weight_map': expected tensor names → shard file names")
-    weights: dict[str, StoredTensor] = {}
-    files = [index]
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
             raise InvalidCheckpoint(f"{index}: shard {shard[:200]!r}: expected the name of a file in the folder")
+    found = _Weights({}, [index, *(folder / shard for shard in shards)])
+    elsewhere = 0
     for shard in shards:
-        files.append(folder / shard)
         for name, stored in read_header(_required(folder / shard)).items():
-            if weight_map.get(name) != shard:
-                where = weight_map.get(name, "nowhere")
-                raise InvalidCheckpoint(
-                    f"{folder / shard}: holds tensor {name[:200]!r}, which {index.name} puts in {where}"
-                )
-            weights[name] = stored
+            elsewhere += weight_map.get(name) != shard
+            if name in found.stored:
+                found.twice.append((name, stored))
+            else:
+                found.stored[name] = stored
     for name, shard in weight_map.items():
-        if name not in weights:
+        if name not in found.stored:
             raise InvalidCheckpoint(
                 f"{folder / shard}: tensor {name[:200]!r} is missing, though {index.name} lists it here"
             )
-    return weights, files
+    if elsewhere:
+        found.warnings.append(f"{index.name} does not say where {elsewhere} tensors are; they were found all the same")
+    return found
 
 
 def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -222,21 +244,17 @@ def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor
     return matched
 
 
-def _check_tied_head(checkpoint: Checkpoint, head: StoredTensor, embedding: StoredTensor) -> None:
-    """A head saved beside a tied embedding must hold the same numbers, whatever their type."""
-    same, step = head.shape == embedding.shape, 1024
-    for start in range(0, embedding.shape[0] if same else 0, step):
-        stop = min(start + step, embedding.shape[0])
-        ours, theirs = (t.format.dequantize(checkpoint.raw_rows(t, start, stop)) for t in (head, embedding))
-        same = np.array_equal(ours, theirs)
-        if not same:
-            break
-    if not same:
-        raise InvalidCheckpoint(
-            f"{head.file}: tensor '{_HEAD}' differs from '{_EMBEDDING}', expected the same, because "
-            "config.json ties them (as it does by saying nothing); if the head is the model's own, set "
-            '"tie_word_embeddings": false there'
-        )
+def _same(checkpoint: Checkpoint, one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers, whatever their type."""
+    n_rows, step = math.prod(one.shape[:-1]), 1024
+
+    def numbers(stored: StoredTensor, start: int) -> Floats:
+        stored = replace(stored, shape=stored.shape or (1,))
+        return stored.format.dequantize(checkpoint.raw_rows(stored, start, min(start + step, n_rows)))
+
+    return one.shape == other.shape and all(
+        np.array_equal(numbers(one, start), numbers(other, start)) for start in range(0, n_rows, step)
+    )
 
 
 def _required(path: Path) -> Path:

@@ -17,6 +17,8 @@ from bezel.bench.synthetic import SHAPES, write_checkpoint
 from bezel.export.commands import export as cli
 from bezel.export.gguf import writer as gguf_writer
 from bezel.export.gguf.writer import ExportSummary, export_gguf
+from bezel.export.onnx.source import OnnxSource
+from bezel.export.onnx.writer import export_onnx
 from bezel.export.recipe import find_recipe
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
@@ -274,6 +276,22 @@ def test_heads_that_the_native_engine_cannot_run_are_told_of(tmp_path: Path) -> 
     folder = write_checkpoint(tmp_path / "wide", shape)
     summary = export(folder, tmp_path / "wide.gguf")
     assert any("heads of 514 numbers are too wide for the native engine" in warning for warning in summary.warnings)
+
+
+@pytest.mark.parametrize("preset", ["q4_0", "q4_k", "q6_k", "f16", "bf16"])
+def test_weights_too_small_for_a_format(tmp_path: Path, preset: str) -> None:
+    folder = write_checkpoint(tmp_path / "folder", "tiny-gemma-2", dtype="f32")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] *= np.float32(1e-9) / np.abs(weights[name]).max()
+    save_file(weights, folder / "model.safetensors")
+    exported = export(folder, tmp_path / "out.gguf", preset).warnings
+    expected = f"weights too small for their format became zeros: {weights[name].size} of blk.1.ffn_down.weight"
+    assert [warning.startswith(expected) for warning in exported] == ([] if preset == "bf16" else [True])
+    if preset == "q4_0":
+        with open_checkpoint(folder) as checkpoint:
+            (warning,) = export_onnx(OnnxSource(checkpoint, "int4"), tmp_path / "onnx").warnings
+        assert warning.startswith(expected)
 
 
 # --- failing

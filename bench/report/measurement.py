@@ -159,7 +159,8 @@ def _pairs(result: Measurement) -> list[Element]:
     left = element("div", _list(map(_comparison, neighbours)))
     others = [_comparison(p) for p in pairs if p not in neighbours]
     if others:
-        left.append(element("details", element("summary", f"The other {len(others)} pairs"), _list(others)))
+        title = "The other pair" if len(others) == 1 else f"The other {len(others)} pairs"
+        left.append(element("details", element("summary", title), _list(others)))
     return section("Which is better?", left, figures.differences(neighbours, result))
 
 

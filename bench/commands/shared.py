@@ -51,20 +51,21 @@ def progress_line(what: str) -> Progress:
 
 
 class ProgressLine:
-    """A line on the terminal with the time that is left."""
+    """A line on the terminal with the time that is left; what an earlier run has kept, and is loaded, is no speed."""
 
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._clock, self._started, self._first = what, clock, clock(), 0
+        self._what, self._clock = what, clock
+        self._began: tuple[float, int] | None = None  # when computing did, and how much was done then
         self._last = 0
 
     def __call__(self, done: int, total: int, found: str) -> None:
         now = self._clock()
-        spent = now - self._started
-        if done - self._last <= 1 and spent < 0.05 * (done - self._first):  # loaded, not computed
-            self._started, self._first = now, done
-        self._last = done
-        computed = done - self._first
-        left = f", {_duration(spent / computed * (total - done))} left" if computed and done < total else ""
+        began, first = self._began or (now, done)
+        if done - self._last <= 1 and now - began < 0.05 * (done - first):
+            began, first = now, done
+        self._began, self._last = (began, first), done
+        known = first < done < total
+        left = f", {_duration((now - began) / (done - first) * (total - done))} left" if known else ""
         line = f"{self._what}: {done} of {total}{left}{'; ' if found else ''}{found}"
         click.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), nl=False, err=True)
 

@@ -140,9 +140,13 @@ def _compute(
     exact: FloatBackend | None = None
     out = np.empty((len(work), sum(passage.scored for passage in passages)))
     total, done, column = len(work) * len(passages), 0, 0
+    # By multiples of the golden ratio: what takes long, the first layers', and what does not come in turns all along,
+    # so that the time that is left can be told.
+    order = sorted(range(len(work)), key=lambda i: i * 0.6180339887 % 1)
     for number, passage in enumerate(passages):
         run: _Exact | None = None
-        for i, (group, form) in enumerate(work):
+        for i in order:
+            group, form = work[i]
             progress(done, total, "")
             state, place = states[form.name], number * n_groups + group.index
             found = state.load(place)

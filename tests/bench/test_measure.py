@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bezel.bench.commands.shared import ProgressLine
 from bezel.bench.loss import measure as driver
 from bezel.bench.loss.measure import measure
 from bezel.bench.loss.metrics import NotFinite, compare
@@ -432,3 +433,21 @@ def test_blocks_of_a_long_sequence_are_units() -> None:
     passage = Passage(0, 0, np.zeros(2 * BLOCK + 11, np.int64), 0)
     assert np.bincount(passage.units("long")).tolist() == [BLOCK, BLOCK, 10]
     assert not passage.units("chunks").any()
+
+
+def test_the_time_that_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither what opening the models takes nor what an earlier run has kept counts as speed."""
+    now = 0.0
+    line = ProgressLine("measuring", lambda: now)
+    now = 60.0
+    for done in range(51):  # loaded
+        line(done, 100, "")
+        now += 0.001
+    for done in range(51, 101):
+        now += 2.0
+        line(done, 100, "mean KLD .1")
+    said = capsys.readouterr().err.split("\r")[1:]
+    assert not any("left" in text for text in said[:51])
+    assert said[51] == "measuring: 51 of 100, 98 s left; mean KLD .1"
+    assert said[75] == "measuring: 75 of 100, 50 s left; mean KLD .1"
+    assert said[100] == "measuring: 100 of 100; mean KLD .1\n"

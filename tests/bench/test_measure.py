@@ -448,6 +448,6 @@ def test_the_time_that_is_left(capsys: pytest.CaptureFixture[str]) -> None:
         line(done, 100, "mean KLD .1")
     said = capsys.readouterr().err.split("\r")[1:]
     assert not any("left" in text for text in said[:51])
-    assert said[51] == "measuring: 51 of 100, 98 s left; mean KLD .1"
+    assert said[51] == "measuring: 51 of 100, 2 min left; mean KLD .1"
     assert said[75] == "measuring: 75 of 100, 50 s left; mean KLD .1"
     assert said[100] == "measuring: 100 of 100; mean KLD .1\n"

@@ -123,9 +123,9 @@ class Session:
             raise InvalidRequest(f"token ids: found {array.min()} to {array.max()}, expected 0 to {vocab_size - 1}")
         left = self.model.context - self.position
         if len(array) > left:
-            raise ContextFull(
-                f"{len(array)} more tokens do not fit: the context of {self.model.context} has {left} positions left"
-            )
+            what = "1 more token does" if len(array) == 1 else f"{len(array)} more tokens do"
+            room = f"has {left} position{'s' * (left > 1)} left" if left else "is full"
+            raise ContextFull(f"{what} not fit: the context of {self.model.context} {room}")
         return array.astype(np.int64)
 
     def chunks(self, ids: npt.NDArray[np.int64]) -> Iterable[tuple[int, npt.NDArray[np.int64]]]:

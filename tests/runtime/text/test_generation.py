@@ -94,6 +94,25 @@ def test_text_held_back_for_a_stop_string_comes_in_the_end(model: Model) -> None
     assert "".join(model.generate("Once upon a time", max_tokens=10, sampling=GREEDY, raw=True, stop=[stop])) == whole
 
 
+def test_a_character_that_is_cut_short_comes_in_the_end(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = next(i for i in range(model.tokenizer.vocab_size) if model.tokenizer.piece(i) == "<0xC3>")
+    drawn = iter([300, half, 1])
+    monkeypatch.setattr("bezel.runtime.text.sampling.Sampler.__call__", lambda *_: next(drawn))
+    assert "".join(model.generate("A king", raw=True)) == model.tokenizer.decode([300]) + "\N{REPLACEMENT CHARACTER}"
+
+
+def test_the_repetition_penalty_is_for_what_was_read_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def draw(_sampler: object, _logits: Floats, ids: list[int]) -> int:
+        seen.append(list(ids))
+        return 300
+
+    monkeypatch.setattr("bezel.runtime.text.sampling.Sampler.__call__", draw)
+    list(model.generate([2, 100], max_tokens=2))
+    assert seen == [[2, 100], [2, 100, 300]]
+
+
 def test_stop_token(model: Model) -> None:
     ids = model.prompt_ids("Once upon a time", raw=True)
     free = Generation(model.session(), ids, GREEDY, max_tokens=12, stop_ids=frozenset())
@@ -184,34 +203,39 @@ class TestConversation:
         with pytest.raises(InvalidRequest, match="nothing to undo"):
             conversation.undo()
 
-    def test_slide_drops_the_oldest_exchanges(self, model_of: ModelOf) -> None:
-        from bezel.runtime.text import chat
-
+    @pytest.mark.parametrize("system", [None, "Be brief."])
+    def test_slide_drops_the_oldest_exchanges(self, system: str | None, model_of: ModelOf) -> None:
+        """What is left are whole exchanges, as if the chat had begun with the first of them."""
         said: list[str] = []
         model = model_of("demo", "q8_0", context=100)
-        conversation = Conversation(model, "Be brief.", True, said.append)
+        conversation = Conversation(model, system, True, said.append)
+        exchanges: list[tuple[str, list[int]]] = []
         for i in range(12):
-            list(conversation.ask(f"Story number {i}.", GREEDY, max_tokens=10))
-            text = chat.show(model.tokenizer, conversation.session.ids)
-            assert text.startswith("<bos><start_of_turn>user\nBe brief.\n\nStory number")
-            assert f"Story number {i}." in text
-            assert text.count("<bos>") == text.count("Be brief.") == 1
+            text, before = f"Story number {i}. " * (1 + i % 2), len(said)
+            reply = conversation.ask(text, GREEDY, max_tokens=30)
+            list(reply)
+            exchanges.append((text, reply.ids))
+            fresh, possible = Conversation(model, system, False, print), []
+            for first in range(len(exchanges)):
+                fresh.session.ids, ids = [], list[int]()
+                for asked, answered in exchanges[first:]:
+                    ids += [*fresh.prompt_ids(asked), *answered]
+                    fresh.session.ids = ids
+                possible.append(ids)
+            assert conversation.session.ids in possible
+            if len(said) > before:  # three quarters are kept at most
+                assert len(conversation.session.ids) <= 75 + len(reply.ids)
         assert said
         assert "dropped the oldest" in said[0]
 
-    def test_a_slide_keeps_every_reply(self, model_of: ModelOf) -> None:
-        """What was said in the newest exchanges stays, whole, whatever was dropped before them."""
-        from bezel.runtime.text import chat
-
-        model, said = model_of("demo", "q8_0", context=100), list[str]()
-        conversation = Conversation(model, None, True, said.append)
-        for i in range(12):
-            text = f"Story number {i}. " * (1 + i % 2)
-            reply = conversation.ask(text, GREEDY, max_tokens=30)
-            list(reply)
-            asked = chat.render(model.tokenizer, [Message("user", text)])[1:]
-            assert conversation.session.ids[-len(asked) - len(reply.ids) :] == [*asked, *reply.ids]
-        assert said
+    def test_no_slide_unless_asked_for(self, model_of: ModelOf) -> None:
+        conversation = Conversation(model_of("demo", "q8_0", context=34), None, False, print)
+        list(conversation.ask("A story.", GREEDY, max_tokens=10))
+        with pytest.raises(ContextFull, match=r"tokens do not fit: the context of 34 has \d+ positions left"):
+            list(conversation.ask("Another.", GREEDY, max_tokens=10))
+        conversation.session.feed([300] * (34 - conversation.session.position))
+        with pytest.raises(ContextFull, match=r"1 more token does not fit: the context of 34 is full"):
+            conversation.session.step(300)
 
     @pytest.mark.parametrize("slide", [False, True])
     def test_a_turn_that_is_cancelled_while_it_is_read_leaves_the_chat(self, slide: bool, model_of: ModelOf) -> None:

@@ -12,6 +12,7 @@ from bezel.runtime import Model, load
 from bezel.runtime.api import _stored_stop_ids
 from bezel.runtime.errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
 from bezel.runtime.files.gguf_model import GGUFModel
+from bezel.runtime.session import Session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -95,6 +96,34 @@ def test_go_to_keeps_what_it_can(model_of: ModelOf) -> None:
             fresh.prefill(ids)
         assert np.abs(session.step(7) - fresh.step(7)).max() < 1e-4
         session.rewind(1)
+
+
+def test_what_fails_on_its_way_elsewhere_stays_where_it_was(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("gemma2-gqa")
+    session, fresh = model.session(), model.session()
+    for one in (session, fresh):
+        one.prefill(IDS)
+    elsewhere = [2, *reversed(IDS)]  # whose beginning the rings no longer hold
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(session.engine), "forward", fail)
+        with pytest.raises(KeyboardInterrupt):
+            session.go_to(elsewhere)
+    assert session.ids == IDS
+    assert np.array_equal(tail(session), tail(fresh))
+
+
+@pytest.mark.parametrize("ring", [False, True])
+def test_a_session_keeps_its_kind_of_cache(model_of: ModelOf, ring: bool) -> None:
+    model = model_of("gemma2-gqa", context=len(IDS) + 2)
+    session = Session(model, ring=ring)
+    session.prefill(IDS)
+    before = session.engine.cache_bytes
+    session.feed([5, 6, 7], make_room=lambda ids: ids[4:])
+    assert session.engine.cache_bytes == before
 
 
 def test_a_full_context_takes_nothing(model_of: ModelOf) -> None:

@@ -57,7 +57,8 @@ def _range(x: F32Array) -> F32Array:
     return ranges
 
 
-PEAK_16, PEAK_32, RANGE_32 = Span(16, _peak, 2.13), Span(32, _peak, 2.39), Span(32, _range, 4.20)
+PEAK_16, PEAK_32 = Span(16, _peak, 2.13), Span(32, _peak, 2.39)
+RANGE_16, RANGE_32 = Span(16, _range, 3.61), Span(32, _range, 4.20)
 
 
 def integers(first: int, last: int) -> F32Array:

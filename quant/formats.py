@@ -18,6 +18,8 @@ from .basic import Q5_1 as Q5_1
 from .basic import Q8_0 as Q8_0
 from .iq4 import IQ4_NL as IQ4_NL
 from .iq4 import IQ4_XS as IQ4_XS
+from .k_quants import Q2_K as Q2_K
+from .k_quants import Q3_K as Q3_K
 from .k_quants import Q4_K as Q4_K
 from .k_quants import Q5_K as Q5_K
 from .k_quants import Q6_K as Q6_K

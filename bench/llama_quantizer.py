@@ -23,7 +23,7 @@ from ..export.gguf.writer import export_gguf
 from ..export.sources.checkpoint import Checkpoint
 from ..export.sources.opening import open_checkpoint
 from ..export.whole import WholeOps, WholeSequences, run_layers
-from ..quant.formats import BF16, Format
+from ..quant.formats import BF16, Readable
 from ..runtime.arrays import Floats, Ints
 from ..runtime.errors import BezelError, InvalidRequest
 from ..runtime.files.gguf_model import GGUFModel
@@ -44,7 +44,7 @@ def llama_quantize(
     out: Path,
     mix: str,
     importance: Importance | None = None,
-    formats: Mapping[str, type[Format]] | None = None,
+    formats: Mapping[str, type[Readable]] | None = None,
     threads: int = 0,
 ) -> None:
     """Quantize the GGUF file `source` (F32, F16 or BF16) to `out`.

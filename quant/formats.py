@@ -8,6 +8,7 @@ from .base import Blocks as Blocks
 from .base import Bytes as Bytes
 from .base import F32Array as F32Array
 from .base import Format as Format
+from .base import Readable as Readable
 from .basic import BF16 as BF16
 from .basic import F16 as F16
 from .basic import F32 as F32

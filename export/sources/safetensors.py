@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...quant.formats import BF16, F16, F32, Format
+from ...quant.formats import BF16, F16, F32, Format, Readable
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files import strict_json
 
@@ -23,7 +23,7 @@ class StoredTensor:
     """Where a tensor lies, row after row: `offset` in bytes from the start of `file`, `shape` outputs × inputs."""
 
     file: Path
-    format: type[Format]
+    format: type[Readable]
     shape: tuple[int, ...]
     offset: int
 

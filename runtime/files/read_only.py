@@ -1,4 +1,4 @@
-"""Types of GGUF that bezel reads and never writes, by the dequantizers of the `gguf` package.
+"""Types of numbers that bezel reads and never writes; those in blocks by the dequantizers of the `gguf` package.
 
 The reference engine runs them, and an export takes them as its source. They are not in FORMATS: no exporter offers
 them, and there are no kernels for them.
@@ -30,6 +30,17 @@ _TYPES = (
 )
 
 
+class F64(Readable):
+    """As safetensors and GGUF store it; the numbers are rounded to float32."""
+
+    name, gguf_type, block, block_bytes = "f64", 28, 1, 8
+
+    @classmethod
+    def dequantize(cls, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
+            return np.ascontiguousarray(data).view("<f8").astype(np.float32)
+
+
 class ReadOnly(Readable):
     @classmethod
     def dequantize(cls, data: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -57,4 +68,4 @@ def _read_only(name: str, gguf_type: int, block: int, block_bytes: int) -> type[
     return type(name.upper(), (ReadOnly,), facts)
 
 
-READ_ONLY = {kind.gguf_type: kind for kind in (_read_only(*facts) for facts in _TYPES)}
+READ_ONLY = {kind.gguf_type: kind for kind in (F64, *(_read_only(*facts) for facts in _TYPES))}

@@ -24,7 +24,7 @@ from bezel.runtime import load
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidModelFile, InvalidRequest, UnsupportedModelFile
 from bezel.runtime.files.gguf_model import GGUFModel
-from bezel.runtime.files.read_only import READ_ONLY
+from bezel.runtime.files.read_only import F64, READ_ONLY
 from click.testing import CliRunner
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf_files import pack, tensor
@@ -32,7 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import export
 
-KINDS = {kind.name: kind for kind in READ_ONLY.values()}
+KINDS = {kind.name: kind for kind in READ_ONLY.values() if kind is not F64}
 IDS = [2, 40, 77, 500, 13, 13, 600]
 # Where a block has its float16; that of IQ1_M is cut up into the high bits of the last 8 bytes, others have none.
 _HALF = {"tq1_0": 52, "tq2_0": 64} | dict.fromkeys(("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), 0)
@@ -149,6 +149,16 @@ def test_it_is_converted_once(name: str, file_of: Callable[[str], Path], tmp_pat
     with load(path, engine="reference", kv="f32") as model, load(out, kv="f32") as native:
         want, found = model.logits(IDS), native.logits(IDS)
     assert np.corrcoef(want.ravel(), found.ravel())[0, 1] > 0.99
+
+
+def test_double_precision(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    single = gguf_of("gemma2-gqa")
+    path = rewritten(single, tmp_path / "f64.gguf", lambda x: (x.astype("<f8").view(np.uint8), F64.gguf_type))
+    with load(path, engine="reference", kv="f32") as model, load(single, engine="reference", kv="f32") as twin:
+        assert np.array_equal(model.logits(IDS), twin.logits(IDS))
+    with pytest.raises(UnsupportedModelFile, match="is f64, which the native engine has no kernels for"):
+        load(path)
+    assert run("export", path, tmp_path / "out.gguf", "--quant", "q8_0").exit_code == 0
 
 
 def test_the_native_engine_says_what_to_do(file_of: Callable[[str], Path]) -> None:

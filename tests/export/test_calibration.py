@@ -31,6 +31,7 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model import ops
 from bezel.runtime.model.families.hf import read_hf_config
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 from tiny import CONFIGS, DEMO, checkpoint_folder, export
 
 TEXT = "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
@@ -172,10 +173,34 @@ def test_an_export_goes_on_where_it_was_broken_off_and_is_the_same_every_time(te
     assert not (tmp_path / "x.gguf").exists()
     assert calibrated(tmp_path / "x.gguf", text).read_bytes() == whole
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("other", ["text", "tokens", "source", "format"])
+def test_what_was_kept_of_other_work_is_not_taken(other, text, tmp_path):
+    folder, wanted = checkpoint_folder("gemma2-gqa", tmp_path / "tiny"), {"quant": "q4_0", "tokens": 512}
+
+    def run(name: str, progress: Any = None) -> bytes:
+        with open_checkpoint(folder) as checkpoint:
+            export_calibrated(
+                checkpoint, tmp_path / name, wanted["quant"], None, text, progress, force=True, tokens=wanted["tokens"]
+            )
+        return (tmp_path / name).read_bytes()
+
     with pytest.raises(Stop):
-        calibrated(tmp_path / "x.gguf", text, progress=stop_after(0.7))
-    text.write_text(TEXT.upper())  # another text: what was kept does not fit
-    assert calibrated(tmp_path / "x.gguf", text).read_bytes() != whole
+        run("x.gguf", stop_after(0.7))
+    assert list(tmp_path.glob(".x.gguf.work/*/*.npz"))
+    if other == "text":
+        text.write_text(TEXT.upper())
+    elif other == "tokens":
+        wanted["tokens"] = 1024
+    elif other == "format":
+        wanted["quant"] = "iq4_nl"
+    else:
+        weights = load_file(folder / "model.safetensors")
+        for weight in weights.values():
+            weight[:1] *= np.float32(1.5)
+        save_file(weights, folder / "model.safetensors")
+    assert run("x.gguf") == run("fresh.gguf")
 
 
 def damage(file: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from bezel.bench.synthetic import SHAPES
 from bezel.export.calibration.moments import Calibration, calibrate, default_tokens, read_text
 from bezel.export.calibration.noting import HEAD, site_of
-from bezel.export.calibration.rounding import DAMPING, export_calibrated
+from bezel.export.calibration.rounding import DAMPING, Feedback, export_calibrated
 from bezel.export.calibration.sweep import Sweep
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.kept import KeptWork
@@ -166,12 +166,24 @@ def calibrated(out: Path, calibration: Path, quant: str = "q4_k", progress: Any 
     return out
 
 
-def test_an_export_goes_on_where_it_was_broken_off_and_is_the_same_every_time(text, tmp_path):
+def test_an_export_goes_on_where_it_was_broken_off_and_is_the_same_every_time(text, tmp_path, monkeypatch):
+    rounded, told, quantize = list[str](), list[tuple[int, int]](), Feedback.quantize
+
+    def counting(self: Feedback, form: Any, spec: Any, read: Any) -> Any:
+        rounded.append(spec.gguf)
+        return quantize(self, form, spec, read)
+
+    monkeypatch.setattr(Feedback, "quantize", counting)
     whole = calibrated(tmp_path / "whole.gguf", text).read_bytes()
     with pytest.raises(Stop):
         calibrated(tmp_path / "x.gguf", text, progress=stop_after(0.7))
     assert not (tmp_path / "x.gguf").exists()
-    assert calibrated(tmp_path / "x.gguf", text).read_bytes() == whole
+    assert {"token_embd.weight", "blk.0.attn_q.weight"} <= set(rounded)
+    rounded.clear()
+    assert calibrated(tmp_path / "x.gguf", text, progress=lambda *at: told.append(at)).read_bytes() == whole
+    assert rounded
+    assert not {"token_embd.weight", "blk.0.attn_q.weight"} & set(rounded)
+    assert told[-1][0] == told[-1][1]  # what was kept is no work
     assert not list(tmp_path.glob(".*"))
 
 

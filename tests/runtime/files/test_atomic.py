@@ -42,6 +42,44 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (out.read_bytes(), names(tmp_path)) == (b"new", ["out"])
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_gets_its_name_is_on_the_disk(folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut leaves a whole name with half a content."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("named"), replace(*paths)))
+    out = tmp_path / "out"
+    if folder:
+        with atomic_folder(out) as part:
+            (part / "a").write_bytes(b"new")
+        file = out / "a"
+    else:
+        write(out)
+        file = out
+    assert (
+        done.index(file.stat().st_ino) < done.index("named") < len(done) - 1 - done[::-1].index(tmp_path.stat().st_ino)
+    )
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, replace = tmp_path / "out", os.replace
+    out.mkdir()
+    (out / "old").write_bytes(b"precious")
+
+    def once(*paths: Path) -> None:
+        replace(*paths)
+        monkeypatch.setattr(os, "replace", fail)
+
+    def fail(*_: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out) as part:
+        (part / "new").write_bytes(b"new")
+    assert (names(tmp_path), names(out)) == (["out"], ["old"])
+
+
 def test_a_link_stays_and_leads_to_the_new_file(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real/file")

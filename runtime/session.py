@@ -45,6 +45,25 @@ class Runnable(Protocol):
         """What another model must have in common to go on with a session of this one."""
 
 
+class Held(Protocol):
+    """What holds a sequence's keys and values."""
+
+    def first_unsound(self) -> int | None: ...
+
+
+def unsound(logits: Floats, position: int, held: Held, kv: str) -> BezelError | None:
+    """What to say of logits that are not finite after `position` tokens, where keys and values are kept as `kv`."""
+    if np.isfinite(logits).all():
+        return None
+    layer = held.first_unsound()
+    where = "seen behind the last layer" if layer is None else f"first seen in keys or values of layer {layer}"
+    wider = " (float16 ends at 65504: try --kv f32)" if layer is not None and kv == "f16" else ""
+    return BezelError(
+        f"after {position} tokens the model gives logits that are not finite, {where}{wider}: its file is "
+        "damaged, or was never sound; `bezel verify` compares it with its source"
+    )
+
+
 class Session:
     """One sequence of tokens going through a model; `ids` are the tokens that it holds.
 
@@ -103,14 +122,8 @@ class Session:
             logits = self.engine.forward(part, int(start + len(part) == len(checked)))
             self.ids += part.tolist()
         last: Floats = logits[0]
-        if not np.isfinite(last).all():
-            layer = self.engine.first_unsound()
-            where = "seen behind the last layer" if layer is None else f"first seen in keys or values of layer {layer}"
-            wider = " (float16 ends at 65504: try --kv f32)" if layer is not None and self.model.kv == "f16" else ""
-            raise BezelError(
-                f"after {self.position} tokens the model gives logits that are not finite, {where}{wider}: its file is "
-                "damaged, or was never sound; `bezel verify` compares it with its source"
-            )
+        if (error := unsound(last, self.position, self.engine, self.model.kv)) is not None:
+            raise error
         return last
 
     def check(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:

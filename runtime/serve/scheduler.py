@@ -21,7 +21,7 @@ from ..engines.protocol import ModelBackend
 from ..engines.rows import Segment
 from ..errors import BezelError, InvalidRequest
 from ..session import unsound
-from ..text.generation import Writer
+from ..text.generation import Chance, Writer, chance
 from .prefixes import Kept, Prefixes, common
 
 _PASS = 0.3  # seconds that a pass should take at most: as long do others wait for their next token
@@ -45,12 +45,16 @@ class Task:
 
     `tell` is called in the scheduler's thread with each piece of text that there is, and at the end once with None;
     `writer.finish` then says why it ended ("cancelled" too), or `error` what went wrong. `paused` leaves it out of the
-    passes, `cancelled` ends it; any thread may set them.
+    passes, `cancelled` ends it; any thread may set them. With `scored`, `chances` tells how likely the model found the
+    ids of the prompt from the second on, and so many likeliest ones; all of it is then read anew.
     """
 
-    def __init__(self, prompt: Sequence[int], writer: Writer, tell: Callable[[str | None], None]) -> None:
+    def __init__(
+        self, prompt: Sequence[int], writer: Writer, tell: Callable[[str | None], None], scored: int | None = None
+    ) -> None:
         self.prompt, self.writer, self.tell = np.array(prompt, np.int64), writer, tell
         self.figures = Figures(len(prompt))
+        self.scored, self.chances = scored, list[Chance]()
         self.error: Exception | None = None
         self.cancelled = self.paused = False
         self.held: list[int] = []  # ids that the caches hold
@@ -172,7 +176,7 @@ class Scheduler:
 
     def _begin(self, task: Task) -> bool:
         """Give a task its caches; False while another one reads what it could go on from."""
-        last = task.prompt[:-1]  # logits come with the last id
+        last = task.prompt[: -1 if task.scored is None else 0]  # logits come with the last id
         sources: list[tuple[int, Kept | Task]] = [(common(kept.ids, last), kept) for kept in self.prefixes]
         sources += [(common(np.array(other.held, np.int64), last), other) for other in self._active]
         within = [(n, source) for n, source in sources if source.caches is not None and source.caches.reaches(n)]
@@ -207,7 +211,7 @@ class Scheduler:
         left = self._rows
         for i, task in enumerate(sorted(reading, key=lambda t: (t is not reading[0], len(t.pending)))):
             share = left // 2 if not i and len(reading) > 1 else left
-            n = min(len(task.pending), share, self._chunk)
+            n = min(len(task.pending), share, self._chunk if task.scored is None else _FEWEST)
             left -= n
             if n:
                 part.append((task, n))
@@ -220,7 +224,8 @@ class Scheduler:
             assert task.caches is not None
             self._keep_boundaries(task, n)
             ids: Ints = np.array(task.pending[:n], np.int64)
-            segments.append(Segment(task.caches, ids, int(n == len(task.pending))))
+            wanted = n if task.scored is not None and task.reads else int(n == len(task.pending))
+            segments.append(Segment(task.caches, ids, wanted))
         try:
             logits = self._backend.forward(segments)
         except Exception as error:  # nothing has changed: the pass takes back what it has done
@@ -230,16 +235,20 @@ class Scheduler:
         now = time.monotonic()
         row = 0
         for (task, n), segment in zip(part, segments, strict=True):
+            if task.scored is not None and task.reads:
+                following = task.prompt[len(task.held) + 1 :].tolist()
+                rows = zip(logits[row : row + n], following, strict=False)
+                task.chances += [chance(one, token, task.scored) for one, token in rows]
             task.held += task.pending[:n]
             del task.pending[:n]
-            if segment.wanted:
-                self._take(task, logits[row], now)
-                row += 1
-        rows = sum(n for _, n in part)
+            row += segment.wanted
+            if not task.pending:
+                self._take(task, logits[row - 1], now)
+        taken = sum(n for _, n in part)
         self.counts.passes += 1
         self.counts.seconds += now - began
-        if rows >= _FEWEST:
-            fit = int(rows * _PASS / (now - began))
+        if taken >= _FEWEST:
+            fit = int(taken * _PASS / (now - began))
             self._rows = max(_FEWEST, min(self._chunk, fit))
 
     def _keep_boundaries(self, task: Task, n: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -28,12 +29,35 @@ class Constraint(Protocol):
         """Take all tokens about which there is no choice, and say which they are."""
 
 
+@dataclass(frozen=True)
+class Chance:
+    """The natural logarithm of a token's probability by the model alone, and the likeliest tokens with theirs.
+
+    A text's `first` token has none.
+    """
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+    first: bool = False
+
+
+def chance(logits: Floats, token: int, n: int) -> Chance:
+    """The chance of a token by logits (vocab,), and the n likeliest."""
+    x = logits.astype(np.float64)
+    x -= x.max() + np.log(np.exp(x - x.max()).sum())
+    best = np.argpartition(-x, min(n, len(x) - 1))[:n]
+    best = best[np.lexsort((best, -x[best]))]
+    return Chance(token, float(x[token]), [(int(i), float(x[i])) for i in best])
+
+
 class Writer:
     """Turns logits into an answer: `ids`, and text that is sure to belong to it.
 
     `fed` are the ids that the model must see before the next logits. `finish` says why it ended: "stop" (a stop token
     or string), "length" (`max_tokens`), None while it runs. The token that reaches `max_tokens` is to go through the
-    model, which costs a step, only if `hold_last`: where the session goes on.
+    model, which costs a step, only if `hold_last`: where the session goes on. `chances` are those of `ids`, with the
+    likeliest `logprobs`, where that is not None; each token then takes a step of its own.
     """
 
     def __init__(
@@ -46,6 +70,7 @@ class Writer:
         stop: Sequence[str] = (),
         hold_last: bool = False,
         constraint: Constraint | None = None,
+        logprobs: int | None = None,
     ) -> None:
         sound = isinstance(stop, Iterable) and not isinstance(stop, str)
         if not sound or not all(isinstance(text, str) for text in stop):
@@ -57,22 +82,26 @@ class Writer:
         self.finish: str | None = None
         self._decoder, self._sampler, self._stop_ids = tokenizer.stream(), Sampler(sampling), stop_ids
         self._max_tokens, self._stop, self._hold_last = max_tokens, [s for s in stop if s], hold_last
-        self._constraint = constraint
+        self._constraint, self._logprobs = constraint, logprobs
+        self.chances: list[Chance] = []
+        self.keeps_chances = logprobs is not None
         self._held = ""  # text that may be the beginning of a stop string
 
     def take(self, logits: Floats, seen: Sequence[int]) -> str:
         """Draw from logits (vocab,) of the newest token; `seen` are all ids so far. Gives the text that is sure now."""
         if self._is_full():
             return self.end("length")
-        if self._constraint is not None:
-            logits = np.where(self._constraint.allowed(), logits, -np.inf)
-        token = self._sampler(logits, seen)
+        allowed = logits if self._constraint is None else np.where(self._constraint.allowed(), logits, -np.inf)
+        token = self._sampler(allowed, seen, self.ids)
         if token in self._stop_ids:
             return self.end("stop")
         self.fed = [token]
+        if self._logprobs is not None:
+            self.chances.append(chance(logits, token, self._logprobs))
         if self._constraint is not None:
             self._constraint.accept(token)
-            self.fed += self._constraint.forced()
+            if self._logprobs is None:
+                self.fed += self._constraint.forced()
         text = ""
         for i, token in enumerate(self.fed):
             self.ids.append(token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ class Sampling:
     """How to choose a token. The defaults are those that Google publishes for Gemma.
 
     Applied in this order: `repetition_penalty` (Keskar et al. 2019: seen tokens' logits are divided by it, or
-    multiplied if negative), `temperature` (0 takes the likeliest token), `top_k` (0 = off), `top_p` (smallest set
-    that reaches this probability), `min_p` (at least this share of the likeliest token's probability).
+    multiplied if negative), `presence_penalty` and `frequency_penalty` (taken from the logits of tokens that were
+    written already, once and for each time, as OpenAI's API has them), `logit_bias` (added, by token),
+    `temperature` (0 takes the likeliest token), `top_k` (0 = off), `top_p` (smallest set that reaches this
+    probability), `min_p` (at least this share of the likeliest token's probability).
     The same `seed` gives the same text; None draws a fresh one. Raises InvalidRequest for values out of range.
     """
 
@@ -30,20 +32,28 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, counts = getattr(self, field.name), field.name in ("top_k", "seed")
-            drawn = field.name == "seed" and value is None
+        for name in (one.name for one in fields(self) if one.name != "logit_bias"):
+            value, counts = getattr(self, name), name in ("top_k", "seed")
+            drawn = name == "seed" and value is None
             if not (is_whole(value) or drawn or (isinstance(value, float) and not counts)):
                 want = "a whole number" if counts else "a number"
-                raise InvalidRequest(f"{field.name}: found {value!r:.80}, expected {want}")
+                raise InvalidRequest(f"{name}: found {value!r:.80}, expected {want}")
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
+        if not all(is_whole(token) and (is_whole(x) or isinstance(x, float)) and x == x for token, x in bias):
+            raise InvalidRequest(f"logit_bias: found {self.logit_bias!r:.80}, expected numbers by token")
         checks = [
             ("temperature", 0 <= self.temperature < np.inf, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0 (1 is off)"),
+            ("presence_penalty", abs(self.presence_penalty) < np.inf, "a finite number"),
+            ("frequency_penalty", abs(self.frequency_penalty) < np.inf, "a finite number"),
             ("seed", self.seed is None or self.seed >= 0, "at least 0"),
         ]
         for name, fine, want in checks:
@@ -97,8 +107,11 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def __call__(self, logits: Floats, seen: Sequence[int]) -> int:
-        """The next token's id, from logits (vocab,); `seen` are the ids that the repetition penalty acts on."""
+    def __call__(self, logits: Floats, seen: Sequence[int], written: Sequence[int] = ()) -> int:
+        """The next token's id, from logits (vocab,).
+
+        `seen` are the ids that the repetition penalty acts on, `written` those that the other two do.
+        """
         s = self._sampling
         if s.repetition_penalty != 1 and len(seen):
             logits = logits.astype(np.float64)
@@ -106,6 +119,15 @@ class Sampler:
             with np.errstate(over="ignore"):
                 logits[ids] *= np.where(logits[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
             logits = logits.clip(-_HUGE, _HUGE)
+        if (s.presence_penalty or s.frequency_penalty) and len(written):
+            logits = logits.astype(np.float64)
+            ids, times = np.unique(np.asarray(written), return_counts=True)
+            logits[ids] -= s.presence_penalty + s.frequency_penalty * times
+        if s.logit_bias:
+            logits = logits.astype(np.float64)
+            for token, bias in s.logit_bias.items():
+                if 0 <= token < len(logits):
+                    logits[token] += bias
         if s.temperature == 0:
             return int(np.argmax(logits))
         ids, p = candidates(logits, s)

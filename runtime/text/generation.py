@@ -91,8 +91,8 @@ class Writer:
         """Draw from logits (vocab,) of the newest token; `seen` are all ids so far. Gives the text that is sure now."""
         if self._is_full():
             return self.end("length")
-        allowed = logits if self._constraint is None else np.where(self._constraint.allowed(), logits, -np.inf)
-        token = self._sampler(allowed, seen, self.ids)
+        allowed = None if self._constraint is None else self._constraint.allowed()
+        token = self._sampler(logits, seen, self.ids, allowed)
         if token in self._stop_ids:
             return self.end("stop")
         self.fed = [token]

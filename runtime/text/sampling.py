@@ -107,45 +107,92 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def __call__(self, logits: Floats, seen: Sequence[int], written: Sequence[int] = ()) -> int:
-        """The next token's id, from logits (vocab,).
+    def __call__(
+        self,
+        logits: Floats,
+        seen: Sequence[int],
+        written: Sequence[int] = (),
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> int:
+        """The next token's id, from logits (vocab,), of which those that are `allowed` (vocab,) count.
 
         `seen` are the ids that the repetition penalty acts on, `written` those that the other two do.
         """
         s = self._sampling
-        if s.repetition_penalty != 1 and len(seen):
-            logits = logits.astype(np.float64)
-            ids = np.unique(np.asarray(seen))
-            with np.errstate(over="ignore"):
-                logits[ids] *= np.where(logits[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
-            logits = logits.clip(-_HUGE, _HUGE)
-        if (s.presence_penalty or s.frequency_penalty) and len(written):
-            logits = logits.astype(np.float64)
-            ids, times = np.unique(np.asarray(written), return_counts=True)
-            logits[ids] -= s.presence_penalty + s.frequency_penalty * times
-        if s.logit_bias:
-            logits = logits.astype(np.float64)
-            for token, bias in s.logit_bias.items():
-                if 0 <= token < len(logits):
-                    logits[token] += bias
-        if s.temperature == 0:
+        changed = _changed(logits, s, seen, written)
+        if s.temperature == 0 and changed is None and allowed is None:
             return int(np.argmax(logits))
-        ids, p = candidates(logits, s)
+        ids, p = candidates(logits, s, changed, allowed)
+        if s.temperature == 0:
+            return int(ids[0])
         return int(
             ids[np.searchsorted(np.cumsum(p), self._random.random() * p.sum(), side="right").clip(0, len(p) - 1)]
         )
 
 
-def candidates(logits: Floats, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The ids that temperature, top-k, top-p and min-p leave, likeliest first, and their probabilities (unscaled)."""
-    logits = logits.astype(np.float64)
+Changed = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+"""Ids, and logits that take the place of theirs."""
+
+
+def _changed(logits: Floats, s: Sampling, seen: Sequence[int], written: Sequence[int]) -> Changed | None:
+    """What penalties and biases make of logits; None where there are none."""
+    repeated = np.unique(np.asarray(seen if s.repetition_penalty != 1 else (), np.int64))
+    counted = written if s.presence_penalty or s.frequency_penalty else ()
+    again, times = np.unique(np.asarray(counted, np.int64), return_counts=True)
+    biased = np.array([token for token in s.logit_bias if 0 <= token < len(logits)], np.int64)
+    ids = np.unique(np.concatenate([repeated, again, biased]))
+    if not len(ids):
+        return None
+    x = logits[ids].astype(np.float64)
+    at = np.searchsorted(ids, repeated)
+    with np.errstate(over="ignore"):
+        x[at] *= np.where(x[at] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
+    x = x.clip(-_HUGE, _HUGE)
+    x[np.searchsorted(ids, again)] -= s.presence_penalty + s.frequency_penalty * times
+    x[np.searchsorted(ids, biased)] += [s.logit_bias[token] for token in biased.tolist()]
+    return ids, x
+
+
+def candidates(
+    logits: Floats, s: Sampling, changed: Changed | None = None, allowed: npt.NDArray[np.bool_] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The ids that temperature, top-k, top-p and min-p leave, likeliest first, and their probabilities (unscaled).
+
+    At a temperature of 0 the likeliest alone.
+    """
+    top_k = 1 if s.temperature == 0 else s.top_k or len(logits)
+    others = logits
+    if changed is not None or allowed is not None:
+        others = logits.copy()
+        if changed is not None:
+            others[changed[0]] = -np.inf
+        if allowed is not None:
+            np.copyto(others, np.float32(-np.inf), where=~allowed)
+    ids = _largest(others, top_k)
+    x = others[ids].astype(np.float64)
+    if changed is not None:
+        which = slice(None) if allowed is None else allowed[changed[0]]
+        ids, x = np.concatenate([ids, changed[0][which]]), np.concatenate([x, changed[1][which]])
+    if changed is not None or allowed is not None:
+        possible = x > -np.inf
+        ids, x = ids[possible], x[possible]
+    best = np.lexsort((ids, -x))[:top_k]  # ties by id, so that a seed means the same text everywhere
+    ids, x = ids[best], x[best]
+    if s.temperature == 0:
+        return ids, np.ones(1)
     with np.errstate(over="ignore"):  # far below the likeliest is as good as never
-        scaled = (logits - logits.max()) / s.temperature
-    limited = 0 < s.top_k < len(logits)
-    ids = np.argpartition(scaled, -s.top_k)[-s.top_k :] if limited else np.arange(len(logits))
-    ids = ids[np.lexsort((ids, -scaled[ids]))]  # ties by id, so that a seed means the same text everywhere
-    p = np.exp(scaled[ids])
+        p = np.exp((x - x[0]) / s.temperature)
     p /= p.sum()
     kept = max(1, int(np.count_nonzero(np.cumsum(p) - p < s.top_p)))
     kept = min(kept, max(1, int(np.count_nonzero(p >= s.min_p * p[0]))))
     return ids[:kept], p[:kept]
+
+
+def _largest(x: Floats, k: int) -> npt.NDArray[np.int64]:
+    """Indices of the k largest of x, among a few others: those of at least the k-th largest maximum of many pieces."""
+    width = len(x) // (8 * k)
+    if width < 2:
+        return np.arange(len(x))
+    n = len(x) // width
+    peaks = x[: n * width].reshape(n, width).max(axis=1)
+    return np.flatnonzero(x >= np.partition(peaks, n - k)[n - k])

@@ -104,7 +104,7 @@ def test_a_character_that_is_cut_short_comes_in_the_end(model: Model, monkeypatc
 def test_the_repetition_penalty_is_for_what_was_read_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
-    def draw(_sampler: object, _logits: Floats, ids: list[int], _written: list[int]) -> int:
+    def draw(_sampler: object, _logits: Floats, ids: list[int], *_: object) -> int:
         seen.append(list(ids))
         return 300
 

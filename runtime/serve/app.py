@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from ..errors import BezelError, InvalidRequest
 from ..version import bezel_version
-from . import openai
+from . import anthropic, asks, openai, responses
 from .answers import Answer
 from .fields import BadRequest, Fields
 from .guard import Guard, problem
@@ -27,6 +27,13 @@ _PING_SECONDS = 15  # without a word a stream sends a comment, so that nobody ta
 _log = logging.getLogger("bezel.serve")
 
 Parts = AsyncIterator[dict[str, Any]]
+
+
+class Form(Protocol):
+    """How an API tells answers: whole, or in the parts of a stream, each with the name of its "event" if it has one."""
+
+    async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]: ...
+    def parts(self, answers: Sequence[Answer]) -> Parts: ...
 
 
 class Server:
@@ -57,35 +64,60 @@ class Server:
 
     async def chat_completions(self, request: Request) -> Response:
         fields, served = await self._read(request)
-        ask = openai.chat_ask(fields, served)
-        return await self._answer(request, fields, served, [ask], openai.Form(served, fields, chat=True))
+        ask = await openai.chat_ask(fields, served)
+        form = openai.Form(served, fields, is_chat=True, calls=ask.calls)
+        return await self._answer(request, fields.flag("stream"), served, [ask], form)
 
     async def completions(self, request: Request) -> Response:
         fields, served = await self._read(request)
-        asks = openai.completion_asks(fields, served)
-        return await self._answer(request, fields, served, asks, openai.Form(served, fields, chat=False))
+        found = asks.completion_asks(fields, served)
+        form = openai.Form(served, fields, is_chat=False)
+        return await self._answer(request, fields.flag("stream"), served, found, form)
+
+    async def responses(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        ask = await responses.responses_ask(fields, served)
+        form = responses.Form(served, fields, ask.calls)
+        return await self._answer(request, fields.flag("stream"), served, [ask], form, done=False)
+
+    # --- of Anthropic's API
+
+    async def messages(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        ask = await anthropic.messages_ask(fields, served)
+        form = anthropic.Form(served, ask.calls)
+        return await self._answer(request, fields.flag("stream"), served, [ask], form, done=False)
+
+    async def count_tokens(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        return JSONResponse({"input_tokens": len(asks.prompt_of(served, anthropic.talk_of(fields)))})
 
     async def _read(self, request: Request) -> tuple[Fields, Served]:
         fields = Fields.parse(await request.body())
         return fields, await self._models.get(fields.text("model"))
 
     async def _answer(
-        self, request: Request, fields: Fields, served: Served, asks: Sequence[openai.Ask], form: openai.Form
+        self,
+        request: Request,
+        streamed: bool,
+        served: Served,
+        found: Sequence[asks.Ask],
+        form: Form,
+        done: bool = True,
     ) -> Response:
-        streamed = fields.flag("stream")
-        answers = self._start(served, asks)
+        answers = self._start(served, found)
         if streamed:
-            return events(request, answers, form.parts(answers))
+            return events(answers, form.parts(answers), done)
         return JSONResponse(await attended(request, answers, form.whole(answers)))
 
-    def _start(self, served: Served, asks: Sequence[openai.Ask]) -> list[Answer]:
+    def _start(self, served: Served, found: Sequence[asks.Ask]) -> list[Answer]:
         _, waiting = served.scheduler.load
-        if waiting + sum(ask.n for ask in asks) > self._most_waiting:
+        if waiting + sum(ask.n for ask in found) > self._most_waiting:
             raise BadRequest(f"{waiting} answers are waiting already; try again later", status=503)
         answers: list[Answer] = []
         try:
-            for ask in asks:
-                answers += openai.start(served, ask)
+            for ask in found:
+                answers += asks.start(served, ask)
         except BaseException:
             for answer in answers:
                 answer.cancel()
@@ -186,7 +218,7 @@ async def attended(request: Request, answers: Sequence[Answer], work: Awaitable[
             answer.cancel()
 
 
-def events(request: Request, answers: Sequence[Answer], parts: Parts, done: bool = True) -> Response:  # noqa: ARG001
+def events(answers: Sequence[Answer], parts: Parts, done: bool = True) -> Response:
     """A stream of server-sent events; the answers end when the client leaves."""
 
     async def lines() -> AsyncIterator[str]:
@@ -204,7 +236,7 @@ def events(request: Request, answers: Sequence[Answer], parts: Parts, done: bool
                     break
                 finally:
                     pending = None
-                name = part.pop("event", None)
+                name = part.pop("event", None)  # which not every API gives
                 yield (f"event: {name}\n" if name else "") + f"data: {openai.dumps(part)}\n\n"
             if done:
                 yield "data: [DONE]\n\n"
@@ -234,10 +266,11 @@ def explain(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, {"message": "an error of the server's own", "type": "server_error", "param": None, "code": None}
 
 
-async def _tell(request: Request, error: Exception) -> Response:  # noqa: ARG001
+async def _tell(request: Request, error: Exception) -> Response:
     status, told = explain(error)
     headers = {"retry-after": "1"} if status == 503 else None
-    return JSONResponse({"error": told}, status, headers)
+    of_anthropic = request.url.path.startswith("/v1/messages")
+    return JSONResponse(anthropic.problem(status, told) if of_anthropic else {"error": told}, status, headers)
 
 
 async def _left(request: Request, error: Exception) -> Response:  # noqa: ARG001
@@ -272,6 +305,9 @@ def make_app(
     post = [
         ("/v1/chat/completions", server.chat_completions),
         ("/v1/completions", server.completions),
+        ("/v1/responses", server.responses),
+        ("/v1/messages", server.messages),
+        ("/v1/messages/count_tokens", server.count_tokens),
         ("/tokenize", server.tokenize),
         ("/detokenize", server.detokenize),
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from ..api import Model, load
 from ..cache.caches import bytes_for, default_chunk
 from ..engines import bytes_for as stores_of
+from ..text.grammar import Grammar, Grammars
 from .fields import BadRequest
 from .scheduler import Scheduler
 
@@ -31,6 +33,18 @@ class Served:
     def __init__(self, name: str, model: Model, setting: Setting) -> None:
         self.name, self.model, self.loaded = name, model, int(time.time())
         self.scheduler = Scheduler(model, setting.parallel, setting.cache_bytes)
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
+
+    async def compiled(self, compile_: Callable[[Grammars], Grammar]) -> Grammar:
+        """A grammar for this model, made beside what else is going on. Raises InvalidRequest."""
+
+        def work() -> Grammar:
+            with self._lock:
+                self._grammars = self._grammars or Grammars(self.model.tokenizer, self.model.stop_ids)
+            return compile_(self._grammars)
+
+        return await asyncio.to_thread(work)
 
     def close(self, drain: float) -> None:
         self.scheduler.close(drain)

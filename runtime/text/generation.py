@@ -80,6 +80,7 @@ class Writer:
         self.ids: list[int] = []
         self.fed: list[int] = []
         self.finish: str | None = None
+        self.stopped_by: str | None = None  # the stop string, where it was one
         self._decoder, self._sampler, self._stop_ids = tokenizer.stream(), Sampler(sampling), stop_ids
         self._max_tokens, self._stop, self._hold_last = max_tokens, [s for s in stop if s], hold_last
         self._constraint, self._logprobs = constraint, logprobs
@@ -106,7 +107,8 @@ class Writer:
         for i, token in enumerate(self.fed):
             self.ids.append(token)
             self._held += self._decoder.push(token)
-            if (at := self._find_stop(self._held)) is not None:
+            if (found := self._find_stop(self._held)) is not None:
+                at, self.stopped_by = found
                 self.fed, self.finish = self.fed[: i + 1], "stop"
                 return text + self._held[:at]
             keep = self._possible_stop(self._held)
@@ -125,9 +127,9 @@ class Writer:
     def _is_full(self) -> bool:
         return self._max_tokens is not None and len(self.ids) >= self._max_tokens
 
-    def _find_stop(self, text: str) -> int | None:
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        return min(found, default=None)
+    def _find_stop(self, text: str) -> tuple[int, str] | None:
+        """Where the first stop string begins, and which it is."""
+        return min(((at, stop) for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
 
     def _possible_stop(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with."""

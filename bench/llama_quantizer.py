@@ -23,7 +23,7 @@ from ..export.gguf.writer import export_gguf
 from ..export.sources.checkpoint import Checkpoint
 from ..export.sources.opening import open_checkpoint
 from ..export.whole import WholeOps, WholeSequences, run_layers
-from ..quant.formats import BF16, Format
+from ..quant.formats import BF16, Readable
 from ..runtime.arrays import Floats, Ints
 from ..runtime.errors import BezelError, InvalidRequest
 from ..runtime.files.gguf_model import GGUFModel
@@ -31,8 +31,8 @@ from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import Tokenizer
 from .loss.passages import CHUNK, cut, read_texts
 
-TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
-TYPES |= {"iq4_nl": 25, "iq4_xs": 30}
+TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q4_k_s": 14, "q4_k_m": 15}
+TYPES |= {"q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30}
 """llama.cpp's names for its mixes of formats, and the numbers of its `llama_ftype`."""
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
@@ -44,7 +44,7 @@ def llama_quantize(
     out: Path,
     mix: str,
     importance: Importance | None = None,
-    formats: Mapping[str, type[Format]] | None = None,
+    formats: Mapping[str, type[Readable]] | None = None,
     threads: int = 0,
 ) -> None:
     """Quantize the GGUF file `source` (F32, F16 or BF16) to `out`.

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quant.formats import Format
 from ..runtime.errors import InvalidModelFile, InvalidRequest
-from ..runtime.files.model_file import ModelFile, Tensor, open_model
+from ..runtime.files.model_file import ModelFile, open_model
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import NORMAL
@@ -107,7 +108,12 @@ def _check_vocabulary(file: ModelFile, source: Checkpoint) -> None:
 
 
 def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorReport:
-    info = file.tensors[spec.gguf]
+    form = file.tensors[spec.gguf].format
+    if not issubclass(form, Format):
+        raise InvalidRequest(
+            f"{file.path}: tensor '{spec.gguf}' is {form.name}, which bezel does not write, so that nothing says how "
+            "far from its source it may be; `bezel measure` says what it costs"
+        )
     n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
     step = max(1, _CHUNK_WEIGHTS // columns)
     noise, signal, spans, sizes, max_error = [], [], [], [], 0.0
@@ -119,7 +125,7 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
             noise.append(_energy(error))
             max_error = float(np.maximum(max_error, np.abs(error).max()))
         signal.append(_energy(rows))
-        spans.append(info.format.span.energy(rows) if info.format.span else 0.0)
+        spans.append(form.span.energy(rows) if form.span else 0.0)
         sizes.append(stop - start)
     mean = sum(signal) / n_rows
     relative = _ratio(sum(noise), sum(signal))
@@ -128,12 +134,12 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
     return TensorReport(
         name=spec.gguf,
         role=spec.role,
-        format=info.format.name,
+        format=form.name,
         error=relative,
         worst_chunk=max(map(_ratio, noise, chunks)),
         max_error=max_error,
         sqnr_db=-20 * math.log10(relative) if relative else math.inf,
-        tolerance=_tolerance(info, spec, source, span, CALIBRATION in file.metadata),
+        tolerance=_tolerance(form, spec, source, span, CALIBRATION in file.metadata),
     )
 
 
@@ -148,14 +154,13 @@ def _ratio(noise: float, signal: float) -> float:
     return math.sqrt(noise / signal) if signal else math.inf
 
 
-def _tolerance(info: Tensor, spec: TensorSpec, source: Checkpoint, span: float, calibrated: bool) -> float:
+def _tolerance(form: type[Format], spec: TensorSpec, source: Checkpoint, span: float, calibrated: bool) -> float:
     """The format's own, or more where the source's blocks have the larger `span`, in deviations; but nothing where
     source and file hold the same kind of number."""
-    same = info.format is source.format(spec) and spec.is_matrix
+    same = form is source.format(spec) and spec.is_matrix
     if calibrated and spec.role.startswith("post_"):
         return _CALIBRATED_NORM
     if same:
         return 0.0
-    form = info.format
     tolerance = max(form.tolerance, form.tolerance_of(span)) if form.span else form.tolerance
     return tolerance * (_CALIBRATED_FACTOR if calibrated else 1.0)

@@ -58,7 +58,8 @@ def _range(x: F32Array) -> F32Array:
     return ranges
 
 
-PEAK_16, PEAK_32, RANGE_32 = Span(16, _peak, 2.13), Span(32, _peak, 2.39), Span(32, _range, 4.20)
+PEAK_16, PEAK_32 = Span(16, _peak, 2.13), Span(32, _peak, 2.39)
+RANGE_16, RANGE_32 = Span(16, _range, 3.61), Span(32, _range, 4.20)
 
 
 def integers(first: int, last: int) -> F32Array:
@@ -66,7 +67,31 @@ def integers(first: int, last: int) -> F32Array:
     return np.arange(first, last + 1, dtype=np.float32)
 
 
-class Format:
+class Readable:
+    """What is known of every type of tensor that can be read: its sizes, and what its bytes stand for.
+
+    `Format` adds what writing asks for; what is only read is in `runtime/files/read_only.py`.
+    """
+
+    name: ClassVar[str]
+    gguf_type: ClassVar[int]
+    block: ClassVar[int]  # weights in a block
+    block_bytes: ClassVar[int]
+
+    @classmethod
+    def row_bytes(cls, n: int) -> int:
+        """Bytes of a row of n weights. Raises ValueError if n is not a whole number of blocks."""
+        if n % cls.block:
+            raise ValueError(f"{cls.name}: a row of {n} weights is not a multiple of the block of {cls.block}")
+        return n // cls.block * cls.block_bytes
+
+    @classmethod
+    def dequantize(cls, data: Bytes) -> F32Array:
+        """uint8 (..., bytes), whole blocks → float32 (..., n)."""
+        raise NotImplementedError
+
+
+class Format(Readable):
     """A block format. `layout` describes one block: fields of codes start with "q", all others are scales.
 
     `codebook` holds the values of the codes, ascending: a weight is scale · codebook[code] + offset. Floats, whose
@@ -78,11 +103,7 @@ class Format:
     derives it.
     """
 
-    name: ClassVar[str]
-    gguf_type: ClassVar[int]
     file_type: ClassVar[int]  # llama.cpp's `llama_ftype` of a file that holds mostly this
-    block: ClassVar[int]  # weights in a block
-    block_bytes: ClassVar[int]
     layout: ClassVar[np.dtype[Any]]
     fallback: ClassVar[type[Format] | None] = None  # which llama.cpp puts in its place where rows are not whole blocks
     codebook: ClassVar[F32Array]
@@ -105,13 +126,6 @@ class Format:
         room for rounded scales and for those that are not. Data of another tensor is off by √2.
         """
         return 1.5 * span / cls.divisions / math.sqrt(12)
-
-    @classmethod
-    def row_bytes(cls, n: int) -> int:
-        """Bytes of a row of n weights. Raises ValueError if n is not a whole number of blocks."""
-        if n % cls.block:
-            raise ValueError(f"{cls.name}: a row of {n} weights is not a multiple of the block of {cls.block}")
-        return n // cls.block * cls.block_bytes
 
     @classmethod
     def quantize(cls, rows: F32Array, weights: F32Array | None = None) -> Bytes:

@@ -37,7 +37,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.files": (*CONTRACT, "quant.formats", "numpy"),
     "runtime.files.safetensors": ("runtime.arrays", "numpy", "safetensors"),
     "runtime.files.strings": ("runtime._native", "numpy"),
-    "runtime.files.gguf": ("runtime.errors", "runtime.files.strings", "runtime._native", "quant.formats", "numpy"),
+    "runtime.files.gguf": (
+        *("runtime.errors", "runtime.files.strings", "runtime.files.read_only", "runtime._native"),
+        *("quant.formats", "numpy"),
+    ),
+    "runtime.files.read_only": ("runtime.errors", "quant.formats", "numpy", "gguf"),
     "runtime.text.tokenizer": (*CONTRACT, "runtime._native", "sentencepiece", "numpy"),
     "runtime.engines": (*CONTRACT, "runtime.engines", "runtime._native", "quant.formats", "threadpoolctl", "numpy"),
     "runtime.engines.ort": (*CONTRACT, "runtime.engines", "runtime._native", "onnxruntime", "numpy"),

@@ -60,13 +60,14 @@ def _kept(checkpoint: Checkpoint, spec: TensorSpec) -> type[Format]:
     stored = checkpoint.format(spec)
     if spec.is_norm or stored is BF16:
         return F32
-    if stored not in (*INTEGER_FORMS, F32, F16):
+    exact: dict[str, type[Format]] = {form.name: form for form in INTEGER_FORMS} | {"f32": F32, "f16": F16}
+    if stored.name not in exact:
         raise InvalidRequest(
             f"{checkpoint.path}: tensor '{spec.gguf}' is {stored.name}, which ONNX cannot hold exactly: expected "
             f"integers times a scale, as in {', '.join(f.name for f in INTEGER_FORMS)}. Export with --quant f32, or "
             "from the checkpoint"
         )
-    return stored
+    return exact[stored.name]
 
 
 def _asked_for(checkpoint: Checkpoint, quant: str, embedding: str | None) -> tuple[str, dict[str, type[Format]]]:

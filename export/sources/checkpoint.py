@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import EVEN, F32, Format
+from ...quant.formats import EVEN, F32, Format, Readable
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import TensorSpec, tensor_specs
@@ -77,7 +77,7 @@ class Checkpoint:
                 file.close()
             self._open.clear()
 
-    def format(self, spec: TensorSpec) -> type[Format]:
+    def format(self, spec: TensorSpec) -> type[Readable]:
         """How the checkpoint stores the tensor."""
         return self.stored[spec.gguf].format
 

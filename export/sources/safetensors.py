@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...quant.formats import BF16, F16, F32, Format
+from ...quant.formats import BF16, F16, F32, Readable
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files import strict_json
+from ...runtime.files.read_only import F64
 
 MAX_HEADER = 100_000_000
-DTYPES: dict[str, type[Format]] = {"F32": F32, "F16": F16, "BF16": BF16}
+DTYPES: dict[str, type[Readable]] = {"F64": F64, "F32": F32, "F16": F16, "BF16": BF16}
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class StoredTensor:
     """Where a tensor lies, row after row: `offset` in bytes from the start of `file`, `shape` outputs × inputs."""
 
     file: Path
-    format: type[Format]
+    format: type[Readable]
     shape: tuple[int, ...]
     offset: int
 

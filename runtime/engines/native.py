@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from .. import _native
 from ..arrays import Arrays, Floats, Ints
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, UnsupportedModelFile
 from ..files.gguf_model import GGUFModel
+from ..files.read_only import READ_ONLY
 from ..model import ops
 from ..model.config import ModelConfig
 from ..model.forward import Weights
@@ -77,7 +79,7 @@ class NativeBackend(ModelBackend):
     """A model's weights in place, in the mapped file. `threads` None takes the performance cores.
 
     `exact` computes with float32 activations instead of int8. Raises InvalidRequest for a BEZEL_ISA that this
-    machine does not have, and for a file in a format without kernels.
+    machine does not have, and UnsupportedModelFile for a type without kernels.
     """
 
     def __init__(self, file: GGUFModel, config: ModelConfig, threads: int | None, exact: bool) -> None:
@@ -105,11 +107,12 @@ class NativeBackend(ModelBackend):
                 home[spec.role] = file.dequantize(spec.gguf)
                 continue
             form = file.tensors[spec.gguf].format
-            try:
-                home[spec.role] = _native.Matrix(file.data(spec.gguf), form.gguf_type, spec.shape[1])
-            except ValueError as error:  # a format without kernels
-                raise InvalidRequest(
-                    f"{file.path}: tensor '{spec.gguf}' is in {form.name}, which the native engine cannot "
-                    f"read ({error}); use the reference engine, or export the model in another format"
-                ) from None
+            if form.gguf_type in READ_ONLY:
+                raise UnsupportedModelFile(
+                    file.path,
+                    f"tensor '{spec.gguf}' is {form.name}, which the native engine has no kernels for. Run it slowly "
+                    f"with --engine reference, or convert it once: bezel export {shlex.quote(str(file.path))} OUT.gguf "
+                    "--requantize --quant q8_0",
+                )
+            home[spec.role] = _native.Matrix(file.data(spec.gguf), form.gguf_type, spec.shape[1])
         super().__init__(config, NativeOps(pool, exact), Weights(shared, layers), partial(NativeStore, pool))

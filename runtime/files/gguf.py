@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import FORMAT_OF_TYPE, Format
+from ...quant.formats import FORMAT_OF_TYPE, Readable
 from .. import _native
 from ..errors import InvalidModelFile, InvalidRequest, UnsupportedModelFile
+from .read_only import READ_ONLY
 from .strings import Strings
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ _GGML_TYPES = (
     "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 "
     "Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
     "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M "
-    "BF16 Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 IQ4_NL_4_8 IQ4_NL_8_8 MXFP4"
+    "BF16 Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 "
+    "NVFP4 Q1_0"
 ).split()
+_READABLE: Mapping[int, type[Readable]] = {**FORMAT_OF_TYPE, **READ_ONLY}
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    format: type[Format]
+    format: type[Readable]
     offset: int
     nbytes: int
 
@@ -341,16 +344,14 @@ class _Header:
         shape = tuple(self.number("Q", f"the shape of {what}") for _ in range(n_dims))[::-1]
         type_id = self.number("I", f"the type of {what}")
         offset = self.number("Q", f"the offset of {what}")
-        if type_id not in FORMAT_OF_TYPE:
-            known = ", ".join(kind.name for kind in FORMAT_OF_TYPE.values())
-            if type_id >= len(_GGML_TYPES):
-                self.fail(f"{what} has the unknown type {type_id}; bezel reads {known}", start)
+        if type_id not in _READABLE:
+            known = ", ".join(kind.name for kind in _READABLE.values())
+            found = _GGML_TYPES[type_id] if type_id < len(_GGML_TYPES) else f"of the unknown type {type_id}"
             raise UnsupportedModelFile(
                 self.path,
-                f"{what} is {_GGML_TYPES[type_id]}; bezel reads {known}. Look for the model in one of these, or export "
-                "its checkpoint",
+                f"{what} is {found}; bezel reads {known}. Look for the model in one of these, or export its checkpoint",
             )
-        kind = FORMAT_OF_TYPE[type_id]
+        kind = _READABLE[type_id]
         if 0 in shape:
             self.fail(f"{what} has shape {shape_text(shape)}: a dimension is zero", start)
         if shape[-1] % kind.block:

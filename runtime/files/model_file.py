@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import Format
+from ...quant.formats import Readable
 from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
 from ..text.tokenizer import Vocabulary
@@ -27,7 +27,7 @@ class Tensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def format(self) -> type[Format]: ...
+    def format(self) -> type[Readable]: ...
     @property
     def nbytes(self) -> int: ...
 

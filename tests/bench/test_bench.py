@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -194,7 +195,8 @@ def test_random_files_are_valid(shape: str, preset: str, tmp_path: Path) -> None
     assert {name: info.format for name, info in model.file.tensors.items()} == planned
     for name in ("blk.0.ffn_up.weight", "token_embd.weight"):
         weights = model.file.dequantize(name)
-        assert weights.std() == pytest.approx(0.02, rel=0.05)
+        rounded = math.hypot(1, planned[name].tolerance / 1.5)  # what rounding adds shows in 2 bits
+        assert weights.std() == pytest.approx(0.02 * rounded, rel=0.05)
         assert len(np.unique(weights[:, :32], axis=0)) == len(weights)
     assert model.file.dequantize("output_norm.weight").mean() == pytest.approx(1, abs=0.02)
     logits = model.logits([2, 5, 400, 1000])

@@ -36,9 +36,9 @@ def test_the_mixes_of_the_same_name_are_the_same(family: str, n_layers: int, hid
     plain = export(write_checkpoint(tmp_path / "m", shape), tmp_path / "plain.gguf", "f16")
     with open_checkpoint(plain) as checkpoint:
         specs = [spec for spec in checkpoint.specs if spec.is_matrix]
-        for name in ("q4_k_m", "q5_k_m", "q4_0", "q4_1", "q6_k", "q8_0"):
+        for name in ("q4_k_m", "q5_k_m", "q4_0", "q4_1", "q6_k", "q8_0", "q3_k_s"):
             llama_quantize(plain, tmp_path / "out.gguf", name, threads=1)
-            recipe = find_recipe(name, checkpoint.config)
+            recipe = find_recipe(name.removesuffix("_s"), checkpoint.config)
             ours = {spec.gguf: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format for spec in specs}
             assert formats_of(tmp_path / "out.gguf") == ours
 

@@ -38,7 +38,7 @@ def run(tmp_path: Path, text: Path) -> Callable[..., Measurement]:
     def call(candidates: list[str], reference: str, **options: Any) -> Measurement:
         specs = [parse_spec(c, Spec(Path())) for c in candidates]
         exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
-        return measure(specs, exact, [text], states=tmp_path / "states", **options)
+        return measure(specs, exact, [text], **{"states": tmp_path / "states", **options})
 
     return call
 
@@ -194,7 +194,9 @@ def test_a_long_text_gives_what_single_steps_give(
     assert found == pytest.approx(np.exp(nll / 255), rel=1e-9)
 
 
-def test_a_change_shows_in_its_layer_and_after(run: Callable[..., Measurement], tmp_path: Path) -> None:
+def test_a_change_shows_in_its_layer_and_after(
+    run: Callable[..., Measurement], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint_folder(TINY, tmp_path)
     changed = checkpoint_folder(TINY, tmp_path / "changed")
     weights = load_file(changed / "model.safetensors")
@@ -205,6 +207,9 @@ def test_a_change_shows_in_its_layer_and_after(run: Callable[..., Measurement], 
     assert errors[:2] == [0, 0]
     assert min(errors[2:]) > 1e-5
     assert max(errors) < 0.02
+    monkeypatch.setattr(driver, "_ROWS", 5)  # of all positions, however many are compared at a time
+    again = run([f"{changed}@kv=f32"], str(folder), chunk=64, limit=2, states=tmp_path / "anew")
+    assert [layer.error or 0 for layer in again.candidates[0].by_layer or ()] == pytest.approx(errors)
 
 
 def test_effects_are_measured_each_alone(run: Callable[..., Measurement], gguf_of: Callable[..., Path]) -> None:
@@ -325,7 +330,7 @@ def test_a_measurement_that_was_stopped_goes_on(
 
 
 def test_other_files_and_settings_are_not_taken_for_what_was_kept(
-    run: Callable[..., Measurement], gguf_of: Callable[..., Path], tmp_path: Path
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     reference, file = str(gguf_of(TINY)), tmp_path / "model.gguf"
     file.write_bytes(gguf_of(TINY, "q8_0").read_bytes())
@@ -336,8 +341,25 @@ def test_other_files_and_settings_are_not_taken_for_what_was_kept(
     file.write_bytes(gguf_of(TINY, "q4_0").read_bytes())
     result = run([str(file)], reference, chunk=64, limit=2)
     klds.append(result.candidates[0].metrics.kld_mean.value)
-    assert len(set(klds)) == 4
+    klds.append(run([str(file)], str(gguf_of(TINY, "q8_0")), chunk=64, limit=2).candidates[0].metrics.kld_mean.value)
+    text.write_text(TEXT.read_text("utf-8")[20_000:26_000], encoding="utf-8")
+    klds.append(run([str(file)], reference, chunk=64, limit=2).candidates[0].metrics.kld_mean.value)
+    assert len(set(klds)) == 6
     assert klds[3] > 5 * klds[0]
+
+
+def test_another_protocol_is_another_measurement(
+    run: Callable[..., Measurement], gguf_of: Callable[..., Path], text: Path, model_of: Callable[..., Model]
+) -> None:
+    """Of a text that is one and the same sequence by both."""
+    files, tokenizer = ([str(gguf_of(TINY, "q4_0"))], str(gguf_of(TINY))), model_of(TINY).tokenizer
+    words = text.read_text("utf-8").split()
+    for n in range(10, len(words)):
+        text.write_text(" ".join(words[:n]), encoding="utf-8")
+        if len(tokenizer.encode(text.read_text("utf-8"), bos=True)) >= 64:
+            break
+    assert run(*files, protocol="chunks", chunk=64).scored == 31
+    assert run(*files, protocol="long", chunk=64).scored == 63
 
 
 def test_specs() -> None:

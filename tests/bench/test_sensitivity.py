@@ -75,6 +75,9 @@ def test_a_planted_corruption_is_ranked_first(tmp_path: Path) -> None:
         assert first.low is not None
         assert second.high is not None
         assert first.low > second.high
+    # What is kept of this model is not taken for another one's.
+    sound = checkpoint_folder(TINY, tmp_path / "sound")
+    assert sensitivity(sound, [TEXT], ["q4_0"], by="role", states=tmp_path / "states", **OPTIONS).entries[0] != first
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ def test_what_nobody_has_used_for_a_month_is_removed(folder: Path) -> None:
         results.save(0, {"x": np.arange(3)})
         age(results._folder, 2 * MONTH)  # of a folder in use, only the key is written again
     age(old._folder / "key.json", 2 * MONTH)
+    age(kept._folder / "key.json", MONTH - 86400)
     assert state_folder() == folder
     assert names(folder) == [kept._folder.name]
     assert KeptResults(folder, {"a": 1}).load(0) is not None
@@ -74,4 +75,12 @@ def test_the_key_is_whole_or_absent(folder: Path, monkeypatch: pytest.MonkeyPatc
     results = KeptResults(folder, {"a": 1})
     assert results._folder == made
     results.save(0, {"x": np.arange(3)})
+    assert KeptResults(folder, {"a": 1}).load(0) is not None
+
+
+def test_another_version_of_the_code_computes_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KeptResults(folder, {"a": 1}).save(0, {"x": np.arange(3)})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_code", lambda: "another")
+        assert KeptResults(folder, {"a": 1}).load(0) is None
     assert KeptResults(folder, {"a": 1}).load(0) is not None

@@ -14,13 +14,15 @@ import pytest
 from bezel.bench.synthetic import SHAPES
 from bezel.export.calibration.moments import Calibration, calibrate, default_tokens, read_text
 from bezel.export.calibration.noting import HEAD, site_of
-from bezel.export.calibration.rounding import export_calibrated
+from bezel.export.calibration.rounding import DAMPING, export_calibrated
 from bezel.export.calibration.sweep import Sweep
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.kept import KeptWork
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
 from bezel.export.whole import WholeSequences
+from bezel.quant.feedback import feedback_factor, quantize_with_feedback, retargeted
+from bezel.quant.formats import Q4_0
 from bezel.runtime.commands.main import main
 from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.reference import ReferenceBackend
@@ -29,6 +31,7 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model import ops
 from bezel.runtime.model.families.hf import read_hf_config
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 from tiny import CONFIGS, DEMO, checkpoint_folder, export
 
 TEXT = "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
@@ -170,10 +173,34 @@ def test_an_export_goes_on_where_it_was_broken_off_and_is_the_same_every_time(te
     assert not (tmp_path / "x.gguf").exists()
     assert calibrated(tmp_path / "x.gguf", text).read_bytes() == whole
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("other", ["text", "tokens", "source", "format"])
+def test_what_was_kept_of_other_work_is_not_taken(other, text, tmp_path):
+    folder, wanted = checkpoint_folder("gemma2-gqa", tmp_path / "tiny"), {"quant": "q4_0", "tokens": 512}
+
+    def run(name: str, progress: Any = None) -> bytes:
+        with open_checkpoint(folder) as checkpoint:
+            export_calibrated(
+                checkpoint, tmp_path / name, wanted["quant"], None, text, progress, force=True, tokens=wanted["tokens"]
+            )
+        return (tmp_path / name).read_bytes()
+
     with pytest.raises(Stop):
-        calibrated(tmp_path / "x.gguf", text, progress=stop_after(0.7))
-    text.write_text(TEXT.upper())  # another text: what was kept does not fit
-    assert calibrated(tmp_path / "x.gguf", text).read_bytes() != whole
+        run("x.gguf", stop_after(0.7))
+    assert list(tmp_path.glob(".x.gguf.work/*/*.npz"))
+    if other == "text":
+        text.write_text(TEXT.upper())
+    elif other == "tokens":
+        wanted["tokens"] = 1024
+    elif other == "format":
+        wanted["quant"] = "iq4_nl"
+    else:
+        weights = load_file(folder / "model.safetensors")
+        for weight in weights.values():
+            weight[:1] *= np.float32(1.5)
+        save_file(weights, folder / "model.safetensors")
+    assert run("x.gguf") == run("fresh.gguf")
 
 
 def damage(file: Path) -> None:
@@ -343,6 +370,51 @@ def test_norms_behind_rounded_matrices_are_fitted_and_others_kept(name, text, tm
         for spec in specs:
             if spec.is_norm and spec not in fitted:
                 assert np.array_equal(*(file.dequantize(spec.gguf) for file in (rounded, exact)))
+
+
+class Inputs(Caught):
+    """Ops that keep what goes into each linear, and how much its rows' errors weigh."""
+
+    def __init__(self, roles: dict[int, str], config: Any) -> None:
+        super().__init__(roles, config)
+        self.seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def add(self, weight: np.ndarray, x: np.ndarray, scale: np.ndarray | float = 1.0) -> None:
+        rows = np.broadcast_to(np.square(scale), (len(x), 1))
+        self.seen.setdefault(self.roles[id(weight)], []).append((x, rows))
+
+
+@pytest.mark.parametrize("name", ["gemma1-mqa", "gemma3-gqa"])
+def test_matrices_are_rounded_for_the_inputs_that_they_get(name, text, tmp_path):
+    """Told once more, from what the reference engine sends through the exact and through the rounded file."""
+    with open_checkpoint(checkpoint_folder(name, tmp_path / "tiny")) as checkpoint:
+        export_gguf(checkpoint, tmp_path / "exact.gguf", "f32")
+        export_calibrated(checkpoint, tmp_path / "rounded.gguf", "q4_0", None, text, tokens=1024)
+        sequences = read_text(checkpoint, text, tokens=1024).sequences
+    with GGUFModel(tmp_path / "exact.gguf") as exact, GGUFModel(tmp_path / "rounded.gguf") as rounded:
+        config, seen = exact.config(), []
+        for file in (exact, rounded):
+            backend = ReferenceBackend(file, config, None)
+            tap = Inputs(
+                {id(w[role]): f"{i}.{role}" for i, w in enumerate(backend.weights.layers) for role in w}, config
+            )
+            tap.roles[id(backend.weights.shared["token_embd"])] = "head"
+            tap.normed = config.layers[0].post_norms
+            watched = ModelBackend(config, tap, backend.weights, backend.new_store)
+            for ids in sequences:
+                watched.engine(len(ids), "f32", len(ids), False).forward(ids, len(ids))
+            seen.append(tap.seen)
+        for role, parts in seen[0].items():
+            if role == "head":
+                continue
+            y, weight = (np.concatenate(part) for part in zip(*parts, strict=True))
+            x = np.concatenate([part for part, _ in seen[1][role]])
+            factor = feedback_factor((x * weight).T @ x, DAMPING)
+            tensor = f"blk.{role}.weight"
+            wanted = retargeted(exact.dequantize(tensor), ((y - x) * weight).T @ x, factor)
+            expected = Q4_0.dequantize(quantize_with_feedback(Q4_0, wanted, factor))
+            # But for sums that another order rounds over the edge of a code.
+            assert np.mean(rounded.dequantize(tensor) == expected) > 0.98, role
 
 
 # Faults

@@ -377,8 +377,8 @@ def test_a_full_disk_is_noticed_before_writing(tiny: Path, tmp_path: Path, monke
     [
         ("absent/out.gguf", {}, "no such folder"),
         (".", {}, "is a folder"),
-        ("out.gguf", {"preset": "q3_k"}, "unknown preset 'q3_k'"),
-        ("out.gguf", {"embedding": "q3_k"}, "unknown format 'q3_k'"),
+        ("out.gguf", {"preset": "iq2_xs"}, "unknown preset 'iq2_xs'"),
+        ("out.gguf", {"embedding": "iq2_xs"}, "unknown format 'iq2_xs'"),
     ],
 )
 def test_requests_that_make_no_sense(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -48,3 +49,18 @@ def test_a_damaged_file_counts_as_absent(kept: tuple[KeptWork, Path]) -> None:
             file.write_bytes(damaged)
             found = work.load(3)
             assert found is None or np.array_equal(found["blk.0.a"], ARRAYS["blk.0.a"]), (at, bit)
+
+
+def test_what_is_broken_off_while_it_is_kept_leaves_what_was_there(
+    kept: tuple[KeptWork, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken_off(file: BinaryIO, **_: Any) -> None:
+        file.write(b"PK")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez", broken_off)
+    for number in (3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            kept[0].save(number, {"c": np.zeros(3)})
+    assert (kept[0].load(3) or {}).keys() == ARRAYS.keys()
+    assert sorted(path.name for path in kept[1].parent.iterdir()) == ["000003.npz", "key.json"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 from bezel.quant.formats import FORMATS, Format
@@ -44,7 +46,7 @@ def test_search_is_never_worse_than_plain(f, kind):
     ("name", "gain"),
     [
         *(("q4_0", 0.11), ("q4_1", 0.16), ("q5_0", 0.115), ("q5_1", 0.14), ("q8_0", 0.13), ("q4_k", 0.175)),
-        *(("q5_k", 0.12), ("q6_k", 0.165), ("iq4_nl", 0.15), ("iq4_xs", 0.14)),
+        *(("q5_k", 0.12), ("q6_k", 0.165), ("iq4_nl", 0.15), ("iq4_xs", 0.14), ("q2_k", 0.35), ("q3_k", 0.14)),
     ],
 )
 def test_search_gains_on_gaussian_weights(name, gain):
@@ -52,6 +54,23 @@ def test_search_gains_on_gaussian_weights(name, gain):
     w = np.ones(1, np.float32)
     plain, found = (weighted_error(f, x, w, data).sum() for data in (f.quantize(x), f.quantize(x, w)))
     assert found <= (1 - gain) * plain
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k"])
+def test_search_is_better_than_llama_cpp_s(name):
+    """With the same importance and without any; llama.cpp then makes one up, and each is asked for its own error."""
+    llama_cpp = pytest.importorskip("llama_cpp.llama_cpp")
+    quantize = llama_cpp._lib.ggml_quantize_chunk
+    pointers = (ctypes.c_void_p, ctypes.c_void_p)
+    quantize.argtypes = [ctypes.c_int, *pointers, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    f, x = FORMATS[name], rng().standard_normal((64, 2304)).astype(np.float32)
+    uneven = np.exp(rng().standard_normal(2304)).astype(np.float32)
+    for w, given in ((np.ones(1, np.float32), None), (uneven, uneven)):
+        theirs = np.empty((len(x), f.row_bytes(2304)), np.uint8)
+        importance = None if given is None else given.ctypes.data
+        quantize(f.gguf_type, x.ctypes.data, theirs.ctypes.data, 0, *x.shape, importance)
+        found, want = (weighted_error(f, x, w, data).sum() for data in (f.quantize(x, w), theirs))
+        assert 0.7 * want < found < 0.995 * want
 
 
 @pytest.mark.parametrize("f", ONE_SCALE, ids=lambda f: f.name)

@@ -12,6 +12,7 @@ from bezel.runtime import Model, load
 from bezel.runtime.api import _stored_stop_ids
 from bezel.runtime.errors import CacheError, ContextFull, InvalidModelFile, InvalidRequest, InvalidSession
 from bezel.runtime.files.gguf_model import GGUFModel
+from bezel.runtime.files.safetensors import read_arrays, write_arrays
 from bezel.runtime.session import Session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -207,6 +208,31 @@ class TestSavedFiles:
     def test_too_long(self, saved: tuple[Model, Path], model_of: ModelOf) -> None:
         with pytest.raises(InvalidSession, match="expected up to 20"):
             model_of("gemma2-gqa", context=20).session().restore(saved[1])
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda a: a.update(ids=a["ids"][:-1]), "34 ids, but the caches hold 35 positions"),
+            (lambda a: a.update(ids=a["ids"].astype(np.int64) - 7), "a token outside the vocabulary"),
+            (lambda a: a.pop("layers.1.keys"), "'keys': found nothing"),
+        ],
+    )
+    def test_what_does_not_fit_together(
+        self, change: Callable[[dict[str, Any]], object], said: str, saved: tuple[Model, Path]
+    ) -> None:
+        """With the right checksum; and the session goes on as if nothing had happened."""
+        model, path = saved
+        labels, arrays = read_arrays(path)
+        change(arrays)
+        with path.open("wb") as file:
+            write_arrays(file, arrays, labels)
+        session, fresh = model.session(), model.session()
+        for one in (session, fresh):
+            one.prefill(IDS[:5])
+        with pytest.raises(InvalidSession, match=said):
+            session.restore(path)
+        assert session.ids == IDS[:5]
+        assert np.array_equal(tail(session), tail(fresh))
 
     def test_missing(self, model_of: ModelOf, tmp_path: Path) -> None:
         with pytest.raises(InvalidSession, match="not a saved session"):

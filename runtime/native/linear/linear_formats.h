@@ -173,6 +173,91 @@ struct Q8_0 : formats::Q8_0 {
   }
 };
 
+// Of Q2_K and Q3_K, whose codes are narrow enough for sums of 4 bits. Each half of a block keeps its 8 sub-blocks
+// in 32 bytes, two bits of every other one in the same 16.
+template <class Change, class Sink>
+BEZEL_INLINE void two_bit_codes(const uint8_t* w, int64_t row_bytes, const Change& change, const Sink& sink) {
+  repeat<2>([&](auto h) BEZEL_LAMBDA {
+    repeat<2>([&](auto part) BEZEL_LAMBDA {
+      const Rows packed = rows16(w + 32 * h.value + 16 * part.value, row_bytes);
+      repeat<4>([&](auto pair) BEZEL_LAMBDA {
+        constexpr int kShift = 2 * decltype(pair)::value;
+        const Rows low = each(packed, [](I v) BEZEL_LAMBDA { return and_(shr<kShift>(v), bytes(3)); });
+        sink(8 * h.value + kShift + part.value, change(low, part, Constant<4 * decltype(h)::value + kShift / 2>{}));
+      });
+    });
+  });
+}
+
+struct Q2_K : formats::Q2_K {
+  static constexpr int kBits = 4, kZero = 0;
+
+  // A block begins with a byte for each sub-block, and ends with d and dmin.
+  struct Scales {
+    F scale[16], minimum[16];
+
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+      const I super = transposed(rows16(w + 68, row_bytes)).v[3];
+      const F d = half(super), dmin = half(shr<16>(super));
+      const Rows s = transposed(rows16(w, row_bytes));
+      repeat<16>([&](auto j) BEZEL_LAMBDA {
+        constexpr int kShift = decltype(j)::value % 4 * 8;
+        const I both = s.v[j.value / 4];
+        scale[j.value] = mul(d, to_float(and_(shr<kShift>(both), words(15))));
+        minimum[j.value] = negative(mul(dmin, to_float(and_(shr<kShift + 4>(both), words(15)))));
+      });
+    }
+    BEZEL_INLINE F d(int j) const { return scale[j]; }
+    BEZEL_INLINE F m(int j) const { return minimum[j]; }
+  };
+
+  template <class Sink>
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, Scales&, const Sink& sink) {
+    two_bit_codes(w + 16, row_bytes, [](const Rows& low, auto, auto) BEZEL_LAMBDA { return low; }, sink);
+  }
+};
+
+struct Q3_K : formats::Q3_K {
+  static constexpr int kBits = 4, kZero = 4;
+
+  // At the end of a block are 12 bytes of scales and d: the low four bits of scales j and j + 8 in byte j, the top two
+  // of every fourth in byte 8 + j % 4.
+  struct Scales {
+    F scale[16];
+
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+      const Rows tail = transposed(rows16(w + 94, row_bytes));  // the block's last 16 bytes
+      const F super = half(shr<16>(tail.v[3]));
+      const auto word = [&](int i) BEZEL_LAMBDA { return or_(shr<16>(tail.v[i]), shl<16>(tail.v[i + 1])); };
+      const I low[2] = {word(0), word(1)}, top = word(2);
+      repeat<4>([&](auto i) BEZEL_LAMBDA {
+        constexpr int k = decltype(i)::value;
+        const I nibbles = and_(shr<k / 2 * 4>(low[k % 2]), bytes(15));
+        const I stored = or_(nibbles, shl<4>(and_(shr<2 * k>(top), bytes(3))));
+        repeat<4>([&](auto j) BEZEL_LAMBDA {
+          const I one = and_(shr<8 * decltype(j)::value>(stored), words(63));
+          scale[4 * k + j.value] = mul(super, to_float(sub32(one, words(32))));
+        });
+      });
+    }
+    BEZEL_INLINE F d(int j) const { return scale[j]; }
+    BEZEL_INLINE F m(int) const { return zero(); }
+  };
+
+  // The third bits of weights 32 i … 32 i + 31 are bit i of the first 32 bytes.
+  template <class Sink>
+  static BEZEL_INLINE void codes(const uint8_t* w, int64_t row_bytes, int, Scales&, const Sink& sink) {
+    const Rows third[2] = {rows16(w, row_bytes), rows16(w + 16, row_bytes)};
+    const auto join = [&](const Rows& low, auto part, auto i) BEZEL_LAMBDA {
+      return each(low, third[part.value], [](I q, I t) BEZEL_LAMBDA {
+        constexpr int kBit = decltype(i)::value;
+        return or_(q, and_(kBit < 2 ? shl<kBit < 2 ? 2 - kBit : 0>(t) : shr<kBit < 2 ? 0 : kBit - 2>(t), bytes(4)));
+      });
+    };
+    two_bit_codes(w + 32, row_bytes, join, sink);
+  }
+};
+
 // The head of a Q4_K or Q5_K block is 16 bytes: d, dmin, eight scales and eight minima of six bits. The last
 // four of each have their top two bits above the first four.
 struct AffineKScales {

@@ -37,11 +37,11 @@ Inputs::Inputs(Workspace& workspace, const LinearKernels& kernels, int64_t token
       d_ = workspace.get<float>(Workspace::kScales, room * blocks);
       sums_ = workspace.get<int32_t>(Workspace::kSums, 2 * room * blocks);
       const int slot = Workspace::kBias + static_cast<int>(biases_.size());
+      const int64_t size = room * (cols / format.sub);
       if (format.minimum)
-        biases_.push_back({-1, format.sub, nullptr, workspace.get<float>(slot, room * blocks)});
+        biases_.push_back({-1, format.sub, nullptr, workspace.get<float>(slot, size)});
       else
-        biases_.push_back({k.of[w[i]->type].zero, format.sub,
-                           workspace.get<int32_t>(slot, room * (cols / format.sub)), nullptr});
+        biases_.push_back({k.of[w[i]->type].zero, format.sub, workspace.get<int32_t>(slot, size), nullptr});
     }
   }
 }
@@ -103,25 +103,21 @@ void Inputs::fold(const Bias& bias, int64_t tile) const noexcept {
   const int64_t blocks = cols / kXBlock, stride = tokens(tile), first = tile * k.tokens * blocks;
   const int32_t* sums = sums_ + 2 * first;
   const float* d = d_ + first;
-  if (bias.sub < kXBlock) {
-    int32_t* const out = bias.ints + 2 * first;
-    for (int64_t i = 0; i < 2 * blocks * stride; ++i) out[i] = -bias.zero * sums[i];
-    return;
-  }
-  for (int64_t b = 0; b < blocks; ++b, sums += 2 * stride)
-    for (int64_t t = 0; t < stride; ++t) {
-      const int64_t i = b * stride + t;
-      const int32_t sum = sums[t] + sums[stride + t];
-      if (bias.moments != nullptr) bias.moments[first + i] = d[i] * static_cast<float>(sum);
-      else bias.ints[first + i] = -bias.zero * sum;
-    }
+  const int64_t subs = kXBlock / bias.sub;
+  int64_t at = first * subs;
+  for (int64_t b = 0; b < blocks; ++b, sums += 2 * stride, d += stride)
+    for (int64_t h = 0; h < subs; ++h)
+      for (int64_t t = 0; t < stride; ++t, ++at) {
+        const int32_t sum = sums[h * stride + t] + (subs == 1 ? sums[stride + t] : 0);
+        if (bias.moments != nullptr) bias.moments[at] = d[t] * static_cast<float>(sum);
+        else bias.ints[at] = -bias.zero * sum;
+      }
 }
 
 Tile Inputs::at(const Bias& bias, int64_t tile, int64_t block) const {
-  const int64_t i = tile * k.tokens * (cols / kXBlock) + block * tokens(tile);
+  const int64_t i = tile * k.tokens * (cols / kXBlock) + block * tokens(tile), at = i * (kXBlock / bias.sub);
   return {q_ + i * kXBlock, d_ + i,
-          bias.moments != nullptr ? static_cast<const void*>(bias.moments + i)
-                                  : bias.ints + i * (kXBlock / bias.sub)};
+          bias.moments != nullptr ? static_cast<const void*>(bias.moments + at) : bias.ints + at};
 }
 
 }  // namespace bezel

@@ -8,7 +8,7 @@
 // set, so that its bits depend neither on how many tokens are computed together nor on the threads or the
 // machine:
 //
-//     for the sub-blocks j of a row, in order: (32 weights that share a scale; 16 in Q6_K)
+//     for the sub-blocks j of a row, in order: (32 weights that share a scale; 16 in Q2_K, Q3_K, Q6_K)
 //       acc = fma(float(Σ (code − zero) · q), d_j · dx, acc)      the sum exact, in integers
 //       acc = fma(m_j, dx · float(Σ q), acc)                      formats with a minimum only
 //
@@ -33,7 +33,7 @@ constexpr int kMaxTokens = 16;        // of a tile
 struct Panel {
   alignas(64) uint8_t codes[kPanelCols * kMaxRows];
   alignas(64) float scales[kPanelCols / 16 * kMaxRows];  // d_j of each row of the group, for each sub-block
-  alignas(64) float minima[kPanelCols / 32 * kMaxRows];  // m_j
+  alignas(64) float minima[kPanelCols / 16 * kMaxRows];  // m_j
 };
 
 // A tile of `tokens` tokens: block b of token t is the 32 bytes at q + (b · tokens + t) · 32, its scale is

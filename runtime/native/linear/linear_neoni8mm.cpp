@@ -82,19 +82,19 @@ void gemm_pairs(const Panel& panel, int64_t blocks, const Tile& x, float* acc) {
         low[t.value] = fma(to_float(sum_low[t.value]), mul(d_low, d_tokens), low[t.value]);
         high[t.value] = fma(to_float(sum_high[t.value]), mul(d_high, d_tokens), high[t.value]);
       });
+      if constexpr (kMinimum) {
+        const F m = load_float(minima), m_low = vzip1q_f32(m, m), m_high = vzip2q_f32(m, m);
+        repeat<kPairs>([&](auto t) BEZEL_LAMBDA {
+          const F of_tokens = of_pair(moments, t);
+          low[t.value] = fma(m_low, of_tokens, low[t.value]);
+          high[t.value] = fma(m_high, of_tokens, high[t.value]);
+        });
+        minima += kRows;
+        moments += kTokens;
+      }
       codes += kSub * kRows;
       scales += kRows;
     });
-    if constexpr (kMinimum) {
-      const F m = load_float(minima), m_low = vzip1q_f32(m, m), m_high = vzip2q_f32(m, m);
-      repeat<kPairs>([&](auto t) BEZEL_LAMBDA {
-        const F of_tokens = of_pair(moments, t);
-        low[t.value] = fma(m_low, of_tokens, low[t.value]);
-        high[t.value] = fma(m_high, of_tokens, high[t.value]);
-      });
-      minima += kRows;
-      moments += kTokens;
-    }
     q += kTokens * 32;
     dx += kTokens;
   }
@@ -117,7 +117,6 @@ void gemm_i8mm(const Panel& panel, int64_t blocks, const Tile& x, int tokens, fl
 
 template <class W>
 constexpr void use_pairs(LinearKernels& k) {
-  static_assert(W::kSub == 32 || !W::kMinimum);
   k.of[W::kType].unpack = unpack<W, paired<W::kZero>>;
   k.of[W::kType].gemm = gemm_i8mm<W::kSub, W::kMinimum>;
 }

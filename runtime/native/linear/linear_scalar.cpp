@@ -116,6 +116,35 @@ struct Q8_0 : formats::Q8_0 {
   }
 };
 
+// Two bits of weight i of sub-block `sub` of a block of Q2_K or Q3_K.
+int two_bits(const uint8_t* bytes, int sub, int i) {
+  return bytes[sub / 8 * 32 + sub % 2 * 16 + i] >> sub % 8 / 2 * 2 & 3;
+}
+
+struct Q2_K : formats::Q2_K {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j / 16 * kBytes;
+    const int sub = static_cast<int>(j % 16);
+    out.d = half(block + 80) * static_cast<float>(low(block[sub]));
+    out.m = -(half(block + 82) * static_cast<float>(high(block[sub])));
+    for (int i = 0; i < 16; ++i) out.code[i] = static_cast<int8_t>(two_bits(block + 16, sub, i));
+  }
+};
+
+struct Q3_K : formats::Q3_K {
+  static void read(const uint8_t* row, int64_t j, SubBlock& out) {
+    const uint8_t* block = row + j / 16 * kBytes;
+    const uint8_t* scales = block + 96;
+    const int sub = static_cast<int>(j % 16), pair = scales[sub % 8];
+    const int top = scales[8 + sub % 4] >> sub / 4 * 2 & 3;
+    out.d = half(block + 108) * static_cast<float>((sub < 8 ? low(pair) : high(pair)) + 16 * top - 32);
+    for (int i = 0; i < 16; ++i) {
+      const int third = block[sub % 2 * 16 + i] >> sub / 2 & 1;
+      out.code[i] = static_cast<int8_t>(two_bits(block + 32, sub, i) + 4 * third - 4);
+    }
+  }
+};
+
 struct Q4_K : formats::Q4_K {
   static void read(const uint8_t* row, int64_t j, SubBlock& out) {
     const uint8_t* block = row + j / 8 * kBytes;

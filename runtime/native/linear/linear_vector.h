@@ -46,6 +46,7 @@ void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
   const int8_t* q = x.q;
   const float* dx = x.d;
   const int32_t* bias = static_cast<const int32_t*>(x.bias);
+  const float* moments = static_cast<const float*>(x.bias);
   Ahead<W> ahead{w.ahead, w.row_bytes};
   for (int64_t left = blocks; left > 0; left -= kUnit) {
     const int count = left < kUnit ? static_cast<int>(left) : kUnit;
@@ -71,7 +72,7 @@ void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
       const F scale = mul(scales.d(j), splat(dx + j / kSubs));
       if constexpr (W::kMinimum) {
         acc = fma(to_float(dot[j]), scale, acc);
-        acc = fma(scales.m(j), splat(static_cast<const float*>(x.bias) + (q - x.q) / 32 + j), acc);
+        acc = fma(scales.m(j), splat(moments + j), acc);
       } else {
         acc = fma(to_float(add32(dot[j], splat_word(bias + j))), scale, acc);
       }
@@ -81,6 +82,7 @@ void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
     q += kUnit * 32;
     dx += kUnit;
     bias += kUnit * kSubs;
+    moments += kUnit * kSubs;
   }
   store_float(y, acc);
 }
@@ -120,7 +122,7 @@ void unpack(const Group& w, int64_t blocks, Panel& panel) noexcept {
     ahead.next();
     out += kUnit * 32 * kRows;
     d += kUnit * kSubs * kRows;
-    m += kUnit * kRows;
+    m += kUnit * kSubs * kRows;
   }
 }
 
@@ -157,10 +159,10 @@ void gemm_tile(const Panel& panel, int64_t blocks, const Tile& x, float* acc) {
       }
       codes += kSub * kRows;
       scales += kRows;
+      minima += kRows;
       bias += kTokens;
+      moments += kTokens;
     });
-    minima += kRows;
-    moments += kTokens;
     q += kTokens * 32;
     dx += kTokens;
   }

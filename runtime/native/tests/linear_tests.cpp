@@ -40,8 +40,12 @@ const Format& format() {
 
 // Where a block has float16 fields.
 std::vector<int> halves(const Format& f) {
-  if (f.minimum) return {0, 2};
-  return {f.type == formats::Q6_K::kType ? 208 : 0};
+  switch (f.type) {
+    case formats::Q2_K::kType: return {80, 82};
+    case formats::Q3_K::kType: return {108};
+    case formats::Q6_K::kType: return {208};
+  }
+  return f.minimum ? std::vector<int>{0, 2} : std::vector<int>{0};
 }
 
 std::mt19937 rng(1);

@@ -94,6 +94,33 @@ def test_a_slash_that_is_no_command(demo: Path) -> None:
     assert "0 exchanges left" in said
 
 
+def test_a_line_that_goes_on_is_sent_where_input_ends(demo: Path) -> None:
+    done = CliRunner().invoke(main, ["chat", str(demo), "-n", "1", "--show-prompt"], input="A story\\\nof a cat\\\n")
+    assert "A story\nof a cat<end_of_turn>" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_stops_an_answer_once_and_at_once_the_second_time(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with load(demo) as model:
+        with generate._interruptible(model.session(), 1) as cancel:
+            assert not cancel()
+            signal.raise_signal(signal.SIGINT)
+            assert cancel()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+    draw = Sampler.__call__
+
+    def interrupted(*args: Any) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return draw(*args)
+
+    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    done = CliRunner().invoke(main, ["run", str(demo), "A story.", "--seed", "1"])
+    assert (done.exit_code, len(done.stdout.split())) == (130, 1)
+
+
 def test_a_damaged_session(demo: Path, tmp_path: Path) -> None:
     with load(demo) as model:
         session = model.session()
@@ -202,6 +229,9 @@ def test_what_a_file_recommends(demo: Path, tmp_path: Path) -> None:
     file = edited(demo, tmp_path / "m.gguf", changes)
     with load(file) as model:
         assert model.default_sampling == Sampling(top_k=40, repetition_penalty=1.5)
+        none = dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "seed"))
+        assert generate._sampling(model, {**none, "top_k": 3}) == Sampling(top_k=3, repetition_penalty=1.5)
+        assert generate._sampling(model, {**none, "top_k": None, "seed": -1}) == model.default_sampling
     for options in ((), ("--top-p", 0.9), ("--temperature", 0)):
         code, _, err = bezel("run", file, "Once", "--max-tokens", 1, *options)
         assert code == 0

@@ -15,12 +15,14 @@ from tiny import CONFIGS, DEMO, export, token_ids, write_tiny
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-# llama.cpp rounds keys and values to float16 and, for Q8_0, activations to int8 with a step of 1/127 of a block's
-# largest; bezel's reference engine does neither. Both errors are noise in the residual stream: over L layers they
-# add up to about √(2 L) · step · (logit spread), with a factor of 5 for the largest of a million logits.
+# llama.cpp rounds keys and values to float16 and, for quantized weights, activations to int8 with a step of 1/127 of a
+# block's largest; bezel's reference engine does neither. Both errors are noise in the residual stream: over L layers
+# they add up to about √(2 L) · step · (logit spread), with a factor of 5 for the largest of a million logits. The K
+# formats' blocks of activations are 256 instead of 32, whose largest is that of 32 times 1.25.
 SPREAD = 4.0
 STEP = {"f32": 2.0**-11, "q8_0": 2.0**-11 + 0.5 / 127}
 STEP["q4_0"] = STEP["q8_0"]  # its activations are Q8_0, too
+STEP["q2_k"] = STEP["q3_k"] = 2.0**-11 + 1.25 * 0.5 / 127
 
 
 def assert_same_logits(path: Path, preset: str, name: str = "demo") -> None:
@@ -35,7 +37,7 @@ def assert_same_logits(path: Path, preset: str, name: str = "demo") -> None:
     assert difference.max() < bound
 
 
-@pytest.mark.parametrize("preset", ["f32", "q8_0"])
+@pytest.mark.parametrize("preset", ["f32", "q8_0", "q2_k", "q3_k"])
 def test_same_logits(preset: str, gguf_of: Callable[..., Path]) -> None:
     assert_same_logits(gguf_of("demo", preset), preset)
 

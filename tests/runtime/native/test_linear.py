@@ -73,7 +73,7 @@ def rounding(magnitude: np.ndarray, terms: int) -> np.ndarray:
 
 def terms(fmt: type[Format], cols: int) -> int:
     """That a row adds up for quantized activations: a sub-block, and its minimum, is one."""
-    return cols // (16 if fmt.name == "q6_k" else 32) * 2
+    return cols // (16 if fmt.name in ("q2_k", "q3_k", "q6_k") else 32) * 2
 
 
 def parts(fmt: type[Format], data: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ def parts(fmt: type[Format], data: np.ndarray) -> np.ndarray:
         return w + 2 * np.repeat(m, 32, axis=1)
     if "dmin" in (fmt.layout.names or ()):
         m = np.abs(data.reshape(-1).view(fmt.layout)["dmin"].astype(np.float64)).reshape(len(data), -1)
-        return w + 2 * np.repeat(m * 63, 256, axis=1)
+        return w + 2 * np.repeat(m * (15 if fmt.name == "q2_k" else 63), 256, axis=1)
     return w
 
 

@@ -85,7 +85,7 @@ def serve(
     registry = Models(paths, Setting(options, parallel, cache_ram))
     drain = 30.0
     app = make_app(
-        registry, key=api_key, origins=origins, most_bytes=16 << 20, most_waiting=4 * parallel + 64, drain=drain
+        registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=4 * parallel + 64, drain=drain
     )
     config = uvicorn.Config(
         app,

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from ..text.generation import Writer
 from .scheduler import Scheduler, Task
 
-_MOST_UNREAD = 64  # pieces that a client may leave unread; its answer waits then
+_MOST_UNREAD = 64  # pieces that a client may leave unread; its answer waits then …
+_STALLED_SECONDS = 30  # … and ends, if they stay unread for so long
 
 
 class Answer:
@@ -18,6 +19,7 @@ class Answer:
         self._loop, self._scheduler = asyncio.get_running_loop(), scheduler
         self._pieces: asyncio.Queue[tuple[str, int] | None] = asyncio.Queue()
         self.writer, self.task = writer, Task(prompt, writer, self._tell, scored)
+        self._stalled: asyncio.TimerHandle | None = None
 
     def _tell(self, text: str | None) -> None:
         piece = None if text is None else (text, len(self.writer.chances))
@@ -26,14 +28,18 @@ class Answer:
 
     def _put(self, piece: tuple[str, int] | None) -> None:
         self._pieces.put_nowait(piece)
-        self.task.paused = self._pieces.qsize() >= _MOST_UNREAD
+        if not self.task.paused and self._pieces.qsize() >= _MOST_UNREAD:
+            self.task.paused = True
+            self._stalled = self._loop.call_later(_STALLED_SECONDS, self.cancel)
+            self._scheduler.wake()
 
     async def __aiter__(self) -> AsyncIterator[tuple[str, int]]:
         """Raises what went wrong."""
         while (piece := await self._pieces.get()) is not None:
             yield piece
-            if self.task.paused and self._pieces.qsize() < _MOST_UNREAD // 2:
-                self.task.paused = False
+            if self._stalled and self._pieces.qsize() < _MOST_UNREAD // 2:
+                self._stalled.cancel()
+                self._stalled, self.task.paused = None, False
                 self._scheduler.wake()
         if self.task.error is not None:
             raise self.task.error
@@ -44,6 +50,8 @@ class Answer:
 
     def cancel(self) -> None:
         """Nobody waits for it any more; nothing happens where it has ended."""
+        if self._stalled:
+            self._stalled.cancel()
         self.task.cancelled = True
         self._scheduler.wake()
 

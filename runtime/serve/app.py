@@ -37,10 +37,10 @@ class Form(Protocol):
 
 
 class Server:
-    """What the endpoints do. `most_waiting` is how many answers may wait for their turn, each model's."""
+    """What the endpoints do. `most_begun` is how many answers may be asked for at a time, each model's."""
 
-    def __init__(self, models: Models, most_waiting: int) -> None:
-        self._models, self._most_waiting = models, most_waiting
+    def __init__(self, models: Models, most_begun: int) -> None:
+        self._models, self._most_begun = models, most_begun
 
     # --- of OpenAI's API
 
@@ -111,9 +111,9 @@ class Server:
         return JSONResponse(await attended(request, answers, form.whole(answers)))
 
     def _start(self, served: Served, found: Sequence[asks.Ask]) -> list[Answer]:
-        _, waiting = served.scheduler.load
-        if waiting + sum(ask.n for ask in found) > self._most_waiting:
-            raise BadRequest(f"{waiting} answers are waiting already; try again later", status=503)
+        begun = sum(served.scheduler.load)
+        if begun + sum(ask.n for ask in found) > self._most_begun:
+            raise BadRequest(f"{begun} answers are being written or wait already; try again later", status=503)
         answers: list[Answer] = []
         try:
             for ask in found:
@@ -283,10 +283,10 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 
 def make_app(
-    models: Models, *, key: str | None, origins: Collection[str], most_bytes: int, most_waiting: int, drain: float
+    models: Models, *, key: str | None, origins: Collection[str], most_bytes: int, most_begun: int, drain: float
 ) -> Starlette:
     """The application; it closes the models when it ends, giving answers on their way `drain` seconds."""
-    server = Server(models, most_waiting)
+    server = Server(models, most_begun)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

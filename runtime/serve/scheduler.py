@@ -82,7 +82,7 @@ class Counts:
 
 
 class Scheduler:
-    """Runs tasks on a model, in a thread of its own; up to `parallel` at a time, the others wait.
+    """Runs tasks on a model, in a thread of its own; up to `parallel` at a time, beside paused ones; the others wait.
 
     `cache_bytes` is how much memory may hold sequences that ended.
     """
@@ -168,7 +168,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Begin what waits while there is room; first come, first served, but for what is about to be read anyway."""
         for task in list(self._waiting):
-            if len(self._active) >= self.parallel:
+            if sum(not other.paused for other in self._active) >= self.parallel:
                 return
             if self._begin(task):
                 self._waiting.remove(task)

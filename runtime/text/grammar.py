@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BezelError, InvalidRequest
+from ..errors import InvalidRequest
 from .tokenizer import BYTE, CONTROL, SPACE, UNKNOWN, Tokenizer
 
 ANY_JSON = {"type": "object"}
@@ -113,7 +113,7 @@ class Matching:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise BezelError(f"the answer cannot follow its form: {_first_line(self._matcher.get_error())}")
+            raise InvalidRequest(f"the answer cannot follow its form: {_first_line(self._matcher.get_error())}")
 
 
 class _Pieces:

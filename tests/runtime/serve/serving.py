@@ -24,7 +24,7 @@ def serving(paths: Mapping[str, Path], **options: Any) -> Iterator[str]:
     )
     app = make_app(
         Models(paths, setting),
-        **{"key": None, "origins": (), "most_bytes": 1 << 20, "most_waiting": 200, "drain": 5.0, **options},
+        **{"key": None, "origins": (), "most_bytes": 1 << 20, "most_begun": 200, "drain": 5.0, **options},
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)

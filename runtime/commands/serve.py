@@ -39,6 +39,12 @@ def _size(context: click.Context, param: click.Parameter, text: str) -> int:  # 
     show_default=True,
     help="Memory for what was read, each model's: prompts that begin alike are not read again.",
 )
+@click.option(
+    "--cache-dir",
+    "cache_folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for it between runs; it takes as much there.",
+)
 @click.option("--context", "-c", type=int, help="Most tokens of an answer and its prompt.  [default: the model's]")
 @click.option("--kv", type=click.Choice(["f32", "f16", "int8"]), help="How keys and values are kept.  [default: f16]")
 @click.option("--threads", type=int, help="Threads to compute with.  [default: the performance cores]")
@@ -53,6 +59,7 @@ def serve(
     origins: Sequence[str],
     parallel: int,
     cache_ram: int,
+    cache_folder: Path | None,
     **options: Any,
 ) -> None:
     """Serve MODELs to OpenAI's clients, and a page to chat with at /.
@@ -82,7 +89,7 @@ def serve(
     if api_key is None and not is_loopback(host):
         raise InvalidRequest(f"--host {host}: others can reach it, so clients must have a key: give --api-key")
     paths = _named(models)
-    registry = Models(paths, Setting(options, parallel, cache_ram))
+    registry = Models(paths, Setting(options, parallel, cache_ram, cache_folder))
     drain = 30.0
     app = make_app(
         registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=4 * parallel + 64, drain=drain

@@ -20,11 +20,12 @@ from .scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Setting:
-    """How models are served: what `load` takes, answers at a time, bytes kept of sequences that ended."""
+    """How models are served: what `load` takes, answers at a time, bytes kept of sequences that ended, and where."""
 
     options: Mapping[str, Any]
     parallel: int
     cache_bytes: int
+    cache_folder: Path | None = None
 
 
 class Served:
@@ -32,7 +33,7 @@ class Served:
 
     def __init__(self, name: str, model: Model, setting: Setting) -> None:
         self.name, self.model, self.loaded = name, model, int(time.time())
-        self.scheduler = Scheduler(model, setting.parallel, setting.cache_bytes)
+        self.scheduler = Scheduler(model, setting.parallel, setting.cache_bytes, setting.cache_folder)
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -22,11 +23,11 @@ from ..engines.rows import Segment
 from ..errors import BezelError, InvalidRequest
 from ..session import unsound
 from ..text.generation import Chance, Writer, chance
-from .prefixes import Kept, Prefixes, common
+from .prefixes import Kept, Prefixes, Stored, common
 
 _PASS = 0.3  # seconds that a pass should take at most: as long do others wait for their next token
 _FEWEST = 16  # rows of a prompt in a pass, however slow
-_WORTH_WAITING = 16  # ids that another task is about to read, too
+_WORTH = 16  # ids: fewer are not worth waiting for, nor keeping
 
 
 @dataclass
@@ -84,10 +85,10 @@ class Counts:
 class Scheduler:
     """Runs tasks on a model, in a thread of its own; up to `parallel` at a time, beside paused ones; the others wait.
 
-    `cache_bytes` is how much memory may hold sequences that ended.
+    `cache_bytes` is how much memory may hold sequences that ended; between runs they are in files of `cache_folder`.
     """
 
-    def __init__(self, model: Model, parallel: int, cache_bytes: int) -> None:
+    def __init__(self, model: Model, parallel: int, cache_bytes: int, cache_folder: Path | None = None) -> None:
         if not isinstance(model.backend, ModelBackend):
             raise InvalidRequest(f"{model.file.path}: only GGUF files can be served; this is {model.file.kind}")
         self.model, self.parallel, self.counts = model, parallel, Counts()
@@ -95,6 +96,7 @@ class Scheduler:
         self._backend: ModelBackend = model.backend
         self._chunk = default_chunk(model.config.layers)
         self._rows = self._chunk  # of prompts in a pass
+        self._stored = Stored(cache_folder, model, self._new_caches, cache_bytes) if cache_folder else None
         self._changed = threading.Condition()
         self._waiting: deque[Task] = deque()
         self._active: list[Task] = []
@@ -139,6 +141,8 @@ class Scheduler:
             task.cancelled = True
         self.wake()
         self._thread.join()
+        if self._stored is not None:
+            self._stored.save(self.prefixes)
 
     # --- in its thread
 
@@ -174,16 +178,23 @@ class Scheduler:
                 self._waiting.remove(task)
                 self._active.append(task)
 
+    def _new_caches(self) -> Caches:
+        return self._backend.caches(self.model.context, self.model.kv, self._chunk)
+
     def _begin(self, task: Task) -> bool:
         """Give a task its caches; False while another one reads what it could go on from."""
         last = task.prompt[: -1 if task.scored is None else 0]  # logits come with the last id
+        if self._stored is not None:
+            than = max((common(kept.ids, last) for kept in self.prefixes), default=0)
+            for ids, caches in self._stored.better(last, than):
+                self.prefixes.put(ids, caches)
         sources: list[tuple[int, Kept | Task]] = [(common(kept.ids, last), kept) for kept in self.prefixes]
         sources += [(common(np.array(other.held, np.int64), last), other) for other in self._active]
         within = [(n, source) for n, source in sources if source.caches is not None and source.caches.reaches(n)]
         n, source = max(within, key=lambda found: found[0], default=(0, None))
         for other in self._active:
             ahead = common(other.prompt, last)
-            if other.reads and ahead - max(n, len(other.held)) >= _WORTH_WAITING:
+            if other.reads and ahead - max(n, len(other.held)) >= _WORTH:
                 other.boundaries.add(ahead)
                 return False
         if isinstance(source, Kept) and n:
@@ -191,11 +202,11 @@ class Scheduler:
         elif source is not None and source.caches is not None and n:
             task.caches = source.caches.forked(n)
         else:
-            task.caches = self._backend.caches(self.model.context, self.model.kv, self._chunk)
+            task.caches = self._new_caches()
         task.held, task.pending = task.prompt[:n].tolist(), task.prompt[n:].tolist()
         # Others may go on from where turns begin, and from what two prompts had in common already.
         turns = np.flatnonzero(task.prompt == self.model.tokenizer.start_of_turn_id).tolist()
-        task.boundaries = {b for b in (*turns, *(n for n, _ in sources)) if b > n}
+        task.boundaries = {b for b in (*turns, *(n for n, _ in sources)) if b >= n + _WORTH}
         task.figures.cached_tokens = n
         self.counts.cached_tokens += n
         return True

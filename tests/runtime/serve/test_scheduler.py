@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from bezel.runtime import Message, Model, Sampling
@@ -135,4 +136,37 @@ def test_the_context_ends_an_answer(model_of: ModelOf) -> None:
     scheduler.submit(client.task)
     client.answer()
     assert (client.task.writer.finish, len(client.task.held)) == ("length", 40)
+    scheduler.close()
+
+
+def test_what_was_read_in_an_earlier_run(model: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    prompt = model.prompt_ids([Message("user", SYSTEM * 4)])
+    expected = alone(model, prompt, Sampling(temperature=0), 8)
+
+    def cached() -> int:
+        scheduler = Scheduler(model, 2, 64 << 20, folder)
+        client = Client(model, prompt, Sampling(temperature=0), 8)
+        scheduler.submit(client.task)
+        assert client.answer() == expected
+        scheduler.close()
+        return client.task.figures.cached_tokens
+
+    assert [cached(), cached()] == [0, len(prompt) - 1]
+    whole = {file: file.read_bytes() for file in folder.iterdir()}
+    for damage in (lambda x: x[:-100], lambda x: x[:200], lambda _: b"", lambda x: x[:-1] + bytes([x[-1] ^ 1])):
+        for file, data in whole.items():
+            file.write_bytes(damage(data))
+        assert cached() == 0  # and it is written anew
+    assert cached() == len(prompt) - 1
+
+
+def test_memory_for_what_was_read_has_a_limit(model: Model) -> None:
+    scheduler = Scheduler(model, 2, 3 << 20)
+    for i in range(12):
+        client = Client(model, model.prompt_ids(f"{i} {SYSTEM}"), Sampling(temperature=0), 4)
+        scheduler.submit(client.task)
+        client.answer()
+        assert scheduler.prefixes.nbytes <= 3 << 20
+    assert 0 < len(scheduler.prefixes) < 12
     scheduler.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import NoneType, TracebackType
 
@@ -16,6 +17,7 @@ from .files.model_file import ModelFile, open_model
 from .session import Session
 from .text import chat
 from .text.generation import Generation
+from .text.grammar import Grammar, Grammars
 from .text.sampling import Sampling, read_sampling
 from .text.tokenizer import Tokenizer
 
@@ -128,6 +130,14 @@ class Model:
             self.tokenizer.end_of_turn_id,
         )
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes grammars that answers follow: JSON by a schema, regular expressions, Lark.
+
+        Raises InvalidRequest where llguidance is not installed.
+        """
+        return Grammars(self.tokenizer, self.stop_ids)
+
     def identity(self) -> dict[str, str]:
         """What a saved session asks of the model that goes on with it: with another engine it would get other bits."""
         return {"model": self.file.fingerprint(), "engine": self.runs_on, "kv": self.kv}
@@ -179,18 +189,23 @@ class Model:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         raw: bool | None = None,
+        grammar: Grammar | None = None,
         cancel: Callable[[], bool] = lambda: False,
     ) -> Generation:
         """Text after a prompt (see `prompt_ids`), as an iterable of pieces in a session of its own.
 
         Without `sampling`, `default_sampling`. Ends at a stop token, a `stop` string (left out of the text), after
-        `max_tokens`, or when `cancel` returns True. Raises ContextFull, while iterating, when no position is left.
+        `max_tokens`, or when `cancel` returns True. It follows a `grammar`, which `grammars` makes. Raises ContextFull,
+        while iterating, when no position is left.
         """
         ids = self.prompt_ids(prompt, raw)
         if sampling is not None and not isinstance(sampling, Sampling):
             raise InvalidRequest(f"sampling: found {shown(sampling)}, expected a Sampling")
         sampling = self.default_sampling if sampling is None else sampling
-        return Generation(self.session(), ids, sampling, max_tokens=max_tokens, stop=stop, cancel=cancel)
+        constraint = None if grammar is None else grammar.constraint()
+        return Generation(
+            self.session(), ids, sampling, max_tokens=max_tokens, stop=stop, cancel=cancel, constraint=constraint
+        )
 
 
 def _stored_stop_ids(file: ModelFile, vocab_size: int) -> frozenset[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import BezelError, ContextFull, InvalidRequest
+from ..files.strict_json import parse_json
 from .console import printable, unforeseen
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..session import Session
     from ..text.conversation import Conversation
     from ..text.generation import Generation
+    from ..text.grammar import Grammar
     from ..text.sampling import Sampling
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -91,6 +93,12 @@ def _generation_options(command: Command) -> Command:
     help="The prompt from a file.",
 )
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text instead of answering it in a chat.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Answer with JSON that this file, a JSON schema, describes.",
+)
+@click.option("--regex", help="Answer with text that this regular expression matches as a whole.")
 @click.option("--stop", multiple=True, help="Stop before this text. May be given several times.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON, at the end.")
 @_generation_options
@@ -100,6 +108,8 @@ def run(
     prompt: str | None,
     prompt_file: Path | None,
     raw: bool,
+    json_schema: Path | None,
+    regex: str | None,
     stop: tuple[str, ...],
     as_json: bool,
     **options: Any,
@@ -113,6 +123,7 @@ def run(
       bezel run gemma.gguf "Write a limerick about a llama."
       bezel run gemma.gguf --raw "Once upon a time" --max-tokens 200 --seed 1
       cat report.txt | bezel run gemma.gguf - --system "Summarise this text."
+      bezel run gemma.gguf "Who wrote Faust?" --json-schema person.json
     """
     from ..text.chat import Message
     from ..text.conversation import keep_prompt
@@ -127,6 +138,7 @@ def run(
     ids = loaded.prompt_ids(messages, raw or None)
     _show_prompt(loaded, ids, options)
 
+    form = _form(loaded, json_schema, regex)
     session = loaded.session()
     make_room = keep_prompt(len(ids), loaded, _note) if options["on_full"] == "slide" else None
     with _interruptible(session, len(ids)) as cancel:
@@ -138,6 +150,7 @@ def run(
             stop=stop,
             make_room=make_room,
             cancel=cancel,
+            constraint=form.constraint() if form else None,
         )
         started, first, pieces = time.perf_counter(), None, []
         try:
@@ -162,6 +175,18 @@ def run(
         click.echo(json.dumps(figures, ensure_ascii=False))
     if generation.finish == "cancelled":
         raise SystemExit(130)
+
+
+def _form(model: Model, schema: Path | None, regex: str | None) -> Grammar | None:
+    """What an answer must look like."""
+    if schema is not None and regex is not None:
+        raise click.UsageError("--json-schema and --regex: give one of them.")
+    if schema is not None:
+        reason = f"{schema}: expected a JSON schema, an object"
+        return model.grammars.json_schema(
+            parse_json(schema.read_bytes(), lambda why: InvalidRequest(f"{reason}: {why}"))
+        )
+    return None if regex is None else model.grammars.regex(regex)
 
 
 def _prompt(words: tuple[str, ...], prompt: str | None, file: Path | None) -> str:

@@ -34,16 +34,15 @@ class Served:
     def __init__(self, name: str, model: Model, setting: Setting) -> None:
         self.name, self.model, self.loaded = name, model, int(time.time())
         self.scheduler = Scheduler(model, setting.parallel, setting.cache_bytes, setting.cache_folder)
-        self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 
     async def compiled(self, compile_: Callable[[Grammars], Grammar]) -> Grammar:
         """A grammar for this model, made beside what else is going on. Raises InvalidRequest."""
 
         def work() -> Grammar:
-            with self._lock:
-                self._grammars = self._grammars or Grammars(self.model.tokenizer, self.model.stop_ids)
-            return compile_(self._grammars)
+            with self._lock:  # it is made once
+                grammars = self.model.grammars
+            return compile_(grammars)
 
         return await asyncio.to_thread(work)
 

@@ -23,7 +23,7 @@ _VERBS = {
     "export": ("bezel.export.commands.export", "Convert a checkpoint to a GGUF file or an ONNX folder."),
     "calibrate": ("bezel.export.commands.calibrate", "Gather what a text sends through a model, for export."),
     "run": ("bezel.runtime.commands.generate", "Answer one prompt, or continue a text."),
-    "chat": ("bezel.runtime.commands.generate", "Talk with a model."),
+    "chat": ("bezel.runtime.commands.chat", "Talk with a model."),
     "serve": ("bezel.runtime.commands.serve", "Serve models to OpenAI's clients, and a page to chat with."),
     "inspect": ("bezel.runtime.commands.inspect", "Show what a model file holds and how much memory it takes."),
     "verify": ("bezel.bench.commands.verify", "Compare a model, and what it computes, with what it came from."),

@@ -65,6 +65,18 @@ class Conversation:
         """How many exchanges the session holds."""
         return len(self._user_turns(self.session.ids))
 
+    def messages(self) -> list[chat.Message]:
+        """What the session holds, as a chat; system text is part of the first message."""
+        return chat.read(self._model.tokenizer, self.session.ids)
+
+    def last_message(self) -> str:
+        """The newest message of the user, without the system text. Raises InvalidRequest if there is none."""
+        messages = [message.text for message in self.messages() if message.role == "user"]
+        if not messages:
+            raise InvalidRequest("there is no message yet")
+        opening = f"{self._system.strip()}\n\n" if self._system and len(messages) == 1 else ""
+        return messages[-1].removeprefix(opening)
+
     def _opening(self, text: str) -> list[chat.Message]:
         system = [chat.Message("system", self._system)] if self._system else []
         return [*system, chat.Message("user", text)]

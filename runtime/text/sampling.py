@@ -63,7 +63,7 @@ class Sampling:
 
 _HUGE = 1e300
 # Where GGUF files keep what their makers recommend; llama.cpp reads these.
-_KEYS = {
+KEYS = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
     "top_p": "general.sampling.top_p",
@@ -74,18 +74,18 @@ _KEYS = {
 
 def write_sampling(values: Mapping[str, Any]) -> dict[str, int | float]:
     """What a generation config (transformers) says about sampling, as metadata. Raises InvalidRequest for nonsense."""
-    chosen = {name: values[name] for name in _KEYS if values.get(name) is not None}
+    chosen = {name: values[name] for name in KEYS if values.get(name) is not None}
     if values.get("do_sample") is False:
         chosen["temperature"] = 0.0
     Sampling(**chosen)
-    return {_KEYS[name]: value if name == "top_k" else float(value) for name, value in chosen.items()}
+    return {KEYS[name]: value if name == "top_k" else float(value) for name, value in chosen.items()}
 
 
 def read_sampling(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What metadata say of `Sampling`'s fields, and a complaint about each value that cannot be used."""
     usable: dict[str, Any] = {}
     complaints = []
-    for name, key in _KEYS.items():
+    for name, key in KEYS.items():
         value = metadata.get(key)
         if value is None:
             continue

@@ -242,5 +242,4 @@ def _checked_ids(path: Path, ids: npt.NDArray[Any] | None, model: Runnable) -> l
         raise InvalidSession(f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {model.context} int64")
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         raise InvalidSession(f"{path}: 'ids' names a token outside the vocabulary of {vocab_size}")
-    found: list[int] = ids.tolist()
-    return found
+    return [int(token) for token in ids]

@@ -274,6 +274,7 @@ class Scheduler:
     def _take(self, task: Task, logits: Floats, now: float) -> None:
         """Let a task write on from logits (vocab,)."""
         writer, before = task.writer, len(task.writer.ids)
+        assert task.caches is not None
         if not before:
             task.figures.prompt_seconds = now - task.began
             self.counts.prompt_tokens += len(task.prompt) - task.figures.cached_tokens

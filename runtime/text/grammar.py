@@ -14,7 +14,7 @@ from .tokenizer import BYTE, CONTROL, SPACE, UNKNOWN, Tokenizer
 
 ANY_JSON = {"type": "object"}
 MOST_BYTES = 1 << 18  # of a schema, an expression or a grammar
-_COMPACT = {
+_COMPACT: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",

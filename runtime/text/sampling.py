@@ -74,7 +74,7 @@ KEYS = {
 
 def write_sampling(values: Mapping[str, Any]) -> dict[str, int | float]:
     """What a generation config (transformers) says about sampling, as metadata. Raises InvalidRequest for nonsense."""
-    chosen = {name: values[name] for name in KEYS if values.get(name) is not None}
+    chosen: dict[str, Any] = {name: values[name] for name in KEYS if values.get(name) is not None}
     if values.get("do_sample") is False:
         chosen["temperature"] = 0.0
     Sampling(**chosen)

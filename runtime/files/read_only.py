@@ -68,4 +68,5 @@ def _read_only(name: str, gguf_type: int, block: int, block_bytes: int) -> type[
     return type(name.upper(), (ReadOnly,), facts)
 
 
-READ_ONLY = {kind.gguf_type: kind for kind in (F64, *(_read_only(*facts) for facts in _TYPES))}
+_ALL: tuple[type[Readable], ...] = (F64, *(_read_only(*facts) for facts in _TYPES))
+READ_ONLY = {kind.gguf_type: kind for kind in _ALL}

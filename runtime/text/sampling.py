@@ -91,8 +91,9 @@ def read_sampling(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
             continue
         if name == "top_k" and isinstance(value, float) and value.is_integer():
             value = int(value)
+        given: dict[str, Any] = {name: value}
         try:
-            Sampling(**{name: value})
+            Sampling(**given)
         except InvalidRequest as error:
             complaints.append(f"key '{key}' is ignored: {error}")
         else:

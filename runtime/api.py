@@ -31,7 +31,7 @@ def load(
     threads: int | None = None,
     activations: str = "int8",
 ) -> Model:
-    """Open a Gemma model: a GGUF file, a folder that `bezel export --format onnx` wrote, or "gemma3-270m", installed.
+    """Open a Gemma model: a GGUF file, a folder that `bezel export --format onnx` wrote, or one by name (`bezel list`).
 
     `engine` "native" computes on the C++ kernels and "ort" on onnxruntime, each the default for its kind of file;
     "reference" runs both on NumPy in float32. `context` is the most tokens that a session may hold (default: all that

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.commands": ("runtime", "quant.formats", "click", "numpy"),
     "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),
     "export.onnx": ("export", "quant", *CONTRACT, "numpy", "onnx"),
-    "export.commands": ("export", "quant", *CONTRACT, "click"),
+    "export.commands": ("export", "quant", *CONTRACT, "runtime.commands.model_path", "click"),
     "bench": ("bench", "export", "runtime", "quant", "*"),
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...quant.recipes import PLAIN, PRESETS
+from ...runtime.commands.model_path import MODEL
 from ...runtime.errors import InvalidRequest
 from .progress import progress_bar
 
@@ -112,7 +113,7 @@ class _Options:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=MODEL)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",

@@ -16,6 +16,7 @@ import click
 
 from ..errors import BezelError, ContextFull, InvalidRequest
 from .console import printable, unforeseen
+from .model_path import MODEL
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -80,7 +81,7 @@ def _generation_options(command: Command) -> Command:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.argument("words", nargs=-1, metavar="[PROMPT]")
 @click.option("--prompt", "-p", help="The prompt, instead of words of their own.")
 @click.option(
@@ -104,13 +105,15 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT with MODEL, a GGUF file or an exported ONNX folder. A PROMPT of - is read from standard input.
+    """Answer PROMPT with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
 
-    A model without a chat template continues PROMPT as plain text. Ctrl-C stops the answer.
+    A PROMPT of - is read from standard input. A model without a chat template continues PROMPT as plain text. Ctrl-C
+    stops the answer.
 
     \b
     Examples:
       bezel run gemma.gguf "Write a limerick about a llama."
+      bezel run google/gemma-3-1b-it "Write a limerick about a llama."
       bezel run gemma.gguf --raw "Once upon a time" --max-tokens 200 --seed 1
       cat report.txt | bezel run gemma.gguf - --system "Summarise this text."
     """
@@ -189,10 +192,10 @@ _CHAT_HELP = """\
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @_generation_options
 def chat(model: Path, **options: Any) -> None:
-    """Talk with MODEL, a GGUF file or an exported ONNX folder.
+    """Talk with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
 
     \b
     /undo        takes back the last exchange

@@ -20,6 +20,8 @@ from .console import printable, unforeseen
 
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
+    "list": ("bezel.runtime.commands.models", "List the models that can be given by name."),
+    "rm": ("bezel.runtime.commands.models", "Remove models from the models folder."),
     "export": ("bezel.export.commands.export", "Convert a checkpoint to a GGUF file or an ONNX folder."),
     "calibrate": ("bezel.export.commands.calibrate", "Gather what a text sends through a model, for export."),
     "run": ("bezel.runtime.commands.generate", "Answer one prompt, or continue a text."),
@@ -41,8 +43,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _VERBS:
             return None
-        command: click.Command = getattr(import_module(_VERBS[cmd_name][0]), cmd_name)
-        return command
+        found = vars(import_module(_VERBS[cmd_name][0])).values()
+        return next(item for item in found if isinstance(item, click.Command) and item.name == cmd_name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in _VERBS and not args[0].startswith("-"):

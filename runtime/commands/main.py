@@ -20,6 +20,7 @@ from .console import printable, unforeseen
 
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
+    "pull": ("bezel.export.commands.pull", "Fetch a model from the Hugging Face Hub."),
     "list": ("bezel.runtime.commands.models", "List the models that can be given by name."),
     "rm": ("bezel.runtime.commands.models", "Remove models from the models folder."),
     "export": ("bezel.export.commands.export", "Convert a checkpoint to a GGUF file or an ONNX folder."),

@@ -15,6 +15,7 @@ from ..files.models import (
     named_models,
     remove,
     remove_unfinished,
+    size_text,
     suggestion,
     unfinished,
 )
@@ -64,11 +65,6 @@ def _facts(model: NamedModel) -> dict[str, Any]:
 
 
 _NOTED = ("repo", "revision", "commit", "pulled")
-
-
-def size_text(size: int) -> str:
-    """A size for people: 806 MB, 2.4 GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
 @click.command()

@@ -28,7 +28,6 @@ class Repo:
     files: dict[str, bytes]
     gated: bool = False
     private: bool = False
-    architecture: str | None = None
     revisions: tuple[str, ...] = ("main",)
     listed: dict[str, dict[str, Any]] = field(default_factory=dict)
     sent: dict[str, bytes] = field(default_factory=dict)
@@ -170,8 +169,6 @@ class _Hub(_Handler):
             return
         info: dict[str, Any] = {"id": name, "sha": repo.commit, "gated": "manual" if repo.gated else False}
         info |= {"siblings": repo.siblings(), "private": repo.private, "downloads": 0, "likes": 0, "tags": []}
-        if repo.architecture:
-            info["gguf"] = {"architecture": repo.architecture, "total": 1}
         body = json.dumps(info).encode() if self.hub.answer is None else self.hub.answer
         self.answer(200, body, Content_Type="application/json")
 
@@ -202,15 +199,16 @@ class _Other(_Handler):
         owner, repo, path = unquote(urlsplit(self.path).path).lstrip("/").split("/", 2)
         found = self.hub.repos[f"{owner}/{repo}"]
         content = found.sent.get(path, found.files[path])
-        begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) if self.hub.knows_ranges else None
-        start = int(begin[1]) if begin else 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.hub.knows_ranges else None
+        start, end = (int(asked[1]), int(asked[2] or len(content) - 1) + 1) if asked else (0, len(content))
+        whole, content = len(content), content[:end]
         if start >= len(content) > 0:
-            self.answer(416, Content_Range=f"bytes */{len(content)}")
+            self.answer(416, Content_Range=f"bytes */{whole}")
             return
-        self.send_response(206 if begin else 200)
+        self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(content) - start))
-        if begin:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{whole}")
         self.end_headers()
         if self.command == "HEAD":
             return

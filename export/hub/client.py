@@ -69,12 +69,11 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repository at a commit. `architecture` is that of its GGUF files, where the hub knows it."""
+    """A repository at a commit."""
 
     name: str
     commit: str
     files: tuple[HubFile, ...]
-    architecture: str | None
 
 
 def look_up(name: str, revision: str | None = None) -> HubRepo:
@@ -86,7 +85,7 @@ def look_up(name: str, revision: str | None = None) -> HubRepo:
             info = api.model_info(
                 name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
-            commit, architecture = str(info.sha), (info.gguf or {}).get("architecture")
+            commit = str(info.sha)
             listed = [
                 (file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
                 for file in info.siblings or ()
@@ -97,8 +96,7 @@ def look_up(name: str, revision: str | None = None) -> HubRepo:
         raise HubError(f"{name}: the hub's answer makes no sense: {commit[:80]!r} is no commit")
     if len(listed) > MOST_FILES:
         raise HubError(f"{name}: has {len(listed):,} files, expected a model, with at most {MOST_FILES:,}")
-    files = tuple(file for values in listed if (file := _sound_file(*values)))
-    return HubRepo(name, commit, files, architecture if isinstance(architecture, str) else None)
+    return HubRepo(name, commit, tuple(file for values in listed if (file := _sound_file(*values))))
 
 
 def _sound_file(path: Any, size: Any, digest: Any) -> HubFile | None:
@@ -139,7 +137,7 @@ def fetch(repo: HubRepo, file: HubFile, part: Path, progress: Callable[[int], No
 def _transfer(url: str, headers: dict[str, str], file: HubFile, out: BinaryIO, progress: Callable[[int], None]) -> None:
     """One request for the rest of a file, and as much of the answer as comes."""
     begin = out.tell()
-    ask = {**headers, "Range": f"bytes={begin}-"} if begin else headers
+    ask = headers | {"Range": f"bytes={begin}-{file.size - 1}"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     # What breaks off is asked for again from where it broke, by our caller.
     with http_stream_backoff("GET", url, headers=ask, timeout=timeout, retry_on_exceptions=()) as response:

@@ -19,10 +19,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ...quant.recipes import PRESETS
-from ...runtime.errors import HubError, InvalidRequest
+from ...runtime.errors import HubError, InvalidModelFile, InvalidRequest, UnsupportedModelFile
 from ...runtime.files.atomic import claimed
+from ...runtime.files.gguf import GGUFFile
 from ...runtime.files.gguf_model import GGUFModel
-from ...runtime.files.models import CHECKPOINT, NOTE, NamedModel, RepoName, find_named, models_folder, size_text
+from ...runtime.files.models import (
+    CHECKPOINT,
+    NOTE,
+    NamedModel,
+    RepoName,
+    find_named,
+    models_folder,
+    named_models,
+    size_text,
+)
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES, other_model
 from ...runtime.model.families.hf import read_hf_config
@@ -36,6 +46,7 @@ from .choice import GGUFChoice, checkpoint_files, gguf_choices, is_checkpoint, r
 from .client import HubFile, HubRepo, fetch, look_up
 
 DEFAULT_QUANT = "q4_k_m"
+_HEADER = 32_000_000  # bytes; Gemma's GGUF files have about 7 million before their weights
 
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
@@ -128,9 +139,7 @@ class _Pull:
             os.replace(place, old)
         os.replace(grown, place)
         shutil.rmtree(old, ignore_errors=True)
-        model = find_named(str(name))
-        assert model is not None
-        return model
+        return next(model for model in named_models() if model.place == place)
 
 
 def pull(
@@ -174,18 +183,38 @@ def _pull_gguf(this: _Pull, choices: Sequence[GGUFChoice]) -> Pulled:
         listed = "".join(f"\n  {this.named(c.tag)}  {size_text(c.size)}" for c in choices)
         raise InvalidRequest(f"{this.name}: say which of its GGUF files:{listed}")
     tag, parts = choices[0].tag, choices[0].parts
-    if this.repo.architecture not in (None, *FAMILIES):
-        raise InvalidRequest(
-            f"{this.name}: found the architecture {this.repo.architecture!r}: {other_model(this.repo.architecture)}"
-        )
     if there := this.already(tag, parts):
         return Pulled(there, is_new=False)
     folder = this.work / tag
     this.say(f"{this.named(tag)}: {this.make_room(folder, parts)}")
+    if not (folder / parts[0].name).exists():
+        _check_header(this, folder / _part_name(parts[0]), parts[0])
     this.download(folder, parts, this.fetching)
     with GGUFModel(folder / parts[0].name) as file:
         file.check_tensors(file.config())
     return Pulled(this.place(folder, tag, parts))
+
+
+def _check_header(this: _Pull, part: Path, first: HubFile) -> None:
+    """Raises InvalidRequest for what bezel does not run, by the beginning of a GGUF file."""
+    size = min(first.size, _HEADER)
+    if not part.exists() or part.stat().st_size < size:
+        with this.fetching(f"{this.repo.name}, its header") as progress:
+            fetch(this.repo, replace(first, size=size), part, partial(_of_all, progress, 0, size))
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / first.name
+        with part.open("rb") as whole, file.open("wb") as copy:
+            copy.write(whole.read(size))
+            copy.truncate(first.size)  # no weights, and no room for them on the disk
+        try:
+            with GGUFFile(file) as opened:
+                architecture = opened.metadata.get("general.architecture")
+        except UnsupportedModelFile as error:
+            raise InvalidRequest(f"{this.name}: {first.path}: not supported: {error.reason}") from None
+        except InvalidModelFile:  # a longer header, or no sound one: as is seen when all is there
+            return
+    if architecture not in FAMILIES:
+        raise InvalidRequest(f"{this.name}: found the architecture {architecture!r:.80}: {other_model(architecture)}")
 
 
 def _pull_checkpoint(this: _Pull, quant: str | None, keep: bool) -> Pulled:

@@ -130,9 +130,10 @@ def find_named(name: str) -> NamedModel | None:
     Raises InvalidRequest where there are several.
     """
     models = named_models()
-    for model in models:
-        if model.name.lower() == name.lower():
-            return model
+    for same in (str, str.lower):
+        for model in models:
+            if same(model.name) == same(name):
+                return model
     found = [model for model in models if model.name.partition(":")[0].lower() == name.lower()]
     found = [model for model in found if not model.name.endswith(f":{CHECKPOINT}")] or found
     if len(found) > 1:

@@ -27,7 +27,7 @@ from bezel.export.sources.folder import TEXT_FILES
 from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime.commands.main import main
 from bezel.runtime.files.models import find_model, named_models, unfinished
-from gguf_files import split
+from gguf_files import edited, split
 from hub_server import Hub, Repo, folder_files, running
 from huggingface_hub import constants
 from tiny import DEMO
@@ -216,7 +216,7 @@ def ggufs(hub: Hub, gguf_of: Callable[..., Path], tmp_path: Path) -> Repo:
     parts = split(gguf_of("demo", "q8_0"), tmp_path / "parts", 3)
     files = {f"F16/{path.name}": path.read_bytes() for path in parts}
     files |= {"fairy-Q8_0.gguf": whole, "fairy.i1-UD-IQ4_XS.gguf": whole, "mmproj-F16.gguf": b"x", "README.md": b"x"}
-    hub.repos[GGUF] = Repo(files, architecture="gemma2")
+    hub.repos[GGUF] = Repo(files)
     return hub.repos[GGUF]
 
 
@@ -263,10 +263,32 @@ def test_gguf_files_of_the_same_format(ggufs: Repo) -> None:
         assert f"{GGUF}:{tag} " in said
 
 
-def test_gguf_files_of_what_is_not_run(hub: Hub, ggufs: Repo) -> None:
-    ggufs.architecture = "llama"
-    assert "found the architecture 'llama'" in bezel("pull", f"{GGUF}:Q8_0", ok=False)
-    assert not hub.fetched()
+@pytest.mark.parametrize("what", ["architecture", "format"])
+def test_gguf_files_of_what_is_not_run(
+    what: str, hub: Hub, ggufs: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by their beginning."""
+    monkeypatch.setattr(pull_module, "_HEADER", 1_000_000)
+    if what == "architecture":
+        (tmp_path / "in.gguf").write_bytes(ggufs.files["fairy-Q8_0.gguf"])
+        content = edited(tmp_path / "in.gguf", tmp_path / "out.gguf", {"general.architecture": "llama"}).read_bytes()
+    else:
+        name = b"blk.0.attn_q.weight"
+        content = ggufs.files["fairy-Q8_0.gguf"]
+        at = content.index(name) + len(name) + 4 + 2 * 8  # behind its shape
+        content = content[:at] + (19).to_bytes(4, "little") + content[at + 4 :]  # IQ1_S
+    ggufs.files["fairy-Q8_0.gguf"] = content
+    said = bezel("pull", f"{GGUF}:Q8_0", ok=False)
+    assert f"{GGUF}:Q8_0: " in said
+    assert ("found the architecture 'llama'" if what == "architecture" else "IQ1_S") in said
+    assert [headers["range"] for host, _, headers in hub.requests if host == "other"] == ["bytes=0-999999"]
+    assert not names()
+
+
+def test_a_header_that_is_longer_than_any(ggufs: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull_module, "_HEADER", 1000)
+    bezel("pull", f"{GGUF}:Q8_0")
+    assert find_model(GGUF).read_bytes() == ggufs.files["fairy-Q8_0.gguf"]
 
 
 def test_a_gguf_file_that_is_unsound_becomes_no_model(ggufs: Repo) -> None:
@@ -292,8 +314,8 @@ def test_a_connection_that_breaks_off_is_taken_up(hub: Hub) -> None:
     hub.break_after = [10_000_000, 1_000_000, 1_000_000, 0, 0, 0, 3_000_000]
     bezel("pull", f"{NAME}:checkpoint")
     assert folder_files(find_model(NAME)) == folder_files(DEMO)
-    ranges = [headers.get("range") for host, path, headers in hub.requests if host == "other" and "model.saf" in path]
-    assert ranges[:3] == [None, "bytes=1000000-", "bytes=2000000-"]
+    ranges = [headers["range"] for host, path, headers in hub.requests if host == "other" and "model.saf" in path]
+    assert [text.split("-")[0] for text in ranges[:3]] == ["bytes=0", "bytes=1000000", "bytes=2000000"]
 
 
 def test_a_connection_that_brings_nothing_more(hub: Hub, models: Path) -> None:
@@ -306,7 +328,7 @@ def test_a_connection_that_brings_nothing_more(hub: Hub, models: Path) -> None:
     hub.break_after = []
     hub.requests.clear()
     assert "of which 5 MB are there" in bezel("pull", NAME)
-    assert [headers.get("range") for host, _, headers in hub.requests if host == "other"] == ["bytes=5000000-"]
+    assert [headers["range"] for host, _, headers in hub.requests if host == "other"] == ["bytes=5000000-8402319"]
     assert [path.name for path in models.iterdir()] == ["google--fairy--q4_k_m"]
 
 
@@ -326,7 +348,7 @@ def test_what_was_fetched_of_another_content_is_not_used(hub: Hub) -> None:
     hub.repos[NAME].files["model.safetensors"] = bytes(content)
     hub.requests.clear()
     assert "are there" in bezel("pull", f"{NAME}:checkpoint")  # the tokenizer
-    assert [headers.get("range") for host, _, headers in hub.requests if host == "other"] == [None]
+    assert [headers["range"] for host, _, headers in hub.requests if host == "other"] == ["bytes=0-8402319"]
     assert (find_model(NAME) / "model.safetensors").read_bytes() == content
 
 
@@ -356,11 +378,17 @@ def test_a_damaged_file_of_before_is_fetched_anew(hub: Hub, models: Path) -> Non
     assert folder_files(find_model(NAME)) == folder_files(DEMO)
 
 
+def test_a_host_that_sends_more_than_there_should_be(hub: Hub) -> None:
+    hub.knows_ranges = False
+    hub.repos[NAME].sent["model.safetensors"] = hub.repos[NAME].files["model.safetensors"] + b"x"
+    assert "is longer than the 8,402,320 bytes that the hub lists" in bezel("pull", NAME, ok=False)
+
+
 @pytest.mark.parametrize("size", [100, 50_000_000])
 def test_a_size_that_lies(size: int, hub: Hub, models: Path) -> None:
     hub.repos[NAME].listed["model.safetensors"] = {"size": size}
     said = bezel("pull", NAME, ok=False)
-    assert ("is longer than" if size == 100 else "the hub answers with the status 416") in said
+    assert ("what came is not what the hub lists" if size == 100 else "the hub answers with the status 416") in said
     assert not names()
     assert sum(path.stat().st_size for path in models.rglob("*") if path.is_file()) <= 9_000_000
 
@@ -400,7 +428,7 @@ def test_a_listing_that_makes_no_sense(changes: dict[str, Any], hub: Hub) -> Non
         b'{"sha": "../x", "siblings": []}',
         b'{"id": 1, "siblings": [{}]}',
         b'{"id": "x", "sha": 7, "siblings": 7}',
-        b'{"id": "x", "sha": "0000000000000000000000000000000000000000", "siblings": [], "gguf": 7}',
+        b'{"id": "x", "sha": "0000000000000000000000000000000000000000", "siblings": 7}',
     ],
 )
 def test_an_answer_that_makes_no_sense(answer: bytes, hub: Hub) -> None:
@@ -555,7 +583,7 @@ def test_what_is_broken_off_goes_on(sent: signal.Signals, hub: Hub, models: Path
     done = subprocess.run([*COMMAND, "pull", NAME], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert names() == [f"{NAME}:q4_k_m"]
-    assert [headers["range"] for host, _, headers in hub.requests if host == "other"] == [f"bytes={held}-"]
+    assert [headers["range"] for host, _, headers in hub.requests if host == "other"] == [f"bytes={held}-8402319"]
 
 
 def test_two_at_a_time(hub: Hub, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what is in a repository, and its files. Nothing else here speaks over a network.
+"""The Hugging Face Hub: what is in a repository, and its files. No other module asks it.
 
 huggingface_hub knows the addresses, the token and what the hub's answers mean. It does not go on with a file that a
 program before it began, and checks no file's hash, so the transfer is here. The token goes to the hub only: the client

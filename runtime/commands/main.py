@@ -101,6 +101,7 @@ def main() -> None:
     \b
     Examples:
       bezel demo
+      bezel pull google/gemma-3-1b-it
       bezel export gemma-2-2b-it/ gemma.gguf --quant q4_0
       bezel run gemma.gguf "Why is the sky blue?"
     """

@@ -117,6 +117,9 @@ def test_a_kept_checkpoint_is_used_again(hub: Hub) -> None:
     assert set(hub.fetched()) == {"config.json"}
     assert names() == [f"{NAME}:checkpoint", f"{NAME}:q4_0", f"{NAME}:q8_0"]
     assert "all as expected" in bezel("verify", f"{NAME}:q4_0", "--source", f"{NAME}:checkpoint")
+    bezel("rm", f"{NAME}:checkpoint", "--yes")
+    bezel("pull", f"{NAME}:q4_0", "--keep")  # the model is there, and what it was made of is not
+    assert f"{NAME}:checkpoint" in names()
 
 
 def test_the_checkpoint_alone(hub: Hub) -> None:  # noqa: ARG001
@@ -393,6 +396,12 @@ def test_a_size_that_lies(size: int, hub: Hub, models: Path) -> None:
     assert sum(path.stat().st_size for path in models.rglob("*") if path.is_file()) <= 9_000_000
 
 
+def test_a_host_that_never_sends_it_all(hub: Hub) -> None:
+    hub.knows_ranges = False
+    hub.repos[NAME].listed["model.safetensors"] = {"size": 50_000_000}
+    assert "50,000,000 bytes were promised, and no more than 8,402,320 come" in bezel("pull", NAME, ok=False)
+
+
 def test_names_that_lead_elsewhere(hub: Hub, models: Path, tmp_path: Path) -> None:
     whole = hub.repos[NAME].files["model.safetensors"]
     evil = ["../../x-Q8_0.gguf", "/etc/x-Q8_0.gguf", "a/../../x-Q8_0.gguf", "x\x1b[2J-Q8_0.gguf", "..\\x-Q8_0.gguf"]
@@ -602,6 +611,16 @@ def test_two_at_a_time(hub: Hub, tmp_path: Path) -> None:
     assert others[0].returncode == 1
     assert "another process" in others[0].stderr
     assert names() == [f"{NAME}:q4_k_m"]
+
+
+def test_what_a_server_says_is_not_repeated(hub: Hub, tmp_path: Path) -> None:
+    """Nor by the library, whose warnings go to the terminal."""
+    hub.status = 500
+    env = environment(hub, tmp_path)
+    done = subprocess.run([*COMMAND, "pull", NAME], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "status 500" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 def test_without_huggingface_hub(tmp_path: Path) -> None:

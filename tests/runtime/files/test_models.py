@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def test_a_name_opens_what_lies_there(folder: Path) -> None:
     assert find_model("google/gemma:q8_0") == two
     with pytest.raises(InvalidRequest, match="say which: google/gemma:q4_k_m, google/gemma:q8_0"):
         find_model("google/gemma")
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the file system takes these for one")
+def test_the_case_of_letters_tells_two_models_apart(folder: Path) -> None:
+    ours, theirs = put(folder, "a--b--q4_k_m"), put(folder, "a--b--Q4_K_M")
+    assert find_model("a/b:q4_k_m") == ours
+    assert find_model("a/b:Q4_K_M") == theirs
 
 
 def test_a_kept_checkpoint_counts_last(folder: Path) -> None:

@@ -27,7 +27,7 @@ from bezel.export.sources.folder import TEXT_FILES
 from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime.commands.main import main
 from bezel.runtime.files.models import find_model, named_models, unfinished
-from gguf_files import edited, split
+from gguf_files import edited, split, write_gemma2
 from hub_server import Hub, Repo, folder_files, running
 from huggingface_hub import constants
 from tiny import DEMO
@@ -294,10 +294,29 @@ def test_a_header_that_is_longer_than_any(ggufs: Repo, monkeypatch: pytest.Monke
     assert find_model(GGUF).read_bytes() == ggufs.files["fairy-Q8_0.gguf"]
 
 
-def test_a_gguf_file_that_is_unsound_becomes_no_model(ggufs: Repo) -> None:
-    ggufs.files["fairy-Q8_0.gguf"] = b"GGUF" + bytes(1000)
-    assert "invalid model file" in bezel("pull", f"{GGUF}:Q8_0", ok=False)
-    assert not names()
+def test_a_gguf_file_that_is_unsound_becomes_no_model(ggufs: Repo, tmp_path: Path) -> None:
+    write_gemma2(tmp_path / "lacks.gguf", drop=("blk.1.ffn_up.weight",))
+    for content in (b"GGUF" + bytes(1000), (tmp_path / "lacks.gguf").read_bytes()):
+        ggufs.files["fairy-Q8_0.gguf"] = content
+        assert "invalid model file" in bezel("pull", f"{GGUF}:Q8_0", ok=False)
+        assert not names()
+
+
+@pytest.mark.parametrize(("tag", "breaks"), [("Q8_0", [1_000_000, 2_000_000]), ("F16", [10**7, 10**7, 500_000])])
+def test_gguf_files_that_break_off_go_on(
+    tag: str, breaks: list[int], hub: Hub, ggufs: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning that was looked into is no more fetched again than the rest; nor is a part that is whole."""
+    monkeypatch.setattr(pull_module, "_HEADER", 1_000_000)
+    hub.break_after = [*breaks, *[0] * 100]
+    bezel("pull", f"{GGUF}:{tag}", ok=False)
+    hub.break_after = []
+    hub.requests.clear()
+    bezel("pull", f"{GGUF}:{tag}")
+    begun = [int(headers["range"][6:].split("-")[0]) for host, _, headers in hub.requests if host == "other"]
+    assert begun == ([3_000_000] if tag == "Q8_0" else [500_000, 0])
+    assert bezel("run", GGUF, "Once", "--raw", "-n", 4)
+    assert len(ggufs.files) == 7
 
 
 def test_gguf_files_beside_a_checkpoint(hub: Hub, ggufs: Repo) -> None:

@@ -150,12 +150,13 @@ def test_list(folder: Path) -> None:
         commit="0123456789",
         pulled="2026-11-27T",
     )
-    put(folder, "a--b--Q8_0", repo="\x1b[2J", commit=7)  # type: ignore[arg-type]  # a note that was tampered with
+    put(folder, "a--b--Q8_0", repo="\a\x1b[2J", commit="\a", pulled="\a")  # a note that was tampered with
     (folder / "mine.gguf").write_bytes(b"GGUF")
     (folder / ".who--what.part").mkdir()
     shown = bezel("list")
     assert "google/gemma:q4_k_m  2 MB  q4_k_m  google/gemma@01234567  2026-11-27" in shown
     assert "mine" in shown
+    assert "\a" not in shown
     assert "\x1b" not in shown
     assert "not fetched to the end: who/what" in shown
     facts = json.loads(bezel("list", "--json"))
@@ -169,6 +170,21 @@ def test_rm_asks(folder: Path) -> None:
     assert "Aborted" in bezel("rm", "google/gemma", ok=False)  # end of input
     assert len(named_models()) == 1
     bezel("rm", "google/gemma", stdin="y\n")
+    assert not list(folder.iterdir())
+
+
+def test_rm_that_is_broken_off_leaves_no_half_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(folder, "google--gemma--q4_k_m")
+
+    def broken_off(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.shutil, "rmtree", broken_off)
+        bezel("rm", "google/gemma", "--yes", ok=False)
+    assert not named_models()
+    put(folder, "google--gemma--q4_k_m")
+    bezel("rm", "google/gemma", "--yes")  # and what was left goes with the next
     assert not list(folder.iterdir())
 
 

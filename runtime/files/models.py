@@ -168,7 +168,7 @@ def find_model(path: str | Path) -> Path:
     # Not where it is more likely a path with a mistake in it.
     on_the_hub = _REPO.fullmatch(name) and path.suffix != ".gguf" and not path.parent.exists()
     if meant or on_the_hub:
-        fetched = f"; `bezel pull {name}` would fetch it from the hub" if on_the_hub else ""
+        fetched = f"{'' if meant else ';'} `bezel pull {name}` would fetch it from the hub" if on_the_hub else ""
         raise InvalidRequest(f"{path}: there is no such file, and no model of that name{meant}{fetched}")
     return path
 

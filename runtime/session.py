@@ -75,6 +75,9 @@ class Session:
         self.ids: list[int] = []
         self.engine: Engine = self._new_engine()
 
+    def __repr__(self) -> str:
+        return f"<Session of {self.model!r}: {self.position} tokens>"
+
     @property
     def position(self) -> int:
         """How many tokens the session holds."""

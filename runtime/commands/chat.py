@@ -17,10 +17,10 @@ from ..errors import BezelError, ContextFull, InvalidRequest
 from ..files.user_cache import cache_folder
 from .console import printable, unforeseen
 from .generate import generation_options, interruptible, load_model, note, sampling_of, show_prompt
+from .model_path import MODEL
 
 if TYPE_CHECKING:
     from ..api import Model
-    from ..text.conversation import Conversation
     from ..text.generation import Generation
     from ..text.sampling import Sampling
 
@@ -34,10 +34,10 @@ _QUOTES = '"""'
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @generation_options
 def chat(model: Path, **options: Any) -> None:
-    """Talk with MODEL, a GGUF file or an exported ONNX folder.
+    """Talk with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
 
     \b
     /undo         takes back the last exchange
@@ -81,10 +81,8 @@ class _Chat:
         self._begin()
 
     def _begin(self) -> None:
-        from ..text.conversation import Conversation
-
         slide = self._options["on_full"] == "slide"
-        self._conversation: Conversation = Conversation(self._model, self._system, slide, note)
+        self._conversation = self._model.conversation(self._system, slide=slide, announce=note)
 
     def take(self, text: str) -> bool:
         """A message, or a command; False where it is the last."""

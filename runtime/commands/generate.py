@@ -17,6 +17,7 @@ import click
 from ..errors import InvalidRequest
 from ..files.strict_json import parse_json
 from .console import printable
+from .model_path import MODEL
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -80,7 +81,7 @@ def generation_options(command: Command) -> Command:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.argument("words", nargs=-1, metavar="[PROMPT]")
 @click.option("--prompt", "-p", help="The prompt, instead of words of their own.")
 @click.option(
@@ -112,13 +113,15 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT with MODEL, a GGUF file or an exported ONNX folder. A PROMPT of - is read from standard input.
+    """Answer PROMPT with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
 
-    A model without a chat template continues PROMPT as plain text. Ctrl-C stops the answer.
+    A PROMPT of - is read from standard input. A model without a chat template continues PROMPT as plain text. Ctrl-C
+    stops the answer.
 
     \b
     Examples:
       bezel run gemma.gguf "Write a limerick about a llama."
+      bezel run google/gemma-3-1b-it "Write a limerick about a llama."
       bezel run gemma.gguf --raw "Once upon a time" --max-tokens 200 --seed 1
       cat report.txt | bezel run gemma.gguf - --system "Summarise this text."
       bezel run gemma.gguf "Who wrote Faust?" --json-schema person.json

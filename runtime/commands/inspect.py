@@ -20,12 +20,13 @@ from ..model.config import ModelConfig
 from ..text.chat import template_is_known
 from ..text.sampling import KEYS, Sampling, read_sampling
 from .console import printable
+from .model_path import MODEL
 
 MIB = 1 << 20
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--context", type=int, help="Show the memory for this many tokens.  [default: several]")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

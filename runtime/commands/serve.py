@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import InvalidRequest
+from .model_path import MODEL_SPEC
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -22,7 +23,7 @@ def _size(context: click.Context, param: click.Parameter, text: str) -> int:  # 
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=MODEL_SPEC)
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Where to listen; any but this computer needs a key."
 )
@@ -64,8 +65,9 @@ def serve(
 ) -> None:
     """Serve MODELs to OpenAI's clients, and a page to chat with at /.
 
-    A model is a GGUF file, or NAME=FILE; the first is loaded at once, others when they are asked for. An answer does
-    not depend on who else is being served: it is the one that `bezel run` gives, to the bit.
+    A model is a GGUF file, a name that `bezel list` shows, or NAME=FILE; the first is loaded at once, others when they
+    are asked for. An answer does not depend on who else is being served: it is the one that `bezel run` gives, to the
+    bit.
 
     \b
     Examples:
@@ -124,7 +126,7 @@ def serve(
 
 def _named(models: Sequence[str]) -> dict[str, Path]:
     """Name → path. Raises InvalidRequest for two of a name, or for no file."""
-    from ..files.packaged import find_model
+    from ..files.models import find_model
 
     found: dict[str, Path] = {}
     for model in models:
@@ -134,7 +136,7 @@ def _named(models: Sequence[str]) -> dict[str, Path]:
         file = find_model(path)
         if not file.exists():
             raise InvalidRequest(f"{path}: there is no such file")
-        name = name or (Path(path).stem if Path(path).suffix == ".gguf" else Path(path).name)
+        name = name or (Path(path).stem if Path(path).exists() else path)
         if name in found:
             raise InvalidRequest(f"{name}: two models of this name; give one another: NAME={path}")
         found[name] = file

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,7 +175,13 @@ class Scheduler:
         for task in list(self._waiting):
             if sum(not other.paused for other in self._active) >= self.parallel:
                 return
-            if self._begin(task):
+            try:
+                begun = self._begin(task)
+            except Exception as error:  # no memory for its caches
+                self._waiting.remove(task)
+                self._fail(task, error)
+                continue
+            if begun:
                 self._waiting.remove(task)
                 self._active.append(task)
 
@@ -269,7 +276,8 @@ class Scheduler:
             if boundary <= len(task.held) and task.caches.loses(boundary, n):
                 task.boundaries.remove(boundary)
                 if task.caches.reaches(boundary):
-                    self.prefixes.put(task.held[:boundary], task.caches.forked(boundary))
+                    with suppress(MemoryError):  # then it is read again
+                        self.prefixes.put(task.held[:boundary], task.caches.forked(boundary))
 
     def _take(self, task: Task, logits: Floats, now: float) -> None:
         """Let a task write on from logits (vocab,)."""

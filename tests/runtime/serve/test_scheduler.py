@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from bezel.runtime import Message, Model, Sampling
+from bezel.runtime.serve.prefixes import Prefixes
 from bezel.runtime.serve.scheduler import Scheduler, Task
 from bezel.runtime.text.generation import Writer
+from bezel.runtime.text.sampling import Sampler
 
 ModelOf = Callable[..., Model]
 SYSTEM = "Tell stories as a grandmother would, slowly, with every detail of the weather, of the house and of the food. "
@@ -170,3 +172,29 @@ def test_memory_for_what_was_read_has_a_limit(model: Model) -> None:
         assert scheduler.prefixes.nbytes <= 3 << 20
     assert 0 < len(scheduler.prefixes) < 12
     scheduler.close()
+
+
+def test_what_goes_wrong_ends_one_answer_and_not_the_server(
+    model: Model, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask() -> str:
+        client = Client(model, model.prompt_ids(SYSTEM), Sampling(temperature=0), 4)
+        scheduler.submit(client.task)
+        return client.answer()
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    expected = alone(model, model.prompt_ids(SYSTEM), Sampling(temperature=0), 4)
+    for place in ("caches", "forward"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.backend), place, fail)
+            scheduler.prefixes = Prefixes(1 << 20)
+            with pytest.raises(MemoryError, match="no room"):
+                ask()
+        assert ask() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            ask()
+    assert ask() == expected

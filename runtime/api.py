@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import NoneType, TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +17,13 @@ from .errors import InvalidModelFile, InvalidRequest
 from .files.model_file import ModelFile, open_model
 from .session import Session
 from .text import chat
+from .text.conversation import Conversation
 from .text.generation import Generation
+from .text.grammar import Grammar, Grammars
 from .text.sampling import Sampling, read_sampling
 from .text.tokenizer import Tokenizer
+
+Messages = Sequence[chat.Message] | Sequence[Mapping[str, Any]]
 
 ACTIVATIONS = ("int8", "f32")
 MAX_THREADS = 1024
@@ -31,7 +37,7 @@ def load(
     threads: int | None = None,
     activations: str = "int8",
 ) -> Model:
-    """Open a Gemma model: a GGUF file, a folder that `bezel export --format onnx` wrote, or "gemma3-270m", installed.
+    """Open a Gemma model: a GGUF file, a folder that `bezel export --format onnx` wrote, or one by name (`bezel list`).
 
     `engine` "native" computes on the C++ kernels and "ort" on onnxruntime, each the default for its kind of file;
     "reference" runs both on NumPy in float32. `context` is the most tokens that a session may hold (default: all that
@@ -103,6 +109,13 @@ class Model:
         self.stop_ids = self.tokenizer.stop_ids | _stored_stop_ids(file, self.config.vocab_size)
         self.backend = new_backend(engine, file, self.config, threads, exact)
 
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"<Model {self.name}: {config.family}, {config.n_layers} layers, context {self.context}, {self.runs_on}, "
+            f"{self.kv} keys and values>"
+        )
+
     @property
     def name(self) -> str:
         """What the file calls itself, or its file name."""
@@ -128,6 +141,14 @@ class Model:
             self.tokenizer.end_of_turn_id,
         )
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes grammars that answers follow: JSON by a schema, regular expressions, Lark.
+
+        Raises InvalidRequest where llguidance is not installed.
+        """
+        return Grammars(self.tokenizer, self.stop_ids)
+
     def identity(self) -> dict[str, str]:
         """What a saved session asks of the model that goes on with it: with another engine it would get other bits."""
         return {"model": self.file.fingerprint(), "engine": self.runs_on, "kv": self.kv}
@@ -148,14 +169,23 @@ class Model:
         """A new, empty sequence."""
         return Session(self)
 
+    def conversation(
+        self, system: str | None = None, *, slide: bool = False, announce: Callable[[str], None] = lambda _: None
+    ) -> Conversation:
+        """A chat whose turns follow each other; a full context raises ContextFull, or drops the oldest with `slide`."""
+        if not self.is_chat_model:
+            raise InvalidRequest(f"{self.file.path}: has no chat template: it continues texts, and cannot chat")
+        return Conversation(self, system, slide, announce)
+
     def logits(self, ids: Sequence[int]) -> Floats:
         """Logits float32 (len(ids), vocab) of every position of a fresh sequence."""
         return self.session().logits(ids)
 
-    def prompt_ids(self, prompt: str | Sequence[int] | Sequence[chat.Message], raw: bool | None = None) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[int] | Messages, raw: bool | None = None) -> list[int]:
         """What the model sees of a prompt: ids as they are, messages as a chat, text as one turn of a chat.
 
-        `raw` text is continued instead, after <bos>; None means raw only where the file is no chat model.
+        A message may be a mapping, too, {"role": …, "content": …}. `raw` text is continued instead, after <bos>; None
+        means raw only where the file is no chat model.
         """
         if isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequest("prompt: found bytes, expected text, ids or messages; decode them first")
@@ -164,7 +194,7 @@ class Model:
                 return self.tokenizer.encode(prompt, bos=True)
             prompt = [chat.Message("user", prompt)]
         parts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
-        messages = [part for part in parts if isinstance(part, chat.Message)]
+        messages = [_message(part) for part in parts if isinstance(part, (chat.Message, Mapping))]
         ids = [int(part) for part in parts if is_whole(part)]
         if not parts or len(parts) not in (len(messages), len(ids)):
             kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "nothing"
@@ -173,24 +203,37 @@ class Model:
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[chat.Message],
+        prompt: str | Sequence[int] | Messages,
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         raw: bool | None = None,
+        grammar: Grammar | None = None,
         cancel: Callable[[], bool] = lambda: False,
     ) -> Generation:
         """Text after a prompt (see `prompt_ids`), as an iterable of pieces in a session of its own.
 
         Without `sampling`, `default_sampling`. Ends at a stop token, a `stop` string (left out of the text), after
-        `max_tokens`, or when `cancel` returns True. Raises ContextFull, while iterating, when no position is left.
+        `max_tokens`, or when `cancel` returns True. It follows a `grammar`, which `grammars` makes. Raises ContextFull,
+        while iterating, when no position is left.
         """
         ids = self.prompt_ids(prompt, raw)
         if sampling is not None and not isinstance(sampling, Sampling):
             raise InvalidRequest(f"sampling: found {shown(sampling)}, expected a Sampling")
         sampling = self.default_sampling if sampling is None else sampling
-        return Generation(self.session(), ids, sampling, max_tokens=max_tokens, stop=stop, cancel=cancel)
+        constraint = None if grammar is None else grammar.constraint()
+        return Generation(
+            self.session(), ids, sampling, max_tokens=max_tokens, stop=stop, cancel=cancel, constraint=constraint
+        )
+
+
+def _message(part: chat.Message | Mapping[str, Any]) -> chat.Message:
+    if isinstance(part, chat.Message):
+        return part
+    if set(part) != {"role", "content"}:
+        raise InvalidRequest(f"message: found {', '.join(map(repr, part))}, expected 'role' and 'content'")
+    return chat.Message(part["role"], part["content"])
 
 
 def _stored_stop_ids(file: ModelFile, vocab_size: int) -> frozenset[int]:

@@ -49,3 +49,7 @@ class ContextFull(BezelError):
 
 class InvalidRequest(BezelError):
     """An argument of the API or the command line that makes no sense for this model."""
+
+
+class HubError(BezelError):
+    """The hub could not be asked, does not let us have what was asked for, or gave something else."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .arguments import ids_of, path_of, whole
-from .arrays import Floats
+from .arrays import Arrays, Floats
 from .cache.caches import default_chunk
 from .engines.protocol import Backend, Engine
 from .errors import BezelError, CacheError, ContextFull, InvalidRequest, InvalidSession
@@ -45,6 +45,25 @@ class Runnable(Protocol):
         """What another model must have in common to go on with a session of this one."""
 
 
+class Held(Protocol):
+    """What holds a sequence's keys and values."""
+
+    def first_unsound(self) -> int | None: ...
+
+
+def unsound(logits: Floats, position: int, held: Held, kv: str) -> BezelError | None:
+    """What to say of logits that are not finite after `position` tokens, where keys and values are kept as `kv`."""
+    if np.isfinite(logits).all():
+        return None
+    layer = held.first_unsound()
+    where = "seen behind the last layer" if layer is None else f"first seen in keys or values of layer {layer}"
+    wider = " (float16 ends at 65504: try --kv f32)" if layer is not None and kv == "f16" else ""
+    return BezelError(
+        f"after {position} tokens the model gives logits that are not finite, {where}{wider}: its file is "
+        "damaged, or was never sound; `bezel verify` compares it with its source"
+    )
+
+
 class Session:
     """One sequence of tokens going through a model; `ids` are the tokens that it holds.
 
@@ -55,6 +74,9 @@ class Session:
         self.model, self._ring = model, ring
         self.ids: list[int] = []
         self.engine: Engine = self._new_engine()
+
+    def __repr__(self) -> str:
+        return f"<Session of {self.model!r}: {self.position} tokens>"
 
     @property
     def position(self) -> int:
@@ -103,14 +125,8 @@ class Session:
             logits = self.engine.forward(part, int(start + len(part) == len(checked)))
             self.ids += part.tolist()
         last: Floats = logits[0]
-        if not np.isfinite(last).all():
-            layer = self.engine.first_unsound()
-            where = "seen behind the last layer" if layer is None else f"first seen in keys or values of layer {layer}"
-            wider = " (float16 ends at 65504: try --kv f32)" if layer is not None and self.model.kv == "f16" else ""
-            raise BezelError(
-                f"after {self.position} tokens the model gives logits that are not finite, {where}{wider}: its file is "
-                "damaged, or was never sound; `bezel verify` compares it with its source"
-            )
+        if (error := unsound(last, self.position, self.engine, self.model.kv)) is not None:
+            raise error
         return last
 
     def check(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -163,32 +179,12 @@ class Session:
 
         Raises InvalidRequest where the path is no file's, or that of a file which is no session, and OSError.
         """
-        arrays = {**self.engine.snapshot(), "ids": np.array(self.ids, np.int64)}
-        with atomic(path_of(path), lambda old: _LABEL in read_labels(old)) as file:
-            write_arrays(file, arrays, {_LABEL: _VERSION, **self.model.identity()})
+        write_session(path_of(path), self.model, self.ids, self.engine.snapshot())
 
     def restore(self, path: str | Path) -> None:
         """Go on from a saved session, as if nothing had happened. Raises InvalidSession, changing nothing."""
-        try:
-            labels, arrays = read_arrays(path_of(path))
-        except ValueError as error:
-            raise InvalidSession(f"{path}: not a saved session: {error}") from error
-        if (version := labels.get(_LABEL)) != _VERSION:
-            raise InvalidSession(
-                f"{path}: found {'no session' if version is None else f'a session of version {version}'}, expected one "
-                f"of version {_VERSION}: another version of bezel cannot be gone on from, so begin a new one"
-            )
-        for key, want in self.model.identity().items():
-            if labels.get(key) != want:
-                raise InvalidSession(f"{path}: saved with {key} {labels.get(key)}, expected {want}")
-        ids = arrays.pop("ids", np.empty((0, 0)))
-        vocab_size = self.model.config.vocab_size
-        if ids.ndim != 1 or ids.dtype != np.int64 or len(ids) > self.model.context:
-            raise InvalidSession(
-                f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {self.model.context} int64"
-            )
-        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-            raise InvalidSession(f"{path}: 'ids' names a token outside the vocabulary of {vocab_size}")
+        path = path_of(path)
+        ids, arrays = read_session(path, self.model)
         fresh = self._new_engine()
         try:
             fresh.restore(arrays)
@@ -196,8 +192,57 @@ class Session:
             raise InvalidSession(f"{path}: {error}") from error
         if fresh.position != len(ids):
             raise InvalidSession(f"{path}: {len(ids)} ids, but the caches hold {fresh.position} positions")
-        self.engine, self.ids = fresh, ids.tolist()
+        self.engine, self.ids = fresh, ids
 
     def _new_engine(self) -> Engine:
         model = self.model
         return model.backend.engine(model.context, model.kv, default_chunk(model.config.layers), self._ring)
+
+
+def write_session(path: Path, model: Runnable, ids: Sequence[int], snapshot: Arrays) -> None:
+    """Write ids and the snapshot of what holds them; see `Session.save`."""
+    arrays = {**snapshot, "ids": np.array(ids, np.int64)}
+    with atomic(path, lambda old: _LABEL in read_labels(old)) as file:
+        write_arrays(file, arrays, {_LABEL: _VERSION, **model.identity()})
+
+
+def read_session(path: Path, model: Runnable) -> tuple[list[int], Arrays]:
+    """What `write_session` wrote for the same model. Raises InvalidSession."""
+    labels, arrays = _read(path)
+    _check_labels(path, labels, model)
+    return _checked_ids(path, arrays.pop("ids", None), model), arrays
+
+
+def session_ids(path: Path, model: Runnable) -> list[int]:
+    """The ids in what `write_session` wrote, without reading the rest. Raises InvalidSession."""
+    labels, arrays = _read(path, "ids")
+    _check_labels(path, labels, model)
+    return _checked_ids(path, arrays.get("ids"), model)
+
+
+def _read(path: Path, only: str | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        return read_arrays(path, only)
+    except ValueError as error:
+        raise InvalidSession(f"{path}: not a saved session: {error}") from error
+
+
+def _check_labels(path: Path, labels: Mapping[str, str], model: Runnable) -> None:
+    if (version := labels.get(_LABEL)) != _VERSION:
+        raise InvalidSession(
+            f"{path}: found {'no session' if version is None else f'a session of version {version}'}, expected one "
+            f"of version {_VERSION}: another version of bezel cannot be gone on from, so begin a new one"
+        )
+    for key, want in model.identity().items():
+        if labels.get(key) != want:
+            raise InvalidSession(f"{path}: saved with {key} {labels.get(key)}, expected {want}")
+
+
+def _checked_ids(path: Path, ids: npt.NDArray[Any] | None, model: Runnable) -> list[int]:
+    ids = np.empty((0, 0)) if ids is None else ids
+    vocab_size = model.config.vocab_size
+    if ids.ndim != 1 or ids.dtype != np.int64 or len(ids) > model.context:
+        raise InvalidSession(f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {model.context} int64")
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise InvalidSession(f"{path}: 'ids' names a token outside the vocabulary of {vocab_size}")
+    return [int(token) for token in ids]

@@ -16,7 +16,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from bezel.export.gguf.header import TensorRecord, encode_header
+from bezel.export.gguf.header import TensorRecord, aligned, encode_header
 from bezel.runtime.errors import BezelError
 from bezel.runtime.files.gguf import GGUFFile, StringArray
 from bezel.runtime.files.gguf_model import GGUFModel
@@ -127,6 +127,26 @@ def edited(path: Path, out: Path, changes: Mapping[str, Any], alignment: int = 3
         records = [TensorRecord(i.name, i.shape, i.format.gguf_type, i.offset - start) for i in infos]
         header = encode_header(dict(file.metadata) | dict(changes), records)
         out.write_bytes(header + bytes(-len(header) % alignment) + path.read_bytes()[start:])
+    return out
+
+
+def split(path: Path, folder: Path, count: int, **changes: Any) -> list[Path]:
+    """A GGUF file in parts: the first has all metadata, the others only which they are."""
+    with GGUFFile(path) as file:
+        names = list(file.tensors)
+        out = []
+        for i in range(count):
+            mine = names[i * len(names) // count : (i + 1) * len(names) // count]
+            keys: dict[str, Any] = dict(file.metadata) if i == 0 else {}
+            keys |= {"split.no": i, "split.count": count, "split.tensors.count": len(names), **changes}
+            records, data = [], b""
+            for name in mine:
+                info = file.info(name)
+                records.append(TensorRecord(name, info.shape, info.format.gguf_type, len(data)))
+                data += file.data(name).tobytes()
+                data += bytes(aligned(len(data)) - len(data))
+            out.append(folder / f"demo-{i + 1:05}-of-{count:05}.gguf")
+            out[-1].write_bytes(encode_header(keys, records) + data)
     return out
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bezel.runtime import Message, Model, Sampling, Session, errors, load
+from bezel.runtime.text.conversation import Conversation
 from bezel.runtime.text.generation import Generation
+from bezel.runtime.text.grammar import Grammars
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 HEAD = """# bezel from Python
@@ -23,6 +25,12 @@ with bezel.load("gemma.gguf", kv="int8") as model:
     for piece in model.generate("Why is the sky blue?", sampling=bezel.Sampling(seed=1), max_tokens=200):
         print(piece, end="", flush=True)
 
+    chat = model.conversation("Be brief.")
+    print("".join(chat.ask("Who wrote Faust?")), "".join(chat.ask("When?")))
+
+    schema = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
+    print("".join(model.generate("When?", grammar=model.grammars.json_schema(schema))))  # pip install 'bezel-lm[serve]'
+
     session = model.session()  # token by token
     logits = session.prefill(model.tokenizer.encode("Once upon a time", bos=True))
     session.save("story.bezel")  # and restore(): as if nothing had happened
@@ -32,7 +40,7 @@ with bezel.load("gemma.gguf", kv="int8") as model:
 
 def page() -> str:
     parts = [HEAD, entry("load", load)]
-    for kind in (Model, Session, Generation, Sampling, Message):
+    for kind in (Model, Conversation, Session, Generation, Grammars, Sampling, Message):
         parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n")
         parts += [entry(name, member, "###") for name, member in members(kind)]
     parts.append("## Errors\n\nThey are in `bezel.runtime.errors`.\n")

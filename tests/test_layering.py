@@ -48,10 +48,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.package": ("runtime.version", "runtime"),
     "runtime.package_main": ("runtime",),
     "runtime": ("runtime", "quant.formats", "numpy", "sentencepiece", "threadpoolctl", "safetensors"),
+    "runtime.text.grammar": ("runtime.errors", "runtime.text.tokenizer", "llguidance", "numpy"),
+    "runtime.serve": ("runtime", "starlette", "numpy"),
     "runtime.commands": ("runtime", "quant.formats", "click", "numpy"),
+    "runtime.commands.serve": ("runtime", "click", "uvicorn"),
     "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),
+    "export.hub": ("export", "quant", *CONTRACT),
+    "export.hub.client": ("runtime.errors", "runtime.version", "huggingface_hub", "httpx2"),
     "export.onnx": ("export", "quant", *CONTRACT, "numpy", "onnx"),
-    "export.commands": ("export", "quant", *CONTRACT, "click"),
+    "export.commands": ("export", "quant", *CONTRACT, "runtime.commands.model_path", "click"),
     "bench": ("bench", "export", "runtime", "quant", "*"),
 }
 
@@ -159,6 +164,11 @@ def test_every_module_keeps_to_its_room(path: Path) -> None:
         ("export/x.py", "import onnx"),
         ("export/gguf/x.py", "import click"),
         ("export/x.py", "import torch"),
+        ("export/hub/pull.py", "import huggingface_hub"),
+        ("export/commands/pull.py", "import huggingface_hub"),
+        ("export/hub/client.py", "import click"),
+        ("export/hub/client.py", "from ..gguf.writer import export_gguf"),
+        ("runtime/files/models.py", "import huggingface_hub"),
         ("bench/x.py", "from tests.test_native import W"),
     ],
 )
@@ -223,7 +233,17 @@ def test_a_circle_is_found() -> None:
 
 @pytest.mark.parametrize("name", ["bezel", "bezel.runtime"])
 def test_importing_loads_nothing_heavy(name: str) -> None:
-    heavy = ["numpy", "onnx", "onnxruntime", "torch", "transformers", "sentencepiece", "click", "gguf"]
+    heavy = [
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "torch",
+        "transformers",
+        "sentencepiece",
+        "click",
+        "gguf",
+        "huggingface_hub",
+    ]
     source = f"import sys, {name}\nprint([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

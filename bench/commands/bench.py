@@ -20,6 +20,7 @@ from ...quant.recipes import PRESETS
 from ...runtime import _native
 from ...runtime.api import load
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.commands.model_path import MODEL
 from ...runtime.engines import ENGINES
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import ModelFile, open_model
@@ -37,7 +38,7 @@ _PROFILE_HELD, _PROFILE_STEPS = 512, 32
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=MODEL, required=False)
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Random weights of this shape instead of MODEL.")
 @click.option("--quant", type=click.Choice(PRESETS), default="q4_0", show_default=True, help="Their format.")
 @click.option("--embedding", type=click.Choice(PRESETS), help="Their embedding's format, as `bezel export` has it.")
@@ -53,7 +54,7 @@ _PROFILE_HELD, _PROFILE_STEPS = 512, 32
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of everything.")
 @click.option("--vs", type=click.Choice(list(SETTINGS)), help="Measure this program too, turn by turn.")
-@click.option("--peer-model", type=click.Path(path_type=Path), help="What it measures on.  [default: MODEL]")
+@click.option("--peer-model", type=MODEL, help="What it measures on.  [default: MODEL]")
 @click.option("--profile", "as_profile", is_flag=True, help="Show where a token's time goes instead.")
 @click.option(
     "--save", type=click.Path(path_type=Path), help="Folder for the result.  [default: bench/results, or a cache]"

@@ -14,6 +14,7 @@ import click
 from ...export.gguf.receipt import stamp
 from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.files.atomic import check_output
 from ...runtime.files.gguf_model import GGUFModel
 from ..loss.measure import measure as run
@@ -25,8 +26,10 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
 
 
 @click.command()
-@click.argument("candidates", nargs=-1, required=True, metavar="CANDIDATE...")
-@click.option("--reference", metavar="MODEL", required=True, help="What the candidates are compared with.")
+@click.argument("candidates", nargs=-1, type=MODEL_SPEC, required=True, metavar="CANDIDATE...")
+@click.option(
+    "--reference", type=MODEL_SPEC, metavar="MODEL", required=True, help="What the candidates are compared with."
+)
 @texts_option
 @click.option("--engine", help="What runs the candidates.  [default: native for GGUF, ort for ONNX]")
 @click.option(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ...runtime.commands.model_path import MODEL
 from ...runtime.files.atomic import atomic
 from ..loss.passages import CHUNK
 from ..loss.sensitivity import BY, CHUNKS
@@ -16,7 +17,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @texts_option
 @click.option(
     "--formats",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from ...export.commands.progress import duration
 from ..loss.state import state_folder
 from ..progress import Progress, silent
 
@@ -65,12 +66,6 @@ class ProgressLine:
             began, first = now, done
         self._began, self._last = (began, first), done
         known = first < done < total
-        left = f", {_duration((now - began) / (done - first) * (total - done))} left" if known else ""
+        left = f", {duration((now - began) / (done - first) * (total - done))} left" if known else ""
         line = f"{self._what}: {done} of {total}{left}{'; ' if found else ''}{found}"
         click.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), nl=False, err=True)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -11,6 +11,7 @@ import click
 
 from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.session import Session
 from ..loss.state import KeptResults
 from ..loss.subjects import Opener, Spec, key_of, parse_spec, unique_names
@@ -19,7 +20,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, type=MODEL_SPEC, required=True, metavar="MODEL...")
 @click.option(
     "--questions",
     "files",

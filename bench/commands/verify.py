@@ -13,15 +13,16 @@ import click
 from ...export.sources.opening import open_checkpoint
 from ...export.verify import TensorReport
 from ...export.verify import verify as compare_tensors
+from ...runtime.commands.model_path import MODEL
 from ..loss.agreement import Span, agreement
 from .shared import json_option, progress_line, threads_option
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option(
     "--source",
-    type=click.Path(path_type=Path),
+    type=MODEL,
     required=True,
     help="What MODEL was exported from: a checkpoint folder or a GGUF file.",
 )

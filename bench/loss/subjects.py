@@ -20,7 +20,7 @@ from ...runtime.cache.store import KV_TYPES
 from ...runtime.engines.protocol import Backend, Engine, ModelBackend
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import open_model
-from ...runtime.files.packaged import find_model
+from ...runtime.files.models import find_model
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from ...runtime.commands.model_path import MODEL
 from ...runtime.errors import InvalidRequest
 from .progress import progress_bar
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=MODEL)
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

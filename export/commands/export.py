@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...quant.recipes import PLAIN, PRESETS
+from ...runtime.commands.model_path import MODEL
 from ...runtime.errors import InvalidRequest
 from .progress import progress_bar
 
@@ -112,7 +113,7 @@ class _Options:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=MODEL)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -219,7 +220,7 @@ def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
     else:
-        _print_summary(summary)
+        print_summary(summary)
 
 
 def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[int, int], None]) -> ExportSummary:
@@ -259,7 +260,8 @@ def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int
         )
 
 
-def _print_summary(summary: ExportSummary) -> None:
+def print_summary(summary: ExportSummary) -> None:
+    """For people."""
     formats = ", ".join(f"{count} × {name}" for name, count in summary.formats.items())
     click.echo(f"{summary.path}: {summary.file_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s")
     click.echo(f"  {summary.weights / 1e6:,.1f} million weights at {summary.bits_per_weight:.2f} bits: {formats}")

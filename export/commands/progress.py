@@ -1,12 +1,15 @@
-"""The progress bar of long commands."""
+"""How far long commands are, on a terminal."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import click
+
+from ...runtime.files.models import size_text
 
 
 @contextmanager
@@ -20,3 +23,41 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
                 bar.update(done - bar.pos)
 
         yield progress
+
+
+@contextmanager
+def download_line(label: str) -> Iterator[Callable[[int, int], None]]:
+    """As `progress_bar`, for bytes that come over a network."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    try:
+        yield DownloadLine(label)
+    finally:
+        click.echo(err=True)
+
+
+class DownloadLine:
+    """A line with the speed and the time that is left; what an earlier run has fetched is no speed."""
+
+    def __init__(self, label: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._label, self._clock = label, clock
+        self._began: tuple[float, int] | None = None  # when the first bytes came, and how many there were then
+        self._shown = -1.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = self._clock()
+        began, first = self._began = self._began or (now, done)
+        if done < total and now - self._shown < 0.1:
+            return
+        self._shown = now
+        rate = (done - first) / (now - began) if now > began else 0
+        left = f", {size_text(int(rate))}/s, {duration((total - done) / rate)} left" if rate and done < total else ""
+        click.echo(f"\r\x1b[K{self._label}: {size_text(done)} of {size_text(total)}{left}", nl=False, err=True)
+
+
+def duration(seconds: float) -> str:
+    """Roughly, for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -23,6 +23,14 @@ from .checkpoint import Checkpoint
 from .safetensors import StoredTensor, read_header, read_json
 from .tokenizer_json import read_tokenizer_json
 
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TEMPLATE = "chat_template.jinja"  # where recent versions of transformers keep it
+# What is read beside config and weights, as far as it is there.
+TEXT_FILES = (*TOKENIZERS, "tokenizer_config.json", "generation_config.json", TEMPLATE)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
 _PADDING = 256  # rows by which an embedding may be filled up
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD = "lm_head.weight"
@@ -33,12 +41,12 @@ def open_folder(folder: Path) -> Checkpoint:
     """A checkpoint as transformers saves it, or a repository in the hub's cache; see `open_checkpoint`."""
     folder = _snapshot(folder)
     adapters = _check_adapter(folder)
-    config_file = _required(folder / "config.json")
+    config_file = _required(folder / CONFIG)
     raw_config = read_json(config_file)
     config = read_hf_config(raw_config, str(config_file))
     read = _read_weights(folder)
     found = read.stored
-    tokenizer_files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    tokenizer_files = [folder / name for name in TOKENIZERS if (folder / name).exists()]
     files = [*read.files, config_file, *map(_required, tokenizer_files or [folder / "tokenizer.model"])]
     weights = _of_text(raw_config, found)
     stored = _match(folder, config, weights)
@@ -60,9 +68,9 @@ def open_folder(folder: Path) -> Checkpoint:
 
     generation_config = optional_json("generation_config.json")
     generation_config.setdefault("eos_token_id", raw_config.get("eos_token_id"))
-    template_file = folder / "chat_template.jinja"
+    template_file = folder / TEMPLATE
     template = _chat_template(optional_json("tokenizer_config.json").get("chat_template"))
-    if template_file.exists():  # where recent versions of transformers keep it
+    if template_file.exists():
         files.append(_own(_required(template_file)))
         template = template_file.read_text(encoding="utf-8", errors="replace")
 
@@ -105,11 +113,11 @@ def _snapshot(folder: Path) -> Path:
 
 def _check_adapter(folder: Path) -> list[str]:
     """A warning where an adapter lies beside a model. Raises InvalidCheckpoint where it lies alone."""
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER
     if not file.exists():
         return []
     base = read_json(_required(file)).get("base_model_name_or_path")
-    if not (folder / "config.json").exists():
+    if not (folder / CONFIG).exists():
         raise InvalidCheckpoint(
             f"{folder}: this is an adapter of {str(base)[:200]}, not a model; merge it first: with peft, "
             "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)"
@@ -164,11 +172,11 @@ class _Weights:
 
 def _read_weights(folder: Path) -> _Weights:
     """What is in `model.safetensors`, or in the shards that the index names, whichever of them it puts a tensor in."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE, folder / INDEX
     if single.exists():
         return _Weights(read_header(_required(single)), [single])
     if not index.exists():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         if pickles:
             raise InvalidCheckpoint(
                 f"{folder}: found {pickles[0]}, expected model.safetensors: bezel reads safetensors only, "
@@ -177,13 +185,8 @@ def _read_weights(folder: Path) -> _Weights:
             )
         raise InvalidCheckpoint(f"{folder}: found neither model.safetensors nor model.safetensors.index.json")
 
-    weight_map = read_json(_required(index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InvalidCheckpoint(f"{index}: key 'weight_map': expected tensor names → shard file names")
+    weight_map = read_index(_required(index))
     shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
-            raise InvalidCheckpoint(f"{index}: shard {shard[:200]!r}: expected the name of a file in the folder")
     found = _Weights({}, [index, *(folder / shard for shard in shards)])
     elsewhere = 0
     for shard in shards:
@@ -201,6 +204,17 @@ def _read_weights(folder: Path) -> _Weights:
     if elsewhere:
         found.warnings.append(f"{index.name} does not say where {elsewhere} tensors are; they were found all the same")
     return found
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The shard that an index puts each tensor in, by name. Raises InvalidCheckpoint."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InvalidCheckpoint(f"{index}: key 'weight_map': expected tensor names → shard file names")
+    for shard in weight_map.values():
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard):
+            raise InvalidCheckpoint(f"{index}: shard {shard[:200]!r}: expected the name of a file in the folder")
+    return weight_map
 
 
 def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files.gguf_model import GGUFModel
-from ...runtime.files.packaged import find_model
+from ...runtime.files.models import find_model
 from ...runtime.model.tensors import tensor_specs
 from ...runtime.text.sampling import read_sampling
 from ...runtime.text.tokenizer import Vocabulary
@@ -20,7 +20,7 @@ from .safetensors import StoredTensor
 def open_checkpoint(path: str | Path, quantized: bool = False) -> Checkpoint:
     """A Hugging Face folder (safetensors, one file or sharded) or a GGUF file, which may be `quantized` if asked for.
 
-    A packaged model may be given by name; see `packaged.find_model`. Checks everything but the numbers: files, names,
+    A packaged model may be given by name; see `models.find_model`. Checks everything but the numbers: files, names,
     shapes, extents. Raises InvalidCheckpoint, InvalidConfig, and InvalidModelFile for a damaged GGUF file.
     """
     path = find_model(path)

@@ -106,10 +106,24 @@ class KVCache:
                 + (f" and its window is {self.window}" if self.window else "")
             )
 
+    def loses(self, length: int, n: int) -> bool:
+        """Whether there is no way back to `length` positions once n more are taken."""
+        return first_visible(length, self.window) < max(self._oldest, self.length + n - self.capacity)
+
     def rewind(self, n: int) -> None:
         """Forget the n newest positions. Raises CacheError, as `check_rewind`, rather than lose a visible key."""
         self.check_rewind(n)
         self.length -= n
+
+    def forked(self, length: int) -> Self:
+        """A cache of its own that holds the first `length` positions. Raises CacheError as `check_rewind` does."""
+        self.check_rewind(self.length - length)
+        new = copy.copy(self)
+        new.length = length
+        new._store = self._new_store(*self._shape, self.capacity, self.kv)
+        if length > self._oldest:
+            new._store.set_raw(self._oldest, self._store.raw(self._oldest, length))
+        return new
 
     def snapshot(self) -> Arrays:
         """Copies of all that is held, in order of position. `restored` brings back this very state."""
@@ -206,6 +220,25 @@ class Caches:
     def nbytes(self) -> int:
         """Bytes that the stores have allocated."""
         return sum(cache.nbytes for cache in self)
+
+    def loses(self, length: int, n: int) -> bool:
+        """Whether `reaches(length)` is no longer true once n more positions are taken."""
+        return any(cache.loses(length, n) for cache in self)
+
+    def reaches(self, length: int) -> bool:
+        """Whether a rewind to `length` positions would lose no visible key."""
+        try:
+            for cache in self:
+                cache.check_rewind(cache.length - length)
+        except CacheError:
+            return False
+        return True
+
+    def forked(self, length: int) -> Caches:
+        """Caches of their own that hold the first `length` positions. Raises CacheError as `rewind` does."""
+        new = copy.copy(self)
+        new._caches = [cache.forked(length) for cache in self]
+        return new
 
     def rewind(self, n: int) -> None:
         """Forget the n newest positions. Raises CacheError if a ring no longer holds what comes before them."""

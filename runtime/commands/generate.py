@@ -1,4 +1,4 @@
-"""The commands `bezel run` and `bezel chat`."""
+"""The command `bezel run`, and what it shares with `bezel chat`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import BezelError, ContextFull, InvalidRequest
-from .console import printable, unforeseen
+from ..errors import InvalidRequest
+from ..files.strict_json import parse_json
+from .console import printable
+from .model_path import MODEL
 
 if TYPE_CHECKING:
     from ..api import Model
     from ..session import Session
-    from ..text.conversation import Conversation
-    from ..text.generation import Generation
+    from ..text.grammar import Grammar
     from ..text.sampling import Sampling
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -73,14 +74,14 @@ _OPTIONS = [
 ]
 
 
-def _generation_options(command: Command) -> Command:
+def generation_options(command: Command) -> Command:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.argument("words", nargs=-1, metavar="[PROMPT]")
 @click.option("--prompt", "-p", help="The prompt, instead of words of their own.")
 @click.option(
@@ -91,53 +92,66 @@ def _generation_options(command: Command) -> Command:
     help="The prompt from a file.",
 )
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text instead of answering it in a chat.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Answer with JSON that this file, a JSON schema, describes.",
+)
+@click.option("--regex", help="Answer with text that this regular expression matches as a whole.")
 @click.option("--stop", multiple=True, help="Stop before this text. May be given several times.")
 @click.option("--json", "as_json", is_flag=True, help="Print text, token counts and times as JSON, at the end.")
-@_generation_options
+@generation_options
 def run(
     model: Path,
     words: tuple[str, ...],
     prompt: str | None,
     prompt_file: Path | None,
     raw: bool,
+    json_schema: Path | None,
+    regex: str | None,
     stop: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer PROMPT with MODEL, a GGUF file or an exported ONNX folder. A PROMPT of - is read from standard input.
+    """Answer PROMPT with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
 
-    A model without a chat template continues PROMPT as plain text. Ctrl-C stops the answer.
+    A PROMPT of - is read from standard input. A model without a chat template continues PROMPT as plain text. Ctrl-C
+    stops the answer.
 
     \b
     Examples:
       bezel run gemma.gguf "Write a limerick about a llama."
+      bezel run google/gemma-3-1b-it "Write a limerick about a llama."
       bezel run gemma.gguf --raw "Once upon a time" --max-tokens 200 --seed 1
       cat report.txt | bezel run gemma.gguf - --system "Summarise this text."
+      bezel run gemma.gguf "Who wrote Faust?" --json-schema person.json
     """
     from ..text.chat import Message
     from ..text.conversation import keep_prompt
     from ..text.generation import Generation
 
     text = _prompt(words, prompt, prompt_file)
-    loaded = _load(model, options)
+    loaded = load_model(model, options)
     system = options["system"]
     if system and (raw or not loaded.is_chat_model):
         raise InvalidRequest("--system needs a chat, and this is plain text; put it into the prompt")
     messages = [Message("system", system), Message("user", text)] if system else text
     ids = loaded.prompt_ids(messages, raw or None)
-    _show_prompt(loaded, ids, options)
+    show_prompt(loaded, ids, options)
 
+    form = _form(loaded, json_schema, regex)
     session = loaded.session()
-    make_room = keep_prompt(len(ids), loaded, _note) if options["on_full"] == "slide" else None
-    with _interruptible(session, len(ids)) as cancel:
+    make_room = keep_prompt(len(ids), loaded, note) if options["on_full"] == "slide" else None
+    with interruptible(session, len(ids)) as cancel:
         generation = Generation(
             session,
             ids,
-            _sampling(loaded, options),
+            sampling_of(loaded, options),
             max_tokens=options["max_tokens"],
             stop=stop,
             make_room=make_room,
             cancel=cancel,
+            constraint=form.constraint() if form else None,
         )
         started, first, pieces = time.perf_counter(), None, []
         try:
@@ -164,6 +178,18 @@ def run(
         raise SystemExit(130)
 
 
+def _form(model: Model, schema: Path | None, regex: str | None) -> Grammar | None:
+    """What an answer must look like."""
+    if schema is not None and regex is not None:
+        raise click.UsageError("--json-schema and --regex: give one of them.")
+    if schema is not None:
+        reason = f"{schema}: expected a JSON schema, an object"
+        return model.grammars.json_schema(
+            parse_json(schema.read_bytes(), lambda why: InvalidRequest(f"{reason}: {why}"))
+        )
+    return None if regex is None else model.grammars.regex(regex)
+
+
 def _prompt(words: tuple[str, ...], prompt: str | None, file: Path | None) -> str:
     """What was said in one of these ways, or comes from standard input."""
     if bool(words) + (prompt is not None) + (file is not None) > 1:
@@ -183,105 +209,18 @@ def _prompt(words: tuple[str, ...], prompt: str | None, file: Path | None) -> st
     return text
 
 
-_CHAT_HELP = """\
-/undo takes back the last exchange, /reset starts anew, /save FILE and /load FILE keep and bring back the chat,
-/exit (or Ctrl-D) leaves. A line that ends in a backslash goes on in the next. Ctrl-C stops an answer."""
-
-
-@click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@_generation_options
-def chat(model: Path, **options: Any) -> None:
-    """Talk with MODEL, a GGUF file or an exported ONNX folder.
-
-    \b
-    /undo        takes back the last exchange
-    /reset       starts anew
-    /save FILE   keeps the chat, /load FILE brings it back
-    /exit        leaves, as Ctrl-D does; Ctrl-C stops an answer
-
-    \b
-    Examples:
-      bezel chat gemma.gguf
-      bezel chat gemma.gguf --system "Answer like a pirate." --on-full slide
-    """
-    from ..text.conversation import Conversation
-
-    loaded = _load(model, options)
-    if not loaded.is_chat_model:
-        raise InvalidRequest(f"{model}: has no chat template; use `bezel run --raw` to continue a text with it")
-
-    def begin() -> Conversation:
-        return Conversation(loaded, options["system"], options["on_full"] == "slide", _note)
-
-    conversation = begin()
-    sampling = _sampling(loaded, options)
-    if sys.stdin.isatty():
-        _line_editing()
-        click.echo(f"{loaded.name}, context {loaded.context}. /help shows the commands.")
-    for line in _lines():
-        command, _, argument = line.strip().partition(" ")
-        try:
-            if not command.startswith("/") or command.startswith("//"):
-                _answer(conversation, line.removeprefix("/"), sampling, options)
-            elif command == "/reset":
-                conversation = begin()
-            elif command == "/undo":
-                conversation.undo()
-                _note(f"{_exchanges(conversation)} left")
-            elif command in ("/save", "/load") and argument.strip():
-                session, path = conversation.session, Path(argument.strip()).expanduser()
-                if command == "/save":
-                    session.save(path)
-                else:
-                    session.restore(path)
-                _note(f"{command[1:]}: {path}, {_exchanges(conversation)}")
-            elif command in ("/exit", "/quit"):
-                return
-            else:
-                if command not in ("/help", "/save", "/load"):
-                    _note(f"{command} is no command; for a message that begins with a slash, type two")
-                click.echo(_CHAT_HELP)
-        except ContextFull as error:
-            _note(f"error: {error}; /undo or /reset makes room, as --on-full slide does by itself")
-        except (BezelError, OSError, MemoryError) as error:
-            _note(f"error: {error}")
-        except Exception as error:  # whatever it is, the chat goes on
-            _note(f"error: {unforeseen(error)}")
-
-
-def _exchanges(conversation: Conversation) -> str:
-    n = conversation.turns()
-    return "1 exchange" if n == 1 else f"{n} exchanges"
-
-
-def _answer(conversation: Any, text: str, sampling: Sampling, options: dict[str, Any]) -> None:
-    session = conversation.session
-    prompt = conversation.prompt_ids(text)
-    _show_prompt(session.model, prompt, options)
-    with _interruptible(session, session.position + len(prompt)) as cancel:
-        generation: Generation = conversation.ask(text, sampling, options["max_tokens"], cancel)
-        try:
-            for piece in generation:
-                click.echo(piece, nl=False)
-        finally:
-            click.echo()
-    if generation.finish == "cancelled":
-        _note("stopped")
-
-
-def _load(path: Path, options: dict[str, Any]) -> Model:
+def load_model(path: Path, options: dict[str, Any]) -> Model:
     from ..api import load
     from ..text.chat import template_is_known
 
     names = ("engine", "context", "kv", "threads", "activations")
     model = load(path, **{name: options[name] for name in names})
     if model.is_chat_model and not template_is_known(model.chat_template):
-        _note(f"warning: {path} has a chat template that is not one of Gemma's; Gemma's own format is used instead")
+        note(f"warning: {path} has a chat template that is not one of Gemma's; Gemma's own format is used instead")
     return model
 
 
-def _sampling(model: Model, options: dict[str, Any]) -> Sampling:
+def sampling_of(model: Model, options: dict[str, Any]) -> Sampling:
     from ..text.sampling import Sampling, read_sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -290,23 +229,23 @@ def _sampling(model: Model, options: dict[str, Any]) -> Sampling:
         del chosen["seed"]
     stored, complaints = read_sampling(model.file.metadata)
     for complaint in complaints:
-        _note(printable(f"warning: {model.file.path}: {complaint}"))
+        note(printable(f"warning: {model.file.path}: {complaint}"))
     return Sampling(**{**stored, **chosen})
 
 
-def _show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:
+def show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:
     if options["show_prompt"]:
         from ..text.chat import show
 
         click.echo(show(model.tokenizer, ids), err=True)
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     click.echo(text if "NO_COLOR" in os.environ else click.style(text, dim=True), err=True)
 
 
 @contextmanager
-def _interruptible(session: Session, n_prompt: int) -> Iterator[Callable[[], bool]]:
+def interruptible(session: Session, n_prompt: int) -> Iterator[Callable[[], bool]]:
     """A `cancel` that turns true on Ctrl-C; a second Ctrl-C interrupts at once. Shows a long prompt's progress."""
     pressed = False
     long_prompt = sys.stderr.isatty() and n_prompt - session.position > session.engine.chunk
@@ -330,31 +269,3 @@ def _interruptible(session: Session, n_prompt: int) -> Iterator[Callable[[], boo
         yield cancel
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _line_editing() -> None:
-    with suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  (importing it gives input() its editing and history)
-
-
-def _lines() -> Iterator[str]:
-    """What the user types, until end of input; Ctrl-C at the prompt drops the line."""
-    text = ""
-    while True:
-        prompt = ("... " if text else "> ") if sys.stdin.isatty() else ""
-        try:
-            line = input(prompt)
-        except EOFError:
-            if text.strip():
-                yield text
-            return
-        except KeyboardInterrupt:
-            click.echo()
-            text = ""
-            continue
-        if line.endswith("\\"):
-            text += line[:-1] + "\n"
-        else:
-            if (text + line).strip():
-                yield text + line
-            text = ""

@@ -6,7 +6,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from ..files.gguf import RECEIPT
 from ..files.model_file import ModelFile, open_model
 from ..model.config import ModelConfig
 from ..text.chat import template_is_known
-from ..text.sampling import Sampling, read_sampling
+from ..text.sampling import KEYS, Sampling, read_sampling
 from .console import printable
+from .model_path import MODEL
 
 MIB = 1 << 20
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=MODEL)
 @click.option("--context", type=int, help="Show the memory for this many tokens.  [default: several]")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -97,7 +97,7 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         "cache": {kv: cache(kv) for kv in file.kv_types(engine)},
         "weight_bytes": tensor_bytes,
         "chat_template": _template(file),
-        "sampling": asdict(Sampling(**sampling)),
+        "sampling": {name: getattr(Sampling(**sampling), name) for name in KEYS},
         "provenance": _provenance(file),
         "receipt": _receipt(file),
         "tensors": [
@@ -182,7 +182,7 @@ def _print(facts: dict[str, Any], tensors: bool) -> None:
     _echo(f"  with the weights, {tokens} tokens take {', '.join(needs)}")
     _echo("\nText")
     _echo(f"  {'chat template':<22} {facts['chat_template'] or 'none: it continues text'}")
-    chosen = (f"{name} {value:g}" for name, value in facts["sampling"].items() if value is not None)
+    chosen = (f"{name} {value:g}" for name, value in facts["sampling"].items())
     _echo(f"  {'sampling':<22} {', '.join(chosen)}")
     if facts["provenance"]:
         _echo("\nProvenance")

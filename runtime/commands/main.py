@@ -20,10 +20,14 @@ from .console import printable, unforeseen
 
 # Verb → its module and the line that `bezel --help` shows, which is so known without importing the module.
 _VERBS = {
+    "pull": ("bezel.export.commands.pull", "Fetch a model from the Hugging Face Hub."),
+    "list": ("bezel.runtime.commands.models", "List the models that can be given by name."),
+    "rm": ("bezel.runtime.commands.models", "Remove models from the models folder."),
     "export": ("bezel.export.commands.export", "Convert a checkpoint to a GGUF file or an ONNX folder."),
     "calibrate": ("bezel.export.commands.calibrate", "Gather what a text sends through a model, for export."),
     "run": ("bezel.runtime.commands.generate", "Answer one prompt, or continue a text."),
-    "chat": ("bezel.runtime.commands.generate", "Talk with a model."),
+    "chat": ("bezel.runtime.commands.chat", "Talk with a model."),
+    "serve": ("bezel.runtime.commands.serve", "Serve models to OpenAI's clients, and a page to chat with."),
     "inspect": ("bezel.runtime.commands.inspect", "Show what a model file holds and how much memory it takes."),
     "verify": ("bezel.bench.commands.verify", "Compare a model, and what it computes, with what it came from."),
     "bench": ("bezel.bench.commands.bench", "Measure speed and memory, next to llama.cpp if asked."),
@@ -41,8 +45,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _VERBS:
             return None
-        command: click.Command = getattr(import_module(_VERBS[cmd_name][0]), cmd_name)
-        return command
+        found = vars(import_module(_VERBS[cmd_name][0])).values()
+        return next(item for item in found if isinstance(item, click.Command) and item.name == cmd_name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in _VERBS and not args[0].startswith("-"):
@@ -98,6 +102,7 @@ def main() -> None:
     \b
     Examples:
       bezel demo
+      bezel pull google/gemma-3-1b-it
       bezel export gemma-2-2b-it/ gemma.gguf --quant q4_0
       bezel run gemma.gguf "Why is the sky blue?"
     """

@@ -31,7 +31,7 @@ def atomic(out: Path, replaces: Callable[[Path], bool] = lambda _: True) -> Iter
     replace, or is being written by someone else.
     """
     out = check_output(out, replaces)
-    with _claimed(out) as part:
+    with claimed(out) as part:
         # The claim keeps others away; what is left of an interrupted run, or a link planted here, goes.
         part.unlink(missing_ok=True)
         mode = stat.S_IMODE(out.stat().st_mode) if out.exists() else None
@@ -55,7 +55,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
     Raises InvalidRequest if it is being written by someone else.
     """
-    with _claimed(out) as part:
+    with claimed(out) as part:
         old = part.with_suffix(".old")
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -99,7 +99,7 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows
 
 
 @contextmanager
-def _claimed(out: Path) -> Iterator[Path]:
+def claimed(out: Path) -> Iterator[Path]:
     """The name that `out` is written under, which no other process uses meanwhile."""
     lock = out.with_name(f".{out.name}.lock")
     while True:

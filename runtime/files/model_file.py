@@ -15,8 +15,8 @@ from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
 from ..text.tokenizer import Vocabulary
 from .gguf_model import GGUFModel
+from .models import find_model
 from .onnx_folder import OnnxFolder
-from .packaged import find_model
 
 
 class Tensor(Protocol):
@@ -85,7 +85,7 @@ class ModelFile(Protocol):
 
 
 def open_model(path: str | Path) -> ModelFile:
-    """A GGUF file, a folder that `bezel export --format onnx` wrote, or a model by name; see `packaged.find_model`.
+    """A GGUF file, a folder that `bezel export --format onnx` wrote, or a model by name; see `models.find_model`.
 
     Raises InvalidModelFile, and InvalidRequest for a named model that is not installed.
     """

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,25 +40,16 @@ PACKAGED = {
 }
 
 
-def find_model(path: str | Path) -> Path:
-    """`path`; or, where there is nothing and it is a key of PACKAGED, the file of that model.
+def assembled(name: str) -> Path:
+    """The file of a key of PACKAGED, put together in the user's cache when it is first asked for.
 
-    The file is put together when it is first asked for, in the user's cache. Raises InvalidRequest where the packages
-    are not installed, InvalidModelFile where they do not hold what they should.
+    Raises InvalidRequest where the packages are not installed, InvalidModelFile where they hold something else.
     """
-    path = Path(path)
-    if path.exists():
-        return path
-    if str(path) not in PACKAGED:
-        meant = get_close_matches(str(path), PACKAGED, 1)
-        if meant:
-            raise InvalidRequest(f"{path}: there is no such file; the model that can be installed is {meant[0]!r}")
-        return path
-    model = PACKAGED[str(path)]
+    model = PACKAGED[name]
     out = cache_folder() / model.file_name
     # Its date says that nobody has written to it since its hash was checked, which would take longer than the rest.
     if not (out.is_file() and (out.stat().st_size, out.stat().st_mtime_ns) == (model.size, _WRITTEN)):
-        _assemble(str(path), model, out)
+        _assemble(name, model, out)
         os.utime(out, ns=(_WRITTEN, _WRITTEN))
     return out
 

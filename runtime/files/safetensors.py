@@ -56,8 +56,11 @@ def read_labels(path: Path) -> dict[str, str]:
         return {}
 
 
-def read_arrays(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """What `write_arrays` wrote: labels and arrays. Raises ValueError for a file that is none, or that is damaged."""
+def read_arrays(path: Path, only: str | None = None) -> tuple[dict[str, str], dict[str, Any]]:
+    """What `write_arrays` wrote: labels and arrays; or `only` the array of a name, whose checksum nobody asks for.
+
+    Raises ValueError for a file that is none, or that is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():  # a pipe would be waited for
@@ -65,10 +68,11 @@ def read_arrays(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             labels = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys() if only in (None, name)}  # noqa: SIM118
     except (OSError, SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(str(error)) from error
-    if _DIGEST in labels and labels.pop(_DIGEST) != _digest(arrays):
+    digest = labels.pop(_DIGEST, None)
+    if only is None and digest is not None and digest != _digest(arrays):
         raise ValueError("its checksum is another than when it was written: the file is damaged")
     return labels, arrays
 

@@ -52,6 +52,24 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True
     return [*ids, start, *tokenizer.encode("model\n")] if reply else ids
 
 
+def read(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Message]:
+    """The turns that ids hold, as `render` made them; one that has only been opened is none."""
+    found = []
+    parts: list[list[int]] = []
+    for token in ids:
+        if token == tokenizer.start_of_turn_id:
+            parts.append([])
+        elif parts:
+            parts[-1].append(token)
+    for part in parts:
+        if tokenizer.end_of_turn_id in part:
+            part = part[: part.index(tokenizer.end_of_turn_id)]
+        role, _, text = tokenizer.decode(part).partition("\n")
+        if text or role == "user":
+            found.append(Message(role, text))
+    return found
+
+
 def turn_end(tokenizer: Tokenizer) -> list[int]:
     """The ids that `render` puts after a turn: `<end_of_turn>` and a newline."""
     end = tokenizer.end_of_turn_id

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from ..api import Model
 from ..errors import ContextFull, InvalidRequest
+from ..session import Runnable, Session
 from . import chat
 from .generation import Generation
 from .sampling import Sampling
+
+
+class Talker(Runnable, Protocol):
+    """What a conversation needs of a model; see `Model`."""
+
+    @property
+    def default_sampling(self) -> Sampling: ...
+    def session(self) -> Session: ...
 
 
 class Conversation:
@@ -18,7 +27,7 @@ class Conversation:
     `announce` so; without, it raises ContextFull.
     """
 
-    def __init__(self, model: Model, system: str | None, slide: bool, announce: Callable[[str], None]) -> None:
+    def __init__(self, model: Talker, system: str | None, slide: bool, announce: Callable[[str], None]) -> None:
         self.session = model.session()
         self._model, self._system, self._slide, self._announce = model, system, slide, announce
 
@@ -32,11 +41,11 @@ class Conversation:
     def ask(
         self,
         text: str,
-        sampling: Sampling,
+        sampling: Sampling | None = None,
         max_tokens: int | None = None,
         cancel: Callable[[], bool] = lambda: False,
     ) -> Generation:
-        """The model's reply to a user's turn, as an iterable of pieces.
+        """The model's reply to a user's turn, as an iterable of pieces; sampled as the file recommends by default.
 
         A turn that is not read to its end, because it is cancelled or does not fit, leaves the chat as it was.
         """
@@ -44,7 +53,7 @@ class Conversation:
         return _Reply(
             self.session,
             self.prompt_ids(text),
-            sampling,
+            self._model.default_sampling if sampling is None else sampling,
             max_tokens=max_tokens,
             # The model's turn ends where it would open another.
             stop_ids=self._model.stop_ids | (set() if start is None else {start}),
@@ -64,6 +73,18 @@ class Conversation:
     def turns(self) -> int:
         """How many exchanges the session holds."""
         return len(self._user_turns(self.session.ids))
+
+    def messages(self) -> list[chat.Message]:
+        """What the session holds, as a chat; system text is part of the first message."""
+        return chat.read(self._model.tokenizer, self.session.ids)
+
+    def last_message(self) -> str:
+        """The newest message of the user, without the system text. Raises InvalidRequest if there is none."""
+        messages = [message.text for message in self.messages() if message.role == "user"]
+        if not messages:
+            raise InvalidRequest("there is no message yet")
+        opening = f"{self._system.strip()}\n\n" if self._system and len(messages) == 1 else ""
+        return messages[-1].removeprefix(opening)
 
     def _opening(self, text: str) -> list[chat.Message]:
         system = [chat.Message("system", self._system)] if self._system else []
@@ -105,7 +126,7 @@ class _Reply(Generation):
                 self._session.go_to(self._session.ids[:before])
 
 
-def keep_prompt(n_prompt: int, model: Model, announce: Callable[[str], None]) -> Callable[[list[int]], list[int]]:
+def keep_prompt(n_prompt: int, model: Runnable, announce: Callable[[str], None]) -> Callable[[list[int]], list[int]]:
     """For one prompt and a long text after it: keeps the prompt and drops the oldest quarter of a full context."""
 
     def make_room(ids: list[int]) -> list[int]:

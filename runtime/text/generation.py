@@ -3,20 +3,147 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from ..arrays import Floats
 from ..errors import InvalidRequest
 from ..session import MakeRoom, Session
 from .sampling import Sampler, Sampling
+from .tokenizer import Tokenizer
+
+
+class Constraint(Protocol):
+    """What an answer must look like, told token by token: a grammar."""
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, (vocab,); at least one, perhaps only a stop token."""
+
+    def accept(self, token: int) -> None:
+        """Take a token that is allowed."""
+
+    def forced(self) -> list[int]:
+        """Take all tokens about which there is no choice, and say which they are."""
+
+
+@dataclass(frozen=True)
+class Chance:
+    """The natural logarithm of a token's probability by the model alone, and the likeliest tokens with theirs.
+
+    A text's `first` token has none.
+    """
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+    first: bool = False
+
+
+def chance(logits: Floats, token: int, n: int) -> Chance:
+    """The chance of a token by logits (vocab,), and the n likeliest."""
+    x = logits.astype(np.float64)
+    x -= x.max() + np.log(np.exp(x - x.max()).sum())
+    best = np.argpartition(-x, min(n, len(x) - 1))[:n]
+    best = best[np.lexsort((best, -x[best]))]
+    return Chance(token, float(x[token]), [(int(i), float(x[i])) for i in best])
+
+
+class Writer:
+    """Turns logits into an answer: `ids`, and text that is sure to belong to it.
+
+    `fed` are the ids that the model must see before the next logits. `finish` says why it ended: "stop" (a stop token
+    or string), "length" (`max_tokens`), None while it runs. The token that reaches `max_tokens` is to go through the
+    model, which costs a step, only if `hold_last`: where the session goes on. `chances` are those of `ids`, with the
+    likeliest `logprobs`, where that is not None; each token then takes a step of its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        hold_last: bool = False,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
+    ) -> None:
+        sound = isinstance(stop, Iterable) and not isinstance(stop, str)
+        if not sound or not all(isinstance(text, str) for text in stop):
+            raise InvalidRequest(f"stop: found {stop!r:.80}, expected a list of texts")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
+            raise InvalidRequest(f"max_tokens: found {max_tokens!r:.80}, expected a whole number from 0 on, or None")
+        self.ids: list[int] = []
+        self.fed: list[int] = []
+        self.finish: str | None = None
+        self.stopped_by: str | None = None  # the stop string, where it was one
+        self._decoder, self._sampler, self._stop_ids = tokenizer.stream(), Sampler(sampling), stop_ids
+        self._max_tokens, self._stop, self._hold_last = max_tokens, [s for s in stop if s], hold_last
+        self._constraint, self._logprobs = constraint, logprobs
+        self.chances: list[Chance] = []
+        self.keeps_chances = logprobs is not None
+        self._held = ""  # text that may be the beginning of a stop string
+
+    def take(self, logits: Floats, seen: Sequence[int]) -> str:
+        """Draw from logits (vocab,) of the newest token; `seen` are all ids so far. Gives the text that is sure now."""
+        if self._is_full():
+            return self.end("length")
+        allowed = None if self._constraint is None else self._constraint.allowed()
+        token = self._sampler(logits, seen, self.ids, allowed)
+        if token in self._stop_ids:
+            return self.end("stop")
+        self.fed = [token]
+        if self._logprobs is not None:
+            self.chances.append(chance(logits, token, self._logprobs))
+        if self._constraint is not None:
+            self._constraint.accept(token)
+            if self._logprobs is None:
+                self.fed += self._constraint.forced()
+        text = ""
+        for i, token in enumerate(self.fed):
+            self.ids.append(token)
+            self._held += self._decoder.push(token)
+            if (found := self._find_stop(self._held)) is not None:
+                at, self.stopped_by = found
+                self.fed, self.finish = self.fed[: i + 1], "stop"
+                return text + self._held[:at]
+            keep = self._possible_stop(self._held)
+            text += self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+            if self._is_full():
+                self.fed = self.fed[: i + 1]
+                return text if self._hold_last else text + self.end("length")
+        return text
+
+    def end(self, finish: str) -> str:
+        """End the answer here; the text that was held back."""
+        self.finish, text, self._held = finish, self._held + self._decoder.flush(), ""
+        return text
+
+    def _is_full(self) -> bool:
+        return self._max_tokens is not None and len(self.ids) >= self._max_tokens
+
+    def _find_stop(self, text: str) -> tuple[int, str] | None:
+        """Where the first stop string begins, and which it is."""
+        return min(((at, stop) for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
+
+    def _possible_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        longest = max((len(s) - 1 for s in self._stop), default=0)
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stop)), 0)
 
 
 class Generation:
     """Text that is being generated after a prompt; iterate over it once for the pieces.
 
     `ids` are the tokens generated so far, without the one that stopped it; `prompt_read` says that the model has seen
-    all of the prompt. `finish` says why it ended: "stop" (a
-    stop token or string), "length" (max_tokens), "cancelled" (`cancel` returned True), None while it runs. If the
-    context is full, `make_room` is asked for shorter ids to go on with; without it ContextFull is raised. The token
-    that reaches max_tokens goes through the model, which costs a step, only if `hold_last`: where the session goes on.
+    all of the prompt. `finish` says why it ended: as a `Writer`'s, or "cancelled" (`cancel` returned True). If the
+    context is full, `make_room` is asked for shorter ids to go on with; without it ContextFull is raised.
     """
 
     def __init__(
@@ -31,66 +158,34 @@ class Generation:
         make_room: MakeRoom | None = None,
         cancel: Callable[[], bool] = lambda: False,
         hold_last: bool = False,
+        constraint: Constraint | None = None,
     ) -> None:
-        sound = isinstance(stop, Iterable) and not isinstance(stop, str)
-        if not sound or not all(isinstance(text, str) for text in stop):
-            raise InvalidRequest(f"stop: found {stop!r:.80}, expected a list of texts")
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 0):
-            raise InvalidRequest(f"max_tokens: found {max_tokens!r:.80}, expected a whole number from 0 on, or None")
-        self.ids: list[int] = []
-        self.finish: str | None = None
+        self._writer = Writer(
+            session.model.tokenizer,
+            sampling,
+            session.model.stop_ids if stop_ids is None else stop_ids,
+            max_tokens=max_tokens,
+            stop=stop,
+            hold_last=hold_last,
+            constraint=constraint,
+        )
+        self.ids = self._writer.ids
         self.prompt_read = False
-        self._session, self._prompt, self._sampler = session, list(prompt), Sampler(sampling)
-        self._max_tokens, self._stop = max_tokens, [s for s in stop if s]
-        self._stop_ids = session.model.stop_ids if stop_ids is None else stop_ids
-        self._make_room, self._cancel, self._hold_last = make_room, cancel, hold_last
+        self._session, self._prompt = session, list(prompt)
+        self._make_room, self._cancel = make_room, cancel
+
+    @property
+    def finish(self) -> str | None:
+        return self._writer.finish
 
     def __iter__(self) -> Iterator[str]:
-        decoder = self._session.model.tokenizer.stream()
-        held = ""  # text that may be the beginning of a stop string
-        for token in self._tokens():
-            held += decoder.push(token)
-            if (at := self._find_stop(held)) is not None:
-                self.finish = "stop"
-                if held[:at]:
-                    yield held[:at]
-                return
-            keep = self._possible_stop(held)
-            if len(held) > keep:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
-        held += decoder.flush()
-        if held:
-            yield held
-
-    def _tokens(self) -> Iterator[int]:
-        fed = self._prompt
-        while (logits := self._session.feed(fed, self._make_room, self._cancel)) is not None:
-            self.prompt_read = True
-            if self._reached_max():
-                self.finish = "length"
-                return
-            token = self._sampler(logits, self._session.ids)
-            if token in self._stop_ids:
-                self.finish = "stop"
-                return
-            self.ids.append(token)
-            yield token
-            if self._reached_max() and not self._hold_last:
-                self.finish = "length"
-                return
-            fed = [token]
-        self.finish = "cancelled"
-
-    def _reached_max(self) -> bool:
-        return self._max_tokens is not None and len(self.ids) >= self._max_tokens
-
-    def _find_stop(self, text: str) -> int | None:
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        return min(found, default=None)
-
-    def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        longest = max((len(s) - 1 for s in self._stop), default=0)
-        lengths = range(min(longest, len(text)), 0, -1)
-        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+        writer, fed = self._writer, self._prompt
+        while writer.finish is None:
+            logits = self._session.feed(fed, self._make_room, self._cancel)
+            if logits is None:
+                piece = writer.end("cancelled")
+            else:
+                self.prompt_read = True
+                piece, fed = writer.take(logits, self._session.ids), writer.fed
+            if piece:
+                yield piece

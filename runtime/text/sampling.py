@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ class Sampling:
     """How to choose a token. The defaults are those that Google publishes for Gemma.
 
     Applied in this order: `repetition_penalty` (Keskar et al. 2019: seen tokens' logits are divided by it, or
-    multiplied if negative), `temperature` (0 takes the likeliest token), `top_k` (0 = off), `top_p` (smallest set
-    that reaches this probability), `min_p` (at least this share of the likeliest token's probability).
+    multiplied if negative), `presence_penalty` and `frequency_penalty` (taken from the logits of tokens that were
+    written already, once and for each time, as OpenAI's API has them), `logit_bias` (added, by token),
+    `temperature` (0 takes the likeliest token), `top_k` (0 = off), `top_p` (smallest set that reaches this
+    probability), `min_p` (at least this share of the likeliest token's probability).
     The same `seed` gives the same text; None draws a fresh one. Raises InvalidRequest for values out of range.
     """
 
@@ -30,20 +32,28 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, counts = getattr(self, field.name), field.name in ("top_k", "seed")
-            drawn = field.name == "seed" and value is None
+        for name in (one.name for one in fields(self) if one.name != "logit_bias"):
+            value, counts = getattr(self, name), name in ("top_k", "seed")
+            drawn = name == "seed" and value is None
             if not (is_whole(value) or drawn or (isinstance(value, float) and not counts)):
                 want = "a whole number" if counts else "a number"
-                raise InvalidRequest(f"{field.name}: found {value!r:.80}, expected {want}")
+                raise InvalidRequest(f"{name}: found {value!r:.80}, expected {want}")
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
+        if not all(is_whole(token) and (is_whole(x) or isinstance(x, float)) and x == x for token, x in bias):
+            raise InvalidRequest(f"logit_bias: found {self.logit_bias!r:.80}, expected numbers by token")
         checks = [
             ("temperature", 0 <= self.temperature < np.inf, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "above 0 (1 is off)"),
+            ("presence_penalty", abs(self.presence_penalty) < np.inf, "a finite number"),
+            ("frequency_penalty", abs(self.frequency_penalty) < np.inf, "a finite number"),
             ("seed", self.seed is None or self.seed >= 0, "at least 0"),
         ]
         for name, fine, want in checks:
@@ -53,7 +63,7 @@ class Sampling:
 
 _HUGE = 1e300
 # Where GGUF files keep what their makers recommend; llama.cpp reads these.
-_KEYS = {
+KEYS = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
     "top_p": "general.sampling.top_p",
@@ -64,25 +74,26 @@ _KEYS = {
 
 def write_sampling(values: Mapping[str, Any]) -> dict[str, int | float]:
     """What a generation config (transformers) says about sampling, as metadata. Raises InvalidRequest for nonsense."""
-    chosen = {name: values[name] for name in _KEYS if values.get(name) is not None}
+    chosen: dict[str, Any] = {name: values[name] for name in KEYS if values.get(name) is not None}
     if values.get("do_sample") is False:
         chosen["temperature"] = 0.0
     Sampling(**chosen)
-    return {_KEYS[name]: value if name == "top_k" else float(value) for name, value in chosen.items()}
+    return {KEYS[name]: value if name == "top_k" else float(value) for name, value in chosen.items()}
 
 
 def read_sampling(metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What metadata say of `Sampling`'s fields, and a complaint about each value that cannot be used."""
     usable: dict[str, Any] = {}
     complaints = []
-    for name, key in _KEYS.items():
+    for name, key in KEYS.items():
         value = metadata.get(key)
         if value is None:
             continue
         if name == "top_k" and isinstance(value, float) and value.is_integer():
             value = int(value)
+        given: dict[str, Any] = {name: value}
         try:
-            Sampling(**{name: value})
+            Sampling(**given)
         except InvalidRequest as error:
             complaints.append(f"key '{key}' is ignored: {error}")
         else:
@@ -97,33 +108,92 @@ class Sampler:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
 
-    def __call__(self, logits: Floats, seen: Sequence[int]) -> int:
-        """The next token's id, from logits (vocab,); `seen` are the ids that the repetition penalty acts on."""
+    def __call__(
+        self,
+        logits: Floats,
+        seen: Sequence[int],
+        written: Sequence[int] = (),
+        allowed: npt.NDArray[np.bool_] | None = None,
+    ) -> int:
+        """The next token's id, from logits (vocab,), of which those that are `allowed` (vocab,) count.
+
+        `seen` are the ids that the repetition penalty acts on, `written` those that the other two do.
+        """
         s = self._sampling
-        if s.repetition_penalty != 1 and len(seen):
-            logits = logits.astype(np.float64)
-            ids = np.unique(np.asarray(seen))
-            with np.errstate(over="ignore"):
-                logits[ids] *= np.where(logits[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
-            logits = logits.clip(-_HUGE, _HUGE)
-        if s.temperature == 0:
+        changed = _changed(logits, s, seen, written)
+        if s.temperature == 0 and changed is None and allowed is None:
             return int(np.argmax(logits))
-        ids, p = candidates(logits, s)
+        ids, p = candidates(logits, s, changed, allowed)
+        if s.temperature == 0:
+            return int(ids[0])
         return int(
             ids[np.searchsorted(np.cumsum(p), self._random.random() * p.sum(), side="right").clip(0, len(p) - 1)]
         )
 
 
-def candidates(logits: Floats, s: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The ids that temperature, top-k, top-p and min-p leave, likeliest first, and their probabilities (unscaled)."""
-    logits = logits.astype(np.float64)
+Changed = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+"""Ids, and logits that take the place of theirs."""
+
+
+def _changed(logits: Floats, s: Sampling, seen: Sequence[int], written: Sequence[int]) -> Changed | None:
+    """What penalties and biases make of logits; None where there are none."""
+    repeated = np.unique(np.asarray(seen if s.repetition_penalty != 1 else (), np.int64))
+    counted = written if s.presence_penalty or s.frequency_penalty else ()
+    again, times = np.unique(np.asarray(counted, np.int64), return_counts=True)
+    biased = np.array([token for token in s.logit_bias if 0 <= token < len(logits)], np.int64)
+    ids = np.unique(np.concatenate([repeated, again, biased]))
+    if not len(ids):
+        return None
+    x = logits[ids].astype(np.float64)
+    at = np.searchsorted(ids, repeated)
+    with np.errstate(over="ignore"):
+        x[at] *= np.where(x[at] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
+    x = x.clip(-_HUGE, _HUGE)
+    x[np.searchsorted(ids, again)] -= s.presence_penalty + s.frequency_penalty * times
+    x[np.searchsorted(ids, biased)] += [s.logit_bias[token] for token in biased.tolist()]
+    return ids, x
+
+
+def candidates(
+    logits: Floats, s: Sampling, changed: Changed | None = None, allowed: npt.NDArray[np.bool_] | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The ids that temperature, top-k, top-p and min-p leave, likeliest first, and their probabilities (unscaled).
+
+    At a temperature of 0 the likeliest alone.
+    """
+    top_k = 1 if s.temperature == 0 else s.top_k or len(logits)
+    others = logits
+    if changed is not None or allowed is not None:
+        others = logits.copy()
+        if changed is not None:
+            others[changed[0]] = -np.inf
+        if allowed is not None:
+            np.copyto(others, np.float32(-np.inf), where=~allowed)
+    ids = _largest(others, top_k)
+    x = others[ids].astype(np.float64)
+    if changed is not None:
+        which = slice(None) if allowed is None else allowed[changed[0]]
+        ids, x = np.concatenate([ids, changed[0][which]]), np.concatenate([x, changed[1][which]])
+    if changed is not None or allowed is not None:
+        possible = x > -np.inf
+        ids, x = ids[possible], x[possible]
+    best = np.lexsort((ids, -x))[:top_k]  # ties by id, so that a seed means the same text everywhere
+    ids, x = ids[best], x[best]
+    if s.temperature == 0:
+        return ids, np.ones(1)
     with np.errstate(over="ignore"):  # far below the likeliest is as good as never
-        scaled = (logits - logits.max()) / s.temperature
-    limited = 0 < s.top_k < len(logits)
-    ids = np.argpartition(scaled, -s.top_k)[-s.top_k :] if limited else np.arange(len(logits))
-    ids = ids[np.lexsort((ids, -scaled[ids]))]  # ties by id, so that a seed means the same text everywhere
-    p = np.exp(scaled[ids])
+        p = np.exp((x - x[0]) / s.temperature)
     p /= p.sum()
     kept = max(1, int(np.count_nonzero(np.cumsum(p) - p < s.top_p)))
     kept = min(kept, max(1, int(np.count_nonzero(p >= s.min_p * p[0]))))
     return ids[:kept], p[:kept]
+
+
+def _largest(x: Floats, k: int) -> npt.NDArray[np.int64]:
+    """Indices of the k largest of x, among a few others: those of at least the k-th largest maximum of many pieces."""
+    width = len(x) // (8 * k)
+    if width < 2:
+        return np.arange(len(x))
+    n = len(x) // width
+    peaks = x[: n * width].reshape(n, width).max(axis=1)
+    return np.flatnonzero(x >= np.partition(peaks, n - k)[n - k])

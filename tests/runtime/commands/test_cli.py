@@ -17,7 +17,7 @@ from tiny import DEMO
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
 VERBS = ("export", "calibrate", "run", "chat", "inspect", "verify", "bench", "measure", "sensitivity", "tasks")
-VERBS += ("demo",)
+VERBS += ("demo", "pull", "list", "rm")
 
 
 def bezel(*args: object, stdin: str = "", ok: bool = True) -> subprocess.CompletedProcess[str]:

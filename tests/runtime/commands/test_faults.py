@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from bezel.export.commands import export as export_command
 from bezel.runtime import Message, load
+from bezel.runtime.commands import chat as chat_command
 from bezel.runtime.commands import generate
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest, InvalidSession
@@ -81,7 +82,7 @@ def test_the_unforeseen_ends_no_chat(demo: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*_: object) -> None:
         raise ZeroDivisionError("so it is")
 
-    monkeypatch.setattr(generate, "_answer", fail)
+    monkeypatch.setattr(chat_command._Chat, "_answer", fail)
     done = CliRunner().invoke(main, ["chat", str(demo)], input="Once\n/help\n")
     assert "ZeroDivisionError: so it is). It is a fault of bezel; please report it" in done.output
     assert "/reset starts anew" in done.output
@@ -103,7 +104,7 @@ def test_a_line_that_goes_on_is_sent_where_input_ends(demo: Path) -> None:
 def test_ctrl_c_stops_an_answer_once_and_at_once_the_second_time(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGINT)
     with load(demo) as model:
-        with generate._interruptible(model.session(), 1) as cancel:
+        with generate.interruptible(model.session(), 1) as cancel:
             assert not cancel()
             signal.raise_signal(signal.SIGINT)
             assert cancel()
@@ -141,7 +142,7 @@ def test_the_unforeseen_is_told_in_a_sentence(demo: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise ZeroDivisionError("so it is")
 
-    monkeypatch.setattr(generate, "_load", fail)
+    monkeypatch.setattr(generate, "load_model", fail)
     done = CliRunner().invoke(main, ["run", str(demo), "Once"])
     assert (done.exit_code, type(done.exception)) == (1, SystemExit)
     assert "ZeroDivisionError: so it is). It is a fault of bezel; please report it" in done.output
@@ -230,8 +231,8 @@ def test_what_a_file_recommends(demo: Path, tmp_path: Path) -> None:
     with load(file) as model:
         assert model.default_sampling == Sampling(top_k=40, repetition_penalty=1.5)
         none = dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "seed"))
-        assert generate._sampling(model, {**none, "top_k": 3}) == Sampling(top_k=3, repetition_penalty=1.5)
-        assert generate._sampling(model, {**none, "top_k": None, "seed": -1}) == model.default_sampling
+        assert generate.sampling_of(model, {**none, "top_k": 3}) == Sampling(top_k=3, repetition_penalty=1.5)
+        assert generate.sampling_of(model, {**none, "top_k": None, "seed": -1}) == model.default_sampling
     for options in ((), ("--top-p", 0.9), ("--temperature", 0)):
         code, _, err = bezel("run", file, "Once", "--max-tokens", 1, *options)
         assert code == 0
@@ -336,3 +337,68 @@ def test_extreme_sampling_gives_sound_tokens(sampling: Sampling) -> None:
     logits = np.float32([-3, 2, 80, 79, 0])
     with np.errstate(all="raise", under="ignore"):
         assert Sampler(sampling)(logits, [1, 2]) in (1, 2)
+
+
+# --- what a chat is for
+
+
+def test_commands_of_a_chat(demo: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "s"
+    lines = [
+        '"""',
+        "A story",
+        "of a cat.",
+        '"""',
+        "/regenerate",
+        f"/save {saved}",
+        "/context",
+        "/system Be brief.",
+        "/context",
+        "/system",
+        "A song.",
+        "/regenerate",
+        f"/load {saved}",
+        "/bye",
+        "never said",
+    ]
+    options = ["chat", str(demo), "-n", "4", "--seed", "1", "--show-prompt"]
+    done = CliRunner().invoke(main, options, input="\n".join(lines))
+    assert done.exit_code == 0
+    said = done.stderr
+    assert said.count("<start_of_turn>user\nA story\nof a cat.<end_of_turn>") == 2
+    assert said.count("<start_of_turn>user\nBe brief.\n\nA song.<end_of_turn>") == 2
+    assert "of 2048 tokens (1%), 1 exchange; keys and values take" in said
+    assert "0 of 2048 tokens (0%), 0 exchanges" in said
+    assert "instructions: Be brief." in said
+    assert "> A story\nof a cat.\n" in said  # of what is loaded, the transcript
+    assert "never said" not in said
+
+
+def test_a_new_answer_is_another_one_and_its_failure_loses_nothing(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "system")), "seed": 1}
+    with load(demo) as model:
+        talk = chat_command._Chat(model, {**options, "on_full": "error", "max_tokens": 20, "show_prompt": False})
+        talk.take("A story.")
+        session = talk._conversation.session
+        first = list(session.ids)
+        talk.take("/regenerate")
+        second = list(session.ids)
+        assert second != first
+        assert second[: len(model.prompt_ids("A story."))] == model.prompt_ids("A story.")
+
+        def fail(*_: object) -> int:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Sampler, "__call__", fail)
+        with pytest.raises(KeyboardInterrupt):
+            talk.take("/regenerate")
+        assert session.ids == second
+
+
+def test_lines_are_broken_between_words(capsys: pytest.CaptureFixture[str]) -> None:
+    out = chat_command._Wrapped()
+    out._width = 10
+    for piece in ("The ki", "ng went in", "to the\nwoods, ", "incomprehensibly"):
+        out.write(piece)
+    out.end()
+    assert capsys.readouterr().out == "The king \nwent into \nthe\nwoods, \nincomprehe\nnsibly\n"

@@ -10,32 +10,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from bezel.export.gguf.header import TensorRecord, aligned, encode_header
+from bezel.export.gguf.header import TensorRecord, encode_header
 from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime import load
 from bezel.runtime.errors import InvalidModelFile
 from bezel.runtime.files.gguf import GGUFFile
 from bezel.runtime.files.gguf_model import GGUFModel
-
-
-def split(path: Path, folder: Path, count: int, **changes: Any) -> list[Path]:
-    """The first part has all metadata, the others only which they are."""
-    with GGUFFile(path) as file:
-        names = list(file.tensors)
-        out = []
-        for i in range(count):
-            mine = names[i * len(names) // count : (i + 1) * len(names) // count]
-            keys: dict[str, Any] = dict(file.metadata) if i == 0 else {}
-            keys |= {"split.no": i, "split.count": count, "split.tensors.count": len(names), **changes}
-            records, data = [], b""
-            for name in mine:
-                info = file.info(name)
-                records.append(TensorRecord(name, info.shape, info.format.gguf_type, len(data)))
-                data += file.data(name).tobytes()
-                data += bytes(aligned(len(data)) - len(data))
-            out.append(folder / f"demo-{i + 1:05}-of-{count:05}.gguf")
-            out[-1].write_bytes(encode_header(keys, records) + data)
-    return out
+from gguf_files import split
 
 
 @pytest.fixture(scope="module")

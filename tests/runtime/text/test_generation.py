@@ -104,7 +104,7 @@ def test_a_character_that_is_cut_short_comes_in_the_end(model: Model, monkeypatc
 def test_the_repetition_penalty_is_for_what_was_read_too(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
 
-    def draw(_sampler: object, _logits: Floats, ids: list[int]) -> int:
+    def draw(_sampler: object, _logits: Floats, ids: list[int], *_: object) -> int:
         seen.append(list(ids))
         return 300
 
@@ -139,6 +139,33 @@ def test_chat_models_chat_by_default(model: Model) -> None:
     assert asked == model.prompt_ids([Message("user", "Hello")])
     assert asked.count(model.tokenizer.bos_id) == 1
     assert model.prompt_ids(raw) == raw
+
+
+def test_messages_may_be_mappings(model: Model) -> None:
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A story."}]
+    assert model.prompt_ids(told) == model.prompt_ids([Message("system", "Be brief."), Message("user", "A story.")])
+    for bad in ({"role": "user"}, {"role": "user", "content": "A", "name": "x"}, {"role": "user", "content": 5}):
+        with pytest.raises(InvalidRequest, match="message: "):
+            model.prompt_ids([bad])
+
+
+def test_a_conversation_of_a_model(model: Model) -> None:
+    talk = model.conversation("Be brief.")
+    first, second = ("".join(talk.ask(text, GREEDY, max_tokens=8)) for text in ("One story.", "Another one."))
+    told = talk.messages()
+    assert [(m.role, m.text) for m in told] == [
+        ("user", "Be brief.\n\nOne story."),
+        ("model", first),
+        ("user", "Another one."),
+        ("model", second),
+    ]
+    assert talk.last_message() == "Another one."
+    talk.undo()
+    assert talk.last_message() == "One story."
+    assert repr(model) == (
+        f"<Model {model.name}: gemma2, 4 layers, context 2048, {model.runs_on}, {model.kv} keys and values>"
+    )
+    assert repr(talk.session).endswith(f": {talk.session.position} tokens>")
 
 
 def test_stop_ids_come_from_the_file(model: Model) -> None:

@@ -1,0 +1,1 @@
+"""What is fetched from the Hugging Face Hub, and made a model of."""

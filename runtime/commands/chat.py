@@ -1,0 +1,270 @@
+"""The command `bezel chat`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import BezelError, ContextFull, InvalidRequest
+from ..files.user_cache import cache_folder
+from .console import printable, unforeseen
+from .generate import generation_options, interruptible, load_model, note, sampling_of, show_prompt
+from .model_path import MODEL
+
+if TYPE_CHECKING:
+    from ..api import Model
+    from ..text.generation import Generation
+    from ..text.sampling import Sampling
+
+_HELP = """\
+/undo takes back the last exchange, /regenerate answers it anew, /reset starts anew, /system TEXT as well, with TEXT
+for instructions; /save FILE and /load FILE keep and bring back the chat, /context tells how full it is, /bye (or
+Ctrl-D) leaves. A line that ends in a backslash goes on in the next; between lines of \"\"\" there may be any number of
+them, and what is pasted is one message. Ctrl-C stops an answer."""
+
+_QUOTES = '"""'
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@generation_options
+def chat(model: Path, **options: Any) -> None:
+    """Talk with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
+
+    \b
+    /undo         takes back the last exchange
+    /regenerate   answers it anew
+    /reset        starts anew
+    /system TEXT  starts anew with other instructions
+    /save FILE    keeps the chat, /load FILE brings it back
+    /context      tells how full the context is
+    /bye          leaves, as Ctrl-D does; Ctrl-C stops an answer
+
+    \b
+    Examples:
+      bezel chat gemma.gguf
+      bezel chat gemma.gguf --system "Answer like a pirate." --on-full slide
+    """
+    loaded = load_model(model, options)
+    if not loaded.is_chat_model:
+        raise InvalidRequest(f"{model}: has no chat template; use `bezel run --raw` to continue a text with it")
+    talk = _Chat(loaded, options)
+    if sys.stdin.isatty():
+        _line_editing()
+        click.echo(f"{loaded.name}, context {loaded.context}. /help shows the commands.")
+    for text in _messages():
+        try:
+            if not talk.take(text):
+                return
+        except ContextFull as error:
+            note(f"error: {error}; /undo or /reset makes room, as --on-full slide does by itself")
+        except (BezelError, OSError, MemoryError) as error:
+            note(f"error: {error}")
+        except Exception as error:  # whatever it is, the chat goes on
+            note(f"error: {unforeseen(error)}")
+
+
+class _Chat:
+    """A conversation, and what its user types."""
+
+    def __init__(self, model: Model, options: dict[str, Any]) -> None:
+        self._model, self._options, self._system = model, options, options["system"]
+        self._sampling, self._again = sampling_of(model, options), 0
+        self._begin()
+
+    def _begin(self) -> None:
+        slide = self._options["on_full"] == "slide"
+        self._conversation = self._model.conversation(self._system, slide=slide, announce=note)
+
+    def take(self, text: str) -> bool:
+        """A message, or a command; False where it is the last."""
+        command, _, argument = text.strip().partition(" ")
+        argument = argument.strip()
+        if not command.startswith("/") or command.startswith("//"):
+            self._answer(text.removeprefix("/"), self._sampling)
+        elif command == "/reset":
+            self._begin()
+        elif command == "/system":
+            self._set_system(argument)
+        elif command == "/undo":
+            self._conversation.undo()
+            note(f"{self._exchanges()} left")
+        elif command == "/regenerate":
+            self._regenerate()
+        elif command == "/context":
+            self._tell_context()
+        elif command == "/save" and argument:
+            self._conversation.session.save(Path(argument).expanduser())
+            note(f"save: {argument}, {self._exchanges()}")
+        elif command == "/load" and argument:
+            self._load(Path(argument).expanduser())
+        elif command in ("/bye", "/exit", "/quit"):
+            return False
+        else:
+            if command not in ("/help", "/save", "/load"):
+                note(f"{command} is no command; for a message that begins with a slash, type two")
+            click.echo(_HELP)
+        return True
+
+    def _set_system(self, text: str) -> None:
+        if not text:
+            note(f"instructions: {self._system or 'none'}")
+            return
+        self._system = text
+        self._begin()
+        note("a new chat with these instructions")
+
+    def _regenerate(self) -> None:
+        conversation = self._conversation
+        text, before = conversation.last_message(), list(conversation.session.ids)
+        conversation.undo()
+        seed = self._sampling.seed
+        if seed is not None:  # the same one would give the same answer
+            self._again += 1
+            seed += self._again
+        try:
+            self._answer(text, replace(self._sampling, seed=seed))
+        except BaseException:
+            conversation.session.go_to(before)
+            raise
+
+    def _load(self, path: Path) -> None:
+        self._conversation.session.restore(path)
+        note(f"load: {path}, {self._exchanges()}")
+        for message in self._conversation.messages():
+            mark = "> " if message.role == "user" else ""
+            note(printable(f"{mark}{message.text}"))
+
+    def _tell_context(self) -> None:
+        session = self._conversation.session
+        share = session.position / self._model.context
+        note(
+            f"{session.position} of {self._model.context} tokens ({share:.0%}), {self._exchanges()}; keys and values "
+            f"take {session.engine.cache_bytes / 1e6:.1f} MB"
+        )
+
+    def _exchanges(self) -> str:
+        n = self._conversation.turns()
+        return "1 exchange" if n == 1 else f"{n} exchanges"
+
+    def _answer(self, text: str, sampling: Sampling) -> None:
+        conversation, session = self._conversation, self._conversation.session
+        prompt = conversation.prompt_ids(text)
+        show_prompt(self._model, prompt, self._options)
+        out = _Wrapped()
+        began = first = time.perf_counter()
+        with interruptible(session, session.position + len(prompt)) as cancel:
+            generation: Generation = conversation.ask(text, sampling, self._options["max_tokens"], cancel)
+            try:
+                for piece in generation:
+                    first = time.perf_counter() if first == began else first
+                    out.write(piece)
+            finally:
+                out.end()
+        if generation.finish == "cancelled":
+            note("stopped")
+        elif sys.stdin.isatty() and len(generation.ids) > 1:
+            speed = (len(generation.ids) - 1) / (time.perf_counter() - first)
+            used = f"{session.position} of {self._model.context} tokens"
+            note(f"{speed:.1f} tokens/s, first after {first - began:.1f} s; {used}")
+
+
+class _Wrapped:
+    """Text on the terminal, with lines broken between words; elsewhere as it is."""
+
+    def __init__(self) -> None:
+        self._width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        self._column, self._word = 0, ""
+
+    def write(self, text: str) -> None:
+        if not self._width:
+            click.echo(text, nl=False)
+            return
+        for character in text:
+            if character in " \n":
+                self._put_word()
+                if character == "\n":
+                    self._column = 0
+                else:
+                    self._column += 1
+                click.echo(character, nl=False)
+            else:
+                self._word += character
+                if len(self._word) >= self._width:
+                    self._put_word()
+        sys.stdout.flush()
+
+    def _put_word(self) -> None:
+        if self._column and self._column + len(self._word) > self._width:
+            click.echo()
+            self._column = 0
+        click.echo(self._word, nl=False)
+        self._column += len(self._word)
+        self._word = ""
+
+    def end(self) -> None:
+        if self._width:
+            self._put_word()
+        click.echo()
+
+
+def _line_editing() -> None:
+    """Editing, history that is kept between runs, and pasting of several lines as one message."""
+    with suppress(ImportError):  # Windows has none
+        import atexit
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
+        with suppress(OSError):
+            history = cache_folder() / "history"
+            history.touch(0o600)
+            readline.read_history_file(history)
+            readline.set_history_length(1000)
+            atexit.register(_save_history, history)
+
+
+def _save_history(path: Path) -> None:
+    import readline
+
+    with suppress(OSError):
+        readline.write_history_file(path)
+
+
+def _messages() -> Iterator[str]:
+    """What the user types, until end of input; Ctrl-C at the prompt drops what was begun."""
+    text, quoted = "", False
+    while True:
+        prompt = ("... " if text or quoted else "> ") if sys.stdin.isatty() else ""
+        try:
+            line = input(prompt)
+        except EOFError:
+            if text.strip():
+                yield text
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            text, quoted = "", False
+            continue
+        if quoted or line.strip() == _QUOTES:
+            if line.strip() != _QUOTES:
+                text += line + "\n"
+                continue
+            quoted = not quoted
+            if quoted:
+                continue
+        elif line.endswith("\\"):
+            text += line[:-1] + "\n"
+            continue
+        else:
+            text += line
+        if text.strip():
+            yield text
+        text = ""

@@ -1,0 +1,1 @@
+"""Many clients, one model: the scheduler, what prompts have in common, and HTTP."""

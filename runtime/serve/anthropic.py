@@ -1,0 +1,164 @@
+"""Requests and answers as Anthropic's Messages API has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ..text import chat
+from . import asks, tools
+from .answers import Answer, together
+from .asks import Json
+from .fields import BadRequest, Fields
+from .models import Served
+from .openai import new_id
+
+
+async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
+    """What a message asks for."""
+    talk = talk_of(fields)
+    max_tokens = fields.whole("max_tokens", 1, asks.MOST_TOKENS)
+    if max_tokens is None:
+        raise fields.fail("max_tokens", "a whole number")
+    return asks.Ask(
+        prompt=asks.prompt_of(served, talk),
+        sampling=asks.sampling_of(fields, served),
+        max_tokens=max_tokens,
+        stop=fields.texts("stop_sequences", asks.MOST_STOPS),
+        constraint=await asks.constraint_of(served, talk, None),
+        calls=talk.may_call,
+    )
+
+
+def talk_of(fields: Fields) -> asks.Talk:
+    functions = asks.functions_of(fields.objects("tools"), "input_schema")
+    messages = [chat.Message("system", asks.text_of(fields, "system"))] if "system" in fields else []
+    names: dict[str, str] = {}
+    for entry in fields.objects("messages"):
+        role = entry.choice("role", ("user", "assistant"))
+        if role is None:
+            raise entry.fail("role", "user or assistant")
+        messages.append(chat.Message("model" if role == "assistant" else "user", _content(entry, names)))
+    if not messages or messages[-1].role == "system":
+        raise BadRequest("messages: expected one message or more", "messages")
+    choice = fields.object("tool_choice")
+    kind = choice.choice("type", ("auto", "any", "tool", "none")) if choice else "auto"
+    wanted = {"any": "required", "none": "none", "tool": f"call {choice.text('name') if choice else ''}"}
+    parallel = not (choice and choice.flag("disable_parallel_tool_use"))
+    return asks.Talk(messages, functions, asks.check_choice(wanted.get(kind or "", "auto"), functions), parallel)
+
+
+def _content(entry: Fields, names: dict[str, str]) -> str:
+    """The text of a message's blocks; `names` keeps the function of each call's id."""
+    if isinstance(entry.get("content"), str):
+        return entry.text("content") or ""
+    texts, calls = [], []
+    blocks = entry.objects("content")
+    if not blocks and not isinstance(entry.get("content"), list):
+        raise entry.fail("content", "a text or a list of blocks")
+    for block in blocks:
+        kind = block.text("type", "text")
+        if kind == "text":
+            texts.append(block.text("text", "") or "")
+        elif kind == "tool_use":
+            name = block.text("name", "") or ""
+            names[block.text("id", "") or ""] = name
+            calls.append(tools.Call(name, json.dumps(block.get("input") or {}, ensure_ascii=False)))
+        elif kind == "tool_result":
+            name = names.get(block.text("tool_use_id", "") or "", "unknown")
+            texts.append(tools.told_result(name, asks.text_of(block, "content", optional=True)))
+        else:
+            raise BadRequest(f"content: found a block of the type {kind!r:.60}: this model reads text only", "content")
+    return "\n\n".join([*texts, *([tools.told_calls(calls)] if calls else [])])
+
+
+def _reason(answer: Answer, called: bool) -> tuple[str, str | None]:
+    """Why an answer ended, and the stop sequence that ended it."""
+    if answer.writer.finish == "length":
+        return "max_tokens", None
+    if answer.writer.stopped_by is not None:
+        return "stop_sequence", answer.writer.stopped_by
+    return ("tool_use" if called else "end_turn"), None
+
+
+class Form:
+    """How a message is told."""
+
+    def __init__(self, served: Served, calls: bool) -> None:
+        self._served, self._calls, self._id = served, calls, new_id("msg")
+
+    def _message(self, answer: Answer, content: list[Json], called: bool) -> Json:
+        reason, sequence = _reason(answer, called) if answer.writer.finish else (None, None)
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._served.name,
+            "content": content,
+            "stop_reason": reason,
+            "stop_sequence": sequence,
+            "usage": self._usage(answer),
+        }
+
+    def _usage(self, answer: Answer) -> Json:
+        figures = answer.task.figures
+        return {
+            "input_tokens": figures.prompt_tokens - figures.cached_tokens,
+            "cache_read_input_tokens": figures.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": figures.tokens,
+        }
+
+    async def whole(self, answers: Sequence[Answer]) -> Json:
+        (answer,) = answers
+        text = await answer.text()
+        parts: list[str | tools.Call] = list(tools.Calls().push(text)) if self._calls else [text]
+        content = [_block(part) for part in parts]
+        return self._message(answer, content, any(block["type"] == "tool_use" for block in content))
+
+    async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
+        """The events of a stream."""
+        (answer,) = answers
+        yield _event("message_start", message=self._message(answer, [], False))
+        reader, index, text_open, called = tools.Calls(), -1, False, False
+        async for _, text, _ in together(answers):
+            for part in reader.push(text) if self._calls else [text]:
+                if isinstance(part, tools.Call):
+                    called, index = True, index + 1
+                    start = {**_block(part), "input": {}}
+                    yield _event("content_block_start", index=index, content_block=start)
+                    delta = {"type": "input_json_delta", "partial_json": part.arguments}
+                    yield _event("content_block_delta", index=index, delta=delta)
+                    yield _event("content_block_stop", index=index)
+                    continue
+                if not text_open:
+                    text_open, index = True, index + 1
+                    yield _event("content_block_start", index=index, content_block=_block(""))
+                yield _event("content_block_delta", index=index, delta={"type": "text_delta", "text": part})
+        if text_open:
+            yield _event("content_block_stop", index=index)
+        reason, sequence = _reason(answer, called)
+        yield _event(
+            "message_delta", delta={"stop_reason": reason, "stop_sequence": sequence}, usage=self._usage(answer)
+        )
+        yield _event("message_stop")
+
+
+def _block(part: str | tools.Call) -> Json:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "tool_use", "id": new_id("toolu"), "name": part.name, "input": json.loads(part.arguments)}
+
+
+def _event(kind: str, **values: Any) -> Json:
+    return {"event": kind, "type": kind, **values}
+
+
+def problem(status: int, told: Json) -> Json:
+    """An error as this API tells it."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+    kind = kinds.get(
+        status, "invalid_request_error" if status < 500 else "api_error" if status == 500 else "overloaded_error"
+    )
+    return {"type": "error", "error": {"type": kind, "message": told["message"]}}

@@ -1,0 +1,327 @@
+"""The endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from ..errors import BezelError, InvalidRequest
+from ..version import bezel_version
+from . import anthropic, asks, openai, responses
+from .answers import Answer
+from .fields import BadRequest, Fields
+from .guard import Guard, problem
+from .models import Models, Served
+
+_PING_SECONDS = 15  # without a word a stream sends a comment, so that nobody takes it for dead
+_log = logging.getLogger("bezel.serve")
+
+Parts = AsyncIterator[dict[str, Any]]
+
+
+class Form(Protocol):
+    """How an API tells answers: whole, or in the parts of a stream, each with the name of its "event" if it has one."""
+
+    async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]: ...
+    def parts(self, answers: Sequence[Answer]) -> Parts: ...
+
+
+class Server:
+    """What the endpoints do. `most_begun` is how many answers may be asked for at a time, each model's."""
+
+    def __init__(self, models: Models, most_begun: int) -> None:
+        self._models, self._most_begun = models, most_begun
+
+    # --- of OpenAI's API
+
+    async def list_models(self, request: Request) -> Response:  # noqa: ARG002
+        return JSONResponse({"object": "list", "data": [self._describe(name) for name in self._models.paths]})
+
+    async def show_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._models.paths:
+            raise BadRequest(f"model: found {name[:100]!r}", "model", 404, "model_not_found")
+        return JSONResponse(self._describe(name))
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        served = self._models.loaded.get(name)
+        found: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "bezel"}
+        if served is not None:
+            model = served.model
+            found["created"] = served.loaded
+            found["meta"] = {"n_ctx": model.context, "n_vocab": model.config.vocab_size, "kv": model.kv}
+        return found
+
+    async def chat_completions(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        ask = await openai.chat_ask(fields, served)
+        form = openai.Form(served, fields, is_chat=True, calls=ask.calls)
+        return await self._answer(request, fields.flag("stream"), served, [ask], form)
+
+    async def completions(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        found = asks.completion_asks(fields, served)
+        form = openai.Form(served, fields, is_chat=False)
+        return await self._answer(request, fields.flag("stream"), served, found, form)
+
+    async def responses(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        ask = await responses.responses_ask(fields, served)
+        form = responses.Form(served, fields, ask.calls)
+        return await self._answer(request, fields.flag("stream"), served, [ask], form, done=False)
+
+    # --- of Anthropic's API
+
+    async def messages(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        ask = await anthropic.messages_ask(fields, served)
+        form = anthropic.Form(served, ask.calls)
+        return await self._answer(request, fields.flag("stream"), served, [ask], form, done=False)
+
+    async def count_tokens(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        return JSONResponse({"input_tokens": len(asks.prompt_of(served, anthropic.talk_of(fields)))})
+
+    async def _read(self, request: Request) -> tuple[Fields, Served]:
+        fields = Fields.parse(await request.body())
+        return fields, await self._models.get(fields.text("model"))
+
+    async def _answer(
+        self,
+        request: Request,
+        streamed: bool,
+        served: Served,
+        found: Sequence[asks.Ask],
+        form: Form,
+        done: bool = True,
+    ) -> Response:
+        answers = self._start(served, found)
+        if streamed:
+            return events(answers, form.parts(answers), done)
+        return JSONResponse(await attended(request, answers, form.whole(answers)))
+
+    def _start(self, served: Served, found: Sequence[asks.Ask]) -> list[Answer]:
+        begun = sum(served.scheduler.load)
+        if begun + sum(ask.n for ask in found) > self._most_begun:
+            raise BadRequest(f"{begun} answers are being written or wait already; try again later", status=503)
+        answers: list[Answer] = []
+        try:
+            for ask in found:
+                answers += asks.start(served, ask)
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers
+
+    # --- of llama.cpp's server
+
+    async def tokenize(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        tokenizer, text = served.model.tokenizer, fields.text("content", "") or ""
+        ids = tokenizer.encode(text, bos=fields.flag("add_special"))
+        if fields.flag("with_pieces"):
+            return JSONResponse({"tokens": [{"id": i, "piece": tokenizer.piece(i)} for i in ids]})
+        return JSONResponse({"tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        fields, served = await self._read(request)
+        ids = fields.get("tokens")
+        if not isinstance(ids, list):
+            raise fields.fail("tokens", "a list of token ids")
+        return JSONResponse({"content": served.model.tokenizer.decode(ids)})
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002
+        return JSONResponse({"status": "ok"})
+
+    async def slots(self, request: Request) -> Response:  # noqa: ARG002
+        found = []
+        for name, served in self._models.loaded.items():
+            for i, task in enumerate(served.scheduler.tasks()):
+                figures = task.figures
+                found.append(
+                    {
+                        "id": i,
+                        "model": name,
+                        "n_ctx": served.model.context,
+                        "is_processing": True,
+                        "prompt_tokens": figures.prompt_tokens,
+                        "cached_tokens": figures.cached_tokens,
+                        "read_tokens": len(task.held),
+                        "tokens": figures.tokens,
+                        "seconds": time.monotonic() - task.began,
+                    }
+                )
+        return JSONResponse(found)
+
+    async def metrics(self, request: Request) -> Response:  # noqa: ARG002
+        lines = []
+        rows: list[tuple[str, str, str, Callable[[Served], float]]] = [
+            (
+                "prompt_tokens_total",
+                "counter",
+                "Tokens of prompts that were read.",
+                lambda s: s.scheduler.counts.prompt_tokens,
+            ),
+            (
+                "cached_tokens_total",
+                "counter",
+                "Tokens of prompts that were read before.",
+                lambda s: s.scheduler.counts.cached_tokens,
+            ),
+            ("tokens_predicted_total", "counter", "Tokens that were written.", lambda s: s.scheduler.counts.tokens),
+            ("passes_total", "counter", "Passes through the model.", lambda s: s.scheduler.counts.passes),
+            ("pass_seconds_total", "counter", "Seconds that they took.", lambda s: s.scheduler.counts.seconds),
+            ("requests_processing", "gauge", "Answers being worked on.", lambda s: s.scheduler.load[0]),
+            ("requests_deferred", "gauge", "Answers that wait for their turn.", lambda s: s.scheduler.load[1]),
+            ("prefixes", "gauge", "Sequences that are kept.", lambda s: len(s.scheduler.prefixes)),
+            ("prefix_bytes", "gauge", "Bytes that they take.", lambda s: s.scheduler.prefixes.nbytes),
+        ]
+        for metric, kind, words, value in rows:
+            lines += [f"# HELP bezel_{metric} {words}", f"# TYPE bezel_{metric} {kind}"]
+            lines += [
+                f'bezel_{metric}{{model="{name}"}} {value(served):g}' for name, served in self._models.loaded.items()
+            ]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    async def version(self, request: Request) -> Response:  # noqa: ARG002
+        return JSONResponse({"version": bezel_version()})
+
+
+async def attended(request: Request, answers: Sequence[Answer], work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """What `work` gives, as long as the client is there."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        for answer in answers:
+            answer.cancel()
+
+
+def events(answers: Sequence[Answer], parts: Parts, done: bool = True) -> Response:
+    """A stream of server-sent events; the answers end when the client leaves."""
+
+    async def lines() -> AsyncIterator[str]:
+        pending: asyncio.Future[Any] | None = None
+        try:
+            while True:
+                pending = pending or asyncio.ensure_future(anext(parts))
+                ready, _ = await asyncio.wait([pending], timeout=_PING_SECONDS)
+                if not ready:
+                    yield ": ping\n\n"
+                    continue
+                try:
+                    part = pending.result()
+                except StopAsyncIteration:
+                    break
+                finally:
+                    pending = None
+                name = part.pop("event", None)  # which not every API gives
+                yield (f"event: {name}\n" if name else "") + f"data: {openai.dumps(part)}\n\n"
+            if done:
+                yield "data: [DONE]\n\n"
+        except Exception as error:
+            status, told = explain(error)
+            yield f"data: {openai.dumps({'error': {**told, 'code': status}})}\n\n"
+        finally:
+            if pending is not None:
+                pending.cancel()
+            for answer in answers:
+                answer.cancel()
+
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+def explain(error: Exception) -> tuple[int, dict[str, Any]]:
+    """The status of an error, and what its sender is told of it."""
+    if isinstance(error, BadRequest):
+        kind = "invalid_request_error" if error.status < 500 else "unavailable_error"
+        return error.status, {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    if isinstance(error, InvalidRequest):
+        return 400, {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
+    if isinstance(error, (BezelError, MemoryError, OSError)):
+        return 500, {"message": str(error) or "not enough memory", "type": "server_error", "param": None, "code": None}
+    _log.error("%r", error)
+    return 500, {"message": "an error of the server's own", "type": "server_error", "param": None, "code": None}
+
+
+async def _tell(request: Request, error: Exception) -> Response:
+    status, told = explain(error)
+    headers = {"retry-after": "1"} if status == 503 else None
+    of_anthropic = request.url.path.startswith("/v1/messages")
+    return JSONResponse(anthropic.problem(status, told) if of_anthropic else {"error": told}, status, headers)
+
+
+async def _left(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    return Response(status_code=499)
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    return problem(status, f"{request.method} {request.url.path[:200]}: {getattr(error, 'detail', 'no such endpoint')}")
+
+
+def make_app(
+    models: Models, *, key: str | None, origins: Collection[str], most_bytes: int, most_begun: int, drain: float
+) -> Starlette:
+    """The application; it closes the models when it ends, giving answers on their way `drain` seconds."""
+    server = Server(models, most_begun)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(models.close, drain)
+
+    get = [
+        ("/health", server.health),
+        ("/v1/health", server.health),
+        ("/v1/models", server.list_models),
+        ("/v1/models/{name:path}", server.show_model),
+        ("/slots", server.slots),
+        ("/metrics", server.metrics),
+        ("/version", server.version),
+    ]
+    post = [
+        ("/v1/chat/completions", server.chat_completions),
+        ("/v1/completions", server.completions),
+        ("/v1/responses", server.responses),
+        ("/v1/messages", server.messages),
+        ("/v1/messages/count_tokens", server.count_tokens),
+        ("/tokenize", server.tokenize),
+        ("/detokenize", server.detokenize),
+    ]
+    handlers: dict[Any, Any] = {
+        BadRequest: _tell,
+        BezelError: _tell,
+        OSError: _tell,
+        MemoryError: _tell,
+        ClientDisconnect: _left,
+        404: _unknown,
+        405: _unknown,
+        Exception: _tell,
+    }
+    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get]
+    routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in post]
+    guard = Middleware(Guard, key=key, origins=origins, most_bytes=most_bytes)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)

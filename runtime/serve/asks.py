@@ -1,0 +1,276 @@
+"""What requests ask of a model, whatever their form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import InvalidRequest
+from ..text import chat
+from ..text.generation import Constraint, Writer
+from ..text.grammar import ANY_JSON
+from ..text.sampling import Sampling
+from . import tools
+from .answers import Answer
+from .fields import BadRequest, Fields
+from .models import Served
+
+MOST_ANSWERS, MOST_STOPS, MOST_LOGPROBS, MOST_BIASED = 16, 16, 20, 1024
+MOST_TOKENS = 1 << 30
+Json = dict[str, Any]
+
+
+@dataclass
+class Ask:
+    """What a request asks of a model, whatever its form."""
+
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int | None = None
+    stop: list[str] = field(default_factory=list)
+    n: int = 1
+    logprobs: int | None = None
+    scored: int | None = None  # likeliest tokens to tell of the prompt's
+    constraint: Callable[[], Constraint] | None = None
+    calls: bool = False  # whether an answer may be calls of functions
+
+
+def start(served: Served, ask: Ask) -> list[Answer]:
+    """Begin the answers that are asked for. Raises BadRequest where the prompt does not fit."""
+    model = served.model
+    if len(ask.prompt) > model.context:
+        raise BadRequest(
+            f"the prompt has {len(ask.prompt)} tokens, and the context of {served.name} {model.context}: shorten it, "
+            "or serve the model with a larger --context",
+            "messages",
+            code="context_length_exceeded",
+        )
+    answers = []
+    for i in range(ask.n):
+        sampling = ask.sampling
+        if sampling.seed is not None and i:
+            sampling = replace(sampling, seed=sampling.seed + i)
+        writer = Writer(
+            model.tokenizer,
+            sampling,
+            model.stop_ids,
+            max_tokens=ask.max_tokens,
+            stop=ask.stop,
+            constraint=ask.constraint() if ask.constraint else None,
+            logprobs=ask.logprobs,
+        )
+        answer = Answer(served.scheduler, ask.prompt, writer, ask.scored)
+        served.scheduler.submit(answer.task)
+        answers.append(answer)
+    return answers
+
+
+# --- what requests say
+
+
+def sampling_of(fields: Fields, served: Served) -> Sampling:
+    """The file's own sampling, with what the request says in its place."""
+    chosen: Json = {
+        "temperature": fields.number("temperature", 0, 100),
+        "top_k": fields.whole("top_k", 0, MOST_TOKENS),
+        "top_p": fields.number("top_p", 0, 1),
+        "min_p": fields.number("min_p", 0, 1),
+        "repetition_penalty": fields.number("repetition_penalty", 0.01, 100),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "seed": fields.whole("seed", -(1 << 63), (1 << 64) - 1),
+        "logit_bias": _logit_bias(fields, served.model.tokenizer.vocab_size),
+    }
+    if chosen["top_p"] == 0:  # as others take it: the likeliest token alone
+        chosen["top_p"] = 1e-9
+    if chosen["seed"] is not None:
+        chosen["seed"] %= 1 << 64
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(served.model.default_sampling, **given)
+
+
+def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float] | None:
+    value = fields.get("logit_bias")
+    if value is None:
+        return None
+    want = f"up to {MOST_BIASED} numbers from -100 to 100, by token from 0 to {vocab_size - 1}"
+    if not isinstance(value, dict) or len(value) > MOST_BIASED:
+        raise fields.fail("logit_bias", want)
+    found = {}
+    for token, bias in value.items():
+        sound = token.isdecimal() and len(token) < 10 and int(token) < vocab_size
+        if not sound or isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            raise fields.fail("logit_bias", want)
+        found[int(token)] = float(bias)
+    return found
+
+
+def limits_of(fields: Fields) -> Json:
+    """What all kinds of requests say of length and number."""
+    return {
+        "max_tokens": fields.whole("max_tokens", 0, MOST_TOKENS),
+        "stop": fields.texts("stop", MOST_STOPS),
+        "n": fields.whole("n", 1, MOST_ANSWERS) or 1,
+    }
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A chat to be answered, with functions that the answer may call.
+
+    `choice` is "none", "auto", "required", or "call NAME".
+    """
+
+    messages: list[chat.Message]
+    functions: list[tools.Tool] = field(default_factory=list)
+    choice: str = "auto"
+    parallel: bool = True
+
+    @property
+    def may_call(self) -> bool:
+        return bool(self.functions) and self.choice != "none"
+
+
+def text_of(entry: Fields, name: str, optional: bool = False) -> str:
+    """A text, or parts that are texts."""
+    value = entry.get(name)
+    if isinstance(value, str):
+        return value
+    if value is None and optional:
+        return ""
+    if not isinstance(value, list):
+        raise entry.fail(name, "a text or a list of parts")
+    texts = []
+    for part in entry.objects(name):
+        kind = part.text("type", "text")
+        if kind not in ("text", "input_text", "output_text"):
+            raise BadRequest(f"{name}: found a part of the type {kind!r:.60}: this model reads text only", name)
+        texts.append(part.text("text", "") or "")
+    return "".join(texts)
+
+
+def prompt_of(served: Served, talk: Talk) -> list[int]:
+    """What the model sees of a chat: system messages first and as one, turns of the same side as one.
+
+    Where the last turn is the model's, the answer goes on with it. Raises BadRequest for a chat that is none.
+    """
+    if not served.model.is_chat_model:
+        raise BadRequest(f"{served.name} has no chat template: it continues texts, by /v1/completions", "model")
+    system = [message.text for message in talk.messages if message.role == "system"]
+    if talk.may_call:
+        system.insert(0, tools.instructions(talk.functions))
+    turns: list[chat.Message] = []
+    for message in talk.messages:
+        if message.role == "system":
+            continue
+        if turns and turns[-1].role == message.role:
+            turns[-1] = chat.Message(message.role, f"{turns[-1].text}\n\n{message.text}")
+        else:
+            turns.append(message)
+    if not turns or turns[0].role != "user":
+        raise BadRequest("messages: expected a user's message first, after system messages", "messages")
+    begun = turns.pop().text if turns[-1].role == "model" else ""
+    if system:
+        turns.insert(0, chat.Message("system", "\n\n".join(system)))
+    try:
+        return served.model.prompt_ids(turns) + served.model.tokenizer.encode(begun)
+    except InvalidRequest as error:
+        raise BadRequest(str(error), "messages") from None
+
+
+async def constraint_of(served: Served, talk: Talk, form: Fields | None) -> Callable[[], Constraint] | None:
+    """What an answer must look like, by the functions that it may call or by a `response_format`."""
+    if talk.may_call:
+        named = [tool for tool in talk.functions if talk.choice == f"call {tool.name}"]
+        made = await served.compiled(
+            lambda grammars: tools.grammar(
+                grammars,
+                named or talk.functions,
+                required=talk.choice != "auto",
+                parallel=talk.parallel and not named,
+            )
+        )
+        return made.constraint
+    if form is None:
+        return None
+    kind = form.choice("type", ("text", "json_object", "json_schema", "regex", "grammar"))
+    if kind in (None, "text"):
+        return None
+    if kind == "json_schema":
+        within = form.object("json_schema") or form
+        schema = within.get("schema")
+        if not isinstance(schema, dict):
+            raise within.fail("schema", "a JSON schema, an object")
+        made = await served.compiled(lambda grammars: grammars.json_schema(schema))
+    elif kind == "json_object":
+        made = await served.compiled(lambda grammars: grammars.json_schema(ANY_JSON))
+    else:
+        source = form.text("pattern" if kind == "regex" else "grammar")
+        if source is None:
+            raise form.fail("pattern" if kind == "regex" else "grammar", "a text")
+        made = await served.compiled(lambda g: g.regex(source) if kind == "regex" else g.lark(source))
+    return made.constraint
+
+
+def json_text(entry: Fields, name: str, text: str) -> str:
+    """JSON in a text, as the model would write it. Raises BadRequest where it is none."""
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        raise entry.fail(name, "JSON") from None
+
+
+def functions_of(entries: Sequence[Fields], schema: str = "parameters") -> list[tools.Tool]:
+    """The functions that a request describes, each an object with its name, description and a JSON schema."""
+    found = []
+    for entry in entries:
+        name, parameters = entry.text("name"), entry.get(schema)
+        if not name or len(name) > 128:
+            raise entry.fail("name", "a name")
+        if parameters is not None and not isinstance(parameters, dict):
+            raise entry.fail(schema, "a JSON schema, an object")
+        found.append(tools.Tool(name, entry.text("description", "") or "", parameters or {}))
+    if len({tool.name for tool in found}) < len(found):
+        raise BadRequest("tools: two functions of the same name", "tools")
+    return found
+
+
+def check_choice(choice: str, functions: Sequence[tools.Tool]) -> str:
+    """Raises BadRequest where a function must be called, and is not there."""
+    names = [tool.name for tool in functions]
+    if (choice == "required" and not names) or (choice[:5] == "call " and choice[5:] not in names):
+        raise BadRequest(f"tool_choice: asks for a call, and tools has {', '.join(names) or 'none'}", "tool_choice")
+    return choice
+
+
+def completion_prompts(fields: Fields, served: Served) -> list[list[int]]:
+    """The prompts of a completion: texts or ids, one or several."""
+    value = fields.get("prompt")
+    many = isinstance(value, list) and value and isinstance(value[0], (str, list))
+    prompts = []
+    for prompt in value if many else [value if value is not None else ""]:
+        if isinstance(prompt, str):
+            prompts.append(served.model.tokenizer.encode(prompt, bos=True))
+        elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+            prompts.append(prompt)
+        else:
+            raise fields.fail("prompt", "texts, or lists of token ids")
+    if len(prompts) > MOST_ANSWERS:
+        raise BadRequest(f"prompt: found {len(prompts)}, expected up to {MOST_ANSWERS}", "prompt")
+    return prompts
+
+
+def completion_asks(fields: Fields, served: Served) -> list[Ask]:
+    if "suffix" in fields:
+        raise BadRequest("suffix: Gemma models cannot fill in the middle", "suffix")
+    limits = limits_of(fields)
+    if limits["max_tokens"] is None:
+        limits["max_tokens"] = 16  # as the API has it
+    logprobs = fields.whole("logprobs", 0, MOST_LOGPROBS)
+    sampling, scored = sampling_of(fields, served), logprobs if fields.flag("echo") else None
+    return [
+        Ask(prompt=prompt, sampling=sampling, logprobs=logprobs, scored=scored, **limits)
+        for prompt in completion_prompts(fields, served)
+    ]

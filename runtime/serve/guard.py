@@ -1,0 +1,129 @@
+"""Who may talk to the server: a page of another site may not, nor may anybody without the key where there is one.
+
+A browser sends what any page asks it to send. So the Host must be this computer (else a name that a foreign page made
+point here would do: DNS rebinding), and the Origin, where there is one, must be the server's own or be listed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from collections.abc import Collection
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_OPEN = ("/", "/health", "/page.css", "/page.js")  # without a key: nothing of anybody's is there
+_BODY_SECONDS = 30  # in which a request must have arrived
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this computer can reach what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """Lets requests through to `app`, or answers 401, 403, 408 or 413."""
+
+    def __init__(self, app: ASGIApp, key: str | None, origins: Collection[str], most_bytes: int) -> None:
+        self._app, self._key, self._origins, self._most = app, key, frozenset(origins), most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        refusal = self._refusal(scope, headers, origin)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        if origin in self._origins and scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers=_cors(origin))(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start" and origin in self._origins:
+                pairs = [(name.encode(), value.encode()) for name, value in _cors(origin).items()]
+                message["headers"] = [*message.get("headers", []), *pairs]
+            await send(message)
+
+        body = _Body(receive, self._most)
+        try:
+            await self._app(scope, body.receive, send_with_headers)
+        except _Refused as refused:
+            await refused.response(scope, receive, send)
+
+    def _refusal(self, scope: Scope, headers: Headers, origin: str | None) -> Response | None:
+        host = _name(headers.get("host", ""))
+        if self._key is None and not is_loopback(host):
+            return problem(403, f"the host {host[:100]!r} is not this computer's: call the server by 127.0.0.1")
+        own = f"{scope['scheme']}://{headers.get('host', '')}"
+        if origin is not None and origin not in (own, *self._origins):
+            return problem(403, f"the origin {origin[:100]!r} is not allowed: see --allow-origin")
+        if self._key is None or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+            return None
+        given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
+        if hmac.compare_digest(given.encode(), self._key.encode()):
+            return None
+        return problem(401, "a key is required: Authorization: Bearer KEY", "authentication_error", "invalid_api_key")
+
+
+class _Refused(Exception):
+    def __init__(self, response: Response) -> None:
+        super().__init__()
+        self.response = response
+
+
+class _Body:
+    """Receives what a client sends, as far as it is not too much and does not take too long."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self._left, self._complete = receive, most, False
+        self._most, self._until = most, asyncio.get_running_loop().time() + _BODY_SECONDS
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        left = self._until - asyncio.get_running_loop().time()
+        try:
+            message = await asyncio.wait_for(self._receive(), left)
+        except TimeoutError:
+            raise _Refused(problem(408, f"the request did not arrive within {_BODY_SECONDS} seconds")) from None
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _Refused(problem(413, f"the body is larger than {self._most} bytes")) from None
+        self._complete = not message.get("more_body", False)
+        return message
+
+
+def problem(
+    status: int,
+    message: str,
+    kind: str = "invalid_request_error",
+    code: str | None = None,
+    param: str | None = None,
+) -> JSONResponse:
+    """An error as OpenAI's API tells it."""
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+
+
+def _name(host: str) -> str:
+    """A Host without its port, and without the brackets of IPv6."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def _cors(origin: str | None) -> dict[str, str]:
+    return {
+        "access-control-allow-origin": origin or "",
+        "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version",
+        "access-control-allow-methods": "GET, POST, OPTIONS",
+        "vary": "Origin",
+    }

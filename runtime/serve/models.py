@@ -1,0 +1,108 @@
+"""The models that a server has by name; each is loaded when it is first asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..api import Model, load
+from ..cache.caches import bytes_for, default_chunk
+from ..engines import bytes_for as stores_of
+from ..text.grammar import Grammar, Grammars
+from .fields import BadRequest
+from .scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How models are served: what `load` takes, answers at a time, bytes kept of sequences that ended, and where."""
+
+    options: Mapping[str, Any]
+    parallel: int
+    cache_bytes: int
+    cache_folder: Path | None = None
+
+
+class Served:
+    """A loaded model and its scheduler."""
+
+    def __init__(self, name: str, model: Model, setting: Setting) -> None:
+        self.name, self.model, self.loaded = name, model, int(time.time())
+        self.scheduler = Scheduler(model, setting.parallel, setting.cache_bytes, setting.cache_folder)
+        self._lock = threading.Lock()
+
+    async def compiled(self, compile_: Callable[[Grammars], Grammar]) -> Grammar:
+        """A grammar for this model, made beside what else is going on. Raises InvalidRequest."""
+
+        def work() -> Grammar:
+            with self._lock:  # it is made once
+                grammars = self.model.grammars
+            return compile_(grammars)
+
+        return await asyncio.to_thread(work)
+
+    def close(self, drain: float) -> None:
+        self.scheduler.close(drain)
+        self.model.close()
+
+
+class Models:
+    """By name; the first is the one that is meant where none is named."""
+
+    def __init__(self, paths: Mapping[str, Path], setting: Setting) -> None:
+        self.paths, self._setting = dict(paths), setting
+        self.loaded: dict[str, Served] = {}
+        self._lock = asyncio.Lock()
+
+    async def get(self, name: str | None) -> Served:
+        """Raises BadRequest for a name that is none, or a model that does not fit; and what `load` raises."""
+        name = next(iter(self.paths)) if name is None else name
+        if name not in self.paths:
+            known = ", ".join(self.paths)
+            raise BadRequest(f"model: found {name[:100]!r}, expected one of {known}", "model", 404, "model_not_found")
+        async with self._lock:
+            if name not in self.loaded:
+                self.loaded[name] = await asyncio.to_thread(self._load, name)
+        return self.loaded[name]
+
+    def _load(self, name: str) -> Served:
+        model = load(self.paths[name], **self._setting.options)
+        try:
+            need, free = memory(model, self._setting), available_memory()
+            if self.loaded and free is not None and need > free:
+                raise BadRequest(
+                    f"model {name} may take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free beside "
+                    f"{', '.join(self.loaded)}",
+                    "model",
+                    503,
+                )
+            return Served(name, model, self._setting)
+        except BaseException:
+            model.close()
+            raise
+
+    def close(self, drain: float) -> None:
+        for served in self.loaded.values():
+            served.close(drain)
+        self.loaded.clear()
+
+
+def memory(model: Model, setting: Setting) -> int:
+    """Bytes that a model takes at most: its file, full contexts for all answers, and what is kept."""
+    store, chunk = stores_of("native"), default_chunk(model.config.layers)
+    one = sum(bytes_for(x, model.context, model.kv, chunk, True, model.context, store) for x in model.config.layers)
+    return model.file.path.stat().st_size + setting.parallel * one + setting.cache_bytes
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can have without others being swapped out; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None

@@ -1,0 +1,204 @@
+"""Requests and answers as OpenAI's Responses API has them; nothing of an earlier one is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ..text import chat
+from . import asks, tools
+from .answers import Answer, together
+from .asks import Json
+from .fields import BadRequest, Fields
+from .models import Served
+from .openai import new_id
+
+
+async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
+    """What a response asks for."""
+    for name in ("previous_response_id", "conversation"):
+        if name in fields:
+            raise BadRequest(f"{name}: nothing of earlier responses is kept: send the whole conversation", name)
+    functions = asks.functions_of([tool for tool in fields.objects("tools") if _is_function(tool)])
+    talk = asks.Talk(
+        _messages(fields),
+        functions,
+        asks.check_choice(_choice(fields), functions),
+        parallel=fields.get("parallel_tool_calls") is not False,
+    )
+    text = fields.object("text")
+    return asks.Ask(
+        prompt=asks.prompt_of(served, talk),
+        sampling=asks.sampling_of(fields, served),
+        max_tokens=fields.whole("max_output_tokens", 1, asks.MOST_TOKENS),
+        constraint=await asks.constraint_of(served, talk, text.object("format") if text else None),
+        calls=talk.may_call,
+    )
+
+
+def _is_function(tool: Fields) -> bool:
+    kind = tool.text("type", "function")
+    if kind != "function":
+        raise BadRequest(f"tools: found the type {kind!r:.60}, expected function: this server has no tools of its own")
+    return True
+
+
+def _choice(fields: Fields) -> str:
+    if isinstance(fields.get("tool_choice"), dict):
+        choice = fields.object("tool_choice") or fields
+        return f"call {choice.text('name')}"
+    return fields.choice("tool_choice", ("none", "auto", "required")) or "auto"
+
+
+def _messages(fields: Fields) -> list[chat.Message]:
+    found = [chat.Message("system", fields.text("instructions") or "")] if "instructions" in fields else []
+    if isinstance(fields.get("input"), str):
+        return [*found, chat.Message("user", fields.text("input") or "")]
+    names: dict[str, str] = {}
+    items = fields.objects("input")
+    if not items:
+        raise fields.fail("input", "a text, or a list of one item or more")
+    for item in items:
+        kind = item.text("type", "message")
+        if kind == "message":
+            role = item.choice("role", ("system", "developer", "user", "assistant")) or "user"
+            role = {"developer": "system", "assistant": "model"}.get(role, role)
+            found.append(chat.Message(role, asks.text_of(item, "content")))
+        elif kind == "function_call":
+            name = item.text("name", "") or ""
+            names[item.text("call_id", "") or ""] = name
+            arguments = asks.json_text(item, "arguments", item.text("arguments", "{}") or "{}")
+            found.append(chat.Message("model", tools.told_calls([tools.Call(name, arguments)])))
+        elif kind == "function_call_output":
+            name = names.get(item.text("call_id", "") or "", "unknown")
+            found.append(chat.Message("user", tools.told_result(name, asks.text_of(item, "output"))))
+        elif kind != "reasoning":
+            raise BadRequest(f"input: found an item of the type {kind!r:.60}", "input")
+    return found
+
+
+class Form:
+    """How a response is told."""
+
+    def __init__(self, served: Served, fields: Fields, calls: bool) -> None:
+        self._served, self._calls = served, calls
+        self._created, self._id = time.time(), new_id("resp")
+        self._given = {name: fields.get(name) for name in ("instructions", "temperature", "top_p", "max_output_tokens")}
+        self._given |= {
+            "metadata": fields.get("metadata") or {},
+            "tool_choice": fields.get("tool_choice") or "auto",
+            "tools": fields.get("tools") or [],
+            "parallel_tool_calls": fields.get("parallel_tool_calls") is not False,
+            "text": fields.get("text") or {"format": {"type": "text"}},
+        }
+
+    def _response(self, answer: Answer, output: list[Json], status: str) -> Json:
+        figures, cut = answer.task.figures, answer.writer.finish == "length"
+        usage = {
+            "input_tokens": figures.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": figures.cached_tokens},
+            "output_tokens": figures.tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": figures.prompt_tokens + figures.tokens,
+        }
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": "incomplete" if cut else status,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "error": None,
+            "model": self._served.name,
+            "output": output,
+            "previous_response_id": None,
+            "store": False,
+            "truncation": "disabled",
+            **self._given,
+            "usage": usage if status == "completed" else None,
+        }
+
+    async def whole(self, answers: Sequence[Answer]) -> Json:
+        (answer,) = answers
+        text = await answer.text()
+        parts: list[str | tools.Call] = list(tools.Calls().push(text)) if self._calls else [text]
+        return self._response(answer, [_item(part) for part in parts], "completed")
+
+    async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
+        """The events of a stream."""
+        async for number, event in _numbered(self._events(answers)):
+            yield {**event, "sequence_number": number}
+
+    async def _events(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
+        (answer,) = answers
+        yield _event("response.created", response=self._response(answer, [], "in_progress"))
+        yield _event("response.in_progress", response=self._response(answer, [], "in_progress"))
+        reader, output = tools.Calls(), list[Json]()
+        message: Json | None = None
+        async for _, text, _ in together(answers):
+            for part in reader.push(text) if self._calls else [text]:
+                if isinstance(part, tools.Call):
+                    item = _item(part)
+                    place = {"output_index": len(output), "item_id": item["id"]}
+                    output.append(item)
+                    begun = {**item, "arguments": "", "status": "in_progress"}
+                    yield _event("response.output_item.added", output_index=place["output_index"], item=begun)
+                    yield _event("response.function_call_arguments.delta", **place, delta=part.arguments)
+                    yield _event(
+                        "response.function_call_arguments.done", **place, arguments=part.arguments, name=part.name
+                    )
+                    yield _event("response.output_item.done", output_index=place["output_index"], item=item)
+                    continue
+                if message is None:
+                    message = _item("")
+                    begun = {**message, "content": [], "status": "in_progress"}
+                    yield _event("response.output_item.added", output_index=len(output), item=begun)
+                    output.append(message)
+                    yield _event("response.content_part.added", **_place(message), part=_text(""))
+                message["content"][0]["text"] += part
+                yield _event("response.output_text.delta", **_place(message), delta=part, logprobs=[])
+        if message is not None:
+            said = message["content"][0]["text"]
+            yield _event("response.output_text.done", **_place(message), text=said, logprobs=[])
+            yield _event("response.content_part.done", **_place(message), part=_text(said))
+            yield _event("response.output_item.done", output_index=0, item=message)
+        done = self._response(answer, output, "completed")
+        yield _event(f"response.{done['status']}", response=done)
+
+
+def _place(message: Json) -> Json:
+    return {"item_id": message["id"], "output_index": 0, "content_index": 0}
+
+
+def _text(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _item(part: str | tools.Call) -> Json:
+    if isinstance(part, tools.Call):
+        return {
+            "id": new_id("fc"),
+            "type": "function_call",
+            "status": "completed",
+            "call_id": new_id("call"),
+            "name": part.name,
+            "arguments": part.arguments,
+        }
+    return {
+        "id": new_id("msg"),
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [_text(part)],
+    }
+
+
+async def _numbered(events: AsyncIterator[Json]) -> AsyncIterator[tuple[int, Json]]:
+    number = 0
+    async for event in events:
+        yield number, event
+        number += 1
+
+
+def _event(kind: str, **values: Any) -> Json:
+    return {"event": kind, "type": kind, **values}

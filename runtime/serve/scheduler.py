@@ -1,0 +1,322 @@
+"""Many answers at once: every sequence takes a step in the same pass, and prompts are read between the steps.
+
+A row's bits do not depend on its neighbours (`engines/rows.py`), nor on what of a prompt was read before. So an answer
+is the one that the model gives alone, whoever else is being served.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..api import Model
+from ..arrays import Floats, Ints
+from ..cache.caches import Caches, default_chunk
+from ..engines.protocol import ModelBackend
+from ..engines.rows import Segment
+from ..errors import BezelError, InvalidRequest
+from ..session import unsound
+from ..text.generation import Chance, Writer, chance
+from .prefixes import Kept, Prefixes, Stored, common
+
+_PASS = 0.3  # seconds that a pass should take at most: as long do others wait for their next token
+_FEWEST = 16  # rows of a prompt in a pass, however slow
+_WORTH = 16  # ids: fewer are not worth waiting for, nor keeping
+
+
+@dataclass
+class Figures:
+    """What an answer took. Times in seconds: until the prompt was read, and after that."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    tokens: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class Task:
+    """An answer to be written after the ids of a `prompt`.
+
+    `tell` is called in the scheduler's thread with each piece of text that there is, and at the end once with None;
+    `writer.finish` then says why it ended ("cancelled" too), or `error` what went wrong. `paused` leaves it out of the
+    passes, `cancelled` ends it; any thread may set them. With `scored`, `chances` tells how likely the model found the
+    ids of the prompt from the second on, and so many likeliest ones; all of it is then read anew.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], writer: Writer, tell: Callable[[str | None], None], scored: int | None = None
+    ) -> None:
+        self.prompt, self.writer, self.tell = np.array(prompt, np.int64), writer, tell
+        self.figures = Figures(len(prompt))
+        self.scored, self.chances = scored, list[Chance]()
+        self.error: Exception | None = None
+        self.cancelled = self.paused = False
+        self.held: list[int] = []  # ids that the caches hold
+        self.pending: list[int] = list(prompt)  # ids that come next
+        self.caches: Caches | None = None
+        self.boundaries: set[int] = set()  # where others may want to go on
+        self.began = time.monotonic()
+
+    @property
+    def reads(self) -> bool:
+        """Whether it is still at its prompt."""
+        return len(self.held) < len(self.prompt)
+
+
+@dataclass
+class Counts:
+    """What was done since the start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    ended: Counter[str] = field(default_factory=Counter)
+
+
+class Scheduler:
+    """Runs tasks on a model, in a thread of its own; up to `parallel` at a time, beside paused ones; the others wait.
+
+    `cache_bytes` is how much memory may hold sequences that ended; between runs they are in files of `cache_folder`.
+    """
+
+    def __init__(self, model: Model, parallel: int, cache_bytes: int, cache_folder: Path | None = None) -> None:
+        if not isinstance(model.backend, ModelBackend):
+            raise InvalidRequest(f"{model.file.path}: only GGUF files can be served; this is {model.file.kind}")
+        self.model, self.parallel, self.counts = model, parallel, Counts()
+        self.prefixes = Prefixes(cache_bytes)
+        self._backend: ModelBackend = model.backend
+        self._chunk = default_chunk(model.config.layers)
+        self._rows = self._chunk  # of prompts in a pass
+        self._stored = Stored(cache_folder, model, self._new_caches, cache_bytes) if cache_folder else None
+        self._changed = threading.Condition()
+        self._waiting: deque[Task] = deque()
+        self._active: list[Task] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"bezel {model.name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Task) -> None:
+        """Raises InvalidRequest for ids that the model cannot take."""
+        vocab_size, n = self.model.config.vocab_size, len(task.prompt)
+        if not n or task.prompt.min() < 0 or task.prompt.max() >= vocab_size:
+            raise InvalidRequest(f"prompt: expected one or more ids from 0 to {vocab_size - 1}")
+        with self._changed:
+            if self._closed:
+                raise InvalidRequest("the server is shutting down")
+            self._waiting.append(task)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """After `paused` or `cancelled` of a task were changed."""
+        with self._changed:
+            self._changed.notify()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many tasks are being worked on, and how many wait."""
+        with self._changed:
+            return len(self._active), len(self._waiting)
+
+    def tasks(self) -> list[Task]:
+        """Those that are being worked on."""
+        with self._changed:
+            return list(self._active)
+
+    def close(self, drain: float = 0.0) -> None:
+        """Take no more tasks; give those that there are so many seconds, and cancel them then."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(drain)
+        for task in (*self._active, *self._waiting):
+            task.cancelled = True
+        self.wake()
+        self._thread.join()
+        if self._stored is not None:
+            self._stored.save(self.prefixes)
+
+    # --- in its thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._ready():
+                    if self._closed and not self._active and not self._waiting:
+                        return
+                    self._changed.wait()
+                self._end_cancelled()
+                self._admit()
+                part = self._share_out()
+            if part:
+                self._step(part)
+
+    def _ready(self) -> bool:
+        tasks = (*self._active, *self._waiting)
+        return any(task.cancelled for task in tasks) or any(not task.paused for task in tasks)
+
+    def _end_cancelled(self) -> None:
+        for task in [task for task in (*self._active, *self._waiting) if task.cancelled]:
+            if task in self._waiting:
+                self._waiting.remove(task)
+            self._end(task, task.writer.end("cancelled"))
+
+    def _admit(self) -> None:
+        """Begin what waits while there is room; first come, first served, but for what is about to be read anyway."""
+        for task in list(self._waiting):
+            if sum(not other.paused for other in self._active) >= self.parallel:
+                return
+            try:
+                begun = self._begin(task)
+            except Exception as error:  # no memory for its caches
+                self._waiting.remove(task)
+                self._fail(task, error)
+                continue
+            if begun:
+                self._waiting.remove(task)
+                self._active.append(task)
+
+    def _new_caches(self) -> Caches:
+        return self._backend.caches(self.model.context, self.model.kv, self._chunk)
+
+    def _begin(self, task: Task) -> bool:
+        """Give a task its caches; False while another one reads what it could go on from."""
+        last = task.prompt[: -1 if task.scored is None else 0]  # logits come with the last id
+        if self._stored is not None:
+            than = max((common(kept.ids, last) for kept in self.prefixes), default=0)
+            for ids, caches in self._stored.better(last, than):
+                self.prefixes.put(ids, caches)
+        sources: list[tuple[int, Kept | Task]] = [(common(kept.ids, last), kept) for kept in self.prefixes]
+        sources += [(common(np.array(other.held, np.int64), last), other) for other in self._active]
+        within = [(n, source) for n, source in sources if source.caches is not None and source.caches.reaches(n)]
+        n, source = max(within, key=lambda found: found[0], default=(0, None))
+        for other in self._active:
+            ahead = common(other.prompt, last)
+            if other.reads and ahead - max(n, len(other.held)) >= _WORTH:
+                other.boundaries.add(ahead)
+                return False
+        if isinstance(source, Kept) and n:
+            task.caches = self.prefixes.take(source, n)
+        elif source is not None and source.caches is not None and n:
+            task.caches = source.caches.forked(n)
+        else:
+            task.caches = self._new_caches()
+        task.held, task.pending = task.prompt[:n].tolist(), task.prompt[n:].tolist()
+        # Others may go on from where turns begin, and from what two prompts had in common already.
+        turns = np.flatnonzero(task.prompt == self.model.tokenizer.start_of_turn_id).tolist()
+        task.boundaries = {b for b in (*turns, *(n for n, _ in sources)) if b >= n + _WORTH}
+        task.figures.cached_tokens = n
+        self.counts.cached_tokens += n
+        return True
+
+    def _share_out(self) -> list[tuple[Task, int]]:
+        """How many rows of each task the next pass takes.
+
+        What is being written goes on; of the rows for prompts the oldest gets half, and the shortest what is left.
+        """
+        running = [task for task in self._active if not task.paused]
+        part = [(task, min(len(task.pending), self._chunk)) for task in running if not task.reads]
+        reading = [task for task in running if task.reads]
+        left = self._rows
+        for i, task in enumerate(sorted(reading, key=lambda t: (t is not reading[0], len(t.pending)))):
+            share = left // 2 if not i and len(reading) > 1 else left
+            n = min(len(task.pending), share, self._chunk if task.scored is None else _FEWEST)
+            left -= n
+            if n:
+                part.append((task, n))
+        return part
+
+    def _step(self, part: Sequence[tuple[Task, int]]) -> None:
+        began = time.monotonic()
+        segments = []
+        for task, n in part:
+            assert task.caches is not None
+            self._keep_boundaries(task, n)
+            ids: Ints = np.array(task.pending[:n], np.int64)
+            wanted = n if task.scored is not None and task.reads else int(n == len(task.pending))
+            segments.append(Segment(task.caches, ids, wanted))
+        try:
+            logits = self._backend.forward(segments)
+        except Exception as error:  # nothing has changed: the pass takes back what it has done
+            for task, _ in part:
+                self._fail(task, error)
+            return
+        now = time.monotonic()
+        row = 0
+        for (task, n), segment in zip(part, segments, strict=True):
+            if task.scored is not None and task.reads:
+                following = task.prompt[len(task.held) + 1 :].tolist()
+                rows = zip(logits[row : row + n], following, strict=False)
+                task.chances += [chance(one, token, task.scored) for one, token in rows]
+            task.held += task.pending[:n]
+            del task.pending[:n]
+            row += segment.wanted
+            if not task.pending:
+                self._take(task, logits[row - 1], now)
+        taken = sum(n for _, n in part)
+        self.counts.passes += 1
+        self.counts.seconds += now - began
+        if taken >= _FEWEST:
+            fit = int(taken * _PASS / (now - began))
+            self._rows = max(_FEWEST, min(self._chunk, fit))
+
+    def _keep_boundaries(self, task: Task, n: int) -> None:
+        """Keep what the next n rows would push out of the rings."""
+        assert task.caches is not None
+        for boundary in sorted(task.boundaries):
+            if boundary <= len(task.held) and task.caches.loses(boundary, n):
+                task.boundaries.remove(boundary)
+                if task.caches.reaches(boundary):
+                    with suppress(MemoryError):  # then it is read again
+                        self.prefixes.put(task.held[:boundary], task.caches.forked(boundary))
+
+    def _take(self, task: Task, logits: Floats, now: float) -> None:
+        """Let a task write on from logits (vocab,)."""
+        writer, before = task.writer, len(task.writer.ids)
+        assert task.caches is not None
+        if not before:
+            task.figures.prompt_seconds = now - task.began
+            self.counts.prompt_tokens += len(task.prompt) - task.figures.cached_tokens
+        try:
+            if (error := unsound(logits, len(task.held), task.caches, self.model.kv)) is not None:
+                raise error
+            text = writer.take(logits, task.held)
+        except Exception as error:
+            self._fail(task, error)
+            return
+        task.pending = list(writer.fed)
+        self.counts.tokens += len(writer.ids) - before
+        task.figures.tokens = len(writer.ids)
+        task.figures.seconds = now - task.began - task.figures.prompt_seconds
+        if writer.finish is None and len(task.held) + len(task.pending) > self.model.context:
+            text += writer.end("length")
+        if writer.finish is not None:
+            self._end(task, text)
+        elif text:
+            task.tell(text)
+
+    def _end(self, task: Task, text: str) -> None:
+        with self._changed:
+            if task in self._active:
+                self._active.remove(task)
+        if task.caches is not None and task.held:
+            self.prefixes.put(task.held, task.caches)
+        task.caches = None
+        self.counts.ended[task.writer.finish or "error"] += 1
+        if text:
+            task.tell(text)
+        task.tell(None)
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        task.error = error if isinstance(error, (BezelError, MemoryError)) else RuntimeError(repr(error))
+        task.caches = None
+        self._end(task, "")

@@ -1,0 +1,131 @@
+"""Calls of a client's functions.
+
+Gemma 3 was trained on no form for them, so this is bezel's own, in JSON: the system text names the functions and says
+that a call is `{"tool_calls": [{"name": NAME, "arguments": {…}}]}` and nothing else; what came of it is told in a user
+turn, `{"tool_results": […]}`. A grammar sees to it that an answer which begins with a brace is such a call of a
+function that there is, with arguments that its schema describes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..text.grammar import Grammar, Grammars
+
+MOST_CALLS = 8  # in an answer
+_START = '{"tool_calls": ['
+_ANY_OBJECT = {"type": "object"}
+
+_WORDS = """\
+You can call these functions, whose parameters JSON schemas describe:
+{functions}
+To call functions, answer with JSON alone, without any other text, in this form:
+{{"tool_calls": [{{"name": "the function's name", "arguments": {{"parameter": "value"}}}}]}}
+What they give is told to you as {{"tool_results": [...]}}. Otherwise answer in plain text."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function of the client's; `parameters` is a JSON schema of its arguments, an object."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    arguments: str  # JSON
+
+
+def instructions(tools: Sequence[Tool]) -> str:
+    """What the system text says of the functions."""
+    functions = ({"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools)
+    return _WORDS.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
+
+
+def told_calls(calls: Sequence[Call]) -> str:
+    """Calls that the model has made, as it writes them."""
+    parts = (f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in calls)
+    return f"{_START}{', '.join(parts)}]}}"
+
+
+def told_result(name: str, content: str) -> str:
+    return json.dumps({"tool_results": [{"name": name, "content": content}]}, ensure_ascii=False)
+
+
+def grammar(grammars: Grammars, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Grammar:
+    """What an answer may be: calls of these functions or, unless `required`, a text.
+
+    Raises InvalidRequest for a schema that cannot be followed.
+    """
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.name},
+                "arguments": _moved(
+                    tool.parameters or _ANY_OBJECT, f"#/properties/tool_calls/items/anyOf/{i}/properties/arguments"
+                ),
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for i, tool in enumerate(tools)
+    ]
+    schema = {
+        "type": "object",
+        "properties": {
+            "tool_calls": {
+                "type": "array",
+                "items": {"anyOf": calls},
+                "minItems": 1,
+                "maxItems": MOST_CALLS if parallel else 1,
+            }
+        },
+        "required": ["tool_calls"],
+        "additionalProperties": False,
+    }
+    return grammars.json_schema(schema) if required else grammars.json_or_text(schema)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references to its own parts hold where it is a part of another one."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: place + value[1:]
+        if key == "$ref" and isinstance(value, str) and value[:1] == "#"
+        else _moved(value, place)
+        for key, value in schema.items()
+    }
+
+
+class Calls:
+    """Reads an answer as it comes: text, or calls, each once it is complete."""
+
+    def __init__(self) -> None:
+        self._held, self._begun, self._is_text = "", False, False
+
+    def push(self, text: str) -> Iterator[str | Call]:
+        self._held += text
+        if not self._begun and not self._is_text:
+            self._is_text = bool(self._held) and not _START.startswith(self._held[: len(_START)])
+            if self._held.startswith(_START):
+                self._begun, self._held = True, self._held[len(_START) :]
+        if self._is_text and self._held:
+            yield self._held
+            self._held = ""
+        while self._begun:
+            try:
+                found, end = json.JSONDecoder().raw_decode(self._held.lstrip(", "))
+            except ValueError:
+                return
+            self._held = self._held.lstrip(", ")[end:]
+            yield Call(found["name"], json.dumps(found["arguments"], ensure_ascii=False))

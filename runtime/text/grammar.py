@@ -1,0 +1,142 @@
+"""Answers in a form: JSON, a regular expression, a grammar. By llguidance, behind `generation.Constraint`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidRequest
+from .tokenizer import BYTE, CONTROL, SPACE, UNKNOWN, Tokenizer
+
+ANY_JSON = {"type": "object"}
+MOST_BYTES = 1 << 18  # of a schema, an expression or a grammar
+_COMPACT: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}  # free white space need not end
+
+
+class Grammars:
+    """What compiles grammars for a tokenizer and its stop tokens. Making one takes a while; it serves any number.
+
+    Raises InvalidRequest where llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int]) -> None:
+        try:
+            from llguidance import LLTokenizer, TokenizerWrapper
+        except ModuleNotFoundError:
+            raise InvalidRequest("answers in a form need llguidance: pip install 'bezel-lm[serve]'") from None
+        self._vocab_size = tokenizer.vocab_size
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(_Pieces(tokenizer)),
+            n_vocab=tokenizer.vocab_size,
+            eos_token=sorted(stop_ids),
+            slices=LLTokenizer.json_slices(),
+        )
+
+    def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
+        """JSON that a schema describes. Raises InvalidRequest for a schema that cannot be followed."""
+        from llguidance import LLMatcher
+
+        text = json.dumps(schema)
+        return self._compiled("JSON schema", text, LLMatcher.grammar_from_json_schema(text, overrides=_COMPACT))
+
+    def json_or_text(self, schema: Mapping[str, Any]) -> Grammar:
+        """JSON that a schema describes, or text that does not begin with a brace."""
+        options = json.dumps({**schema, "x-guidance": _COMPACT})
+        source = f"start: json | TEXT\njson: %json {options}\nTEXT: /([^{{](.|\\n)*)?/\n"
+        return self._compiled("JSON schema", source, source)
+
+    def regex(self, expression: str) -> Grammar:
+        """Text that a regular expression matches as a whole. Raises InvalidRequest for one that is none."""
+        from llguidance import LLMatcher
+
+        return self._compiled("regular expression", expression, LLMatcher.grammar_from_regex(expression))
+
+    def lark(self, grammar: str) -> Grammar:
+        """Text of a Lark grammar (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md)."""
+        from llguidance import LLMatcher
+
+        return self._compiled("grammar", grammar, LLMatcher.grammar_from_lark(grammar))
+
+    def _compiled(self, what: str, source: str, grammar: str) -> Grammar:
+        from llguidance import LLMatcher
+
+        if len(source) > MOST_BYTES:
+            raise InvalidRequest(f"{what}: {len(source)} characters, expected at most {MOST_BYTES}")
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise InvalidRequest(f"{what}: {_first_line(matcher.get_error())}")
+        return Grammar(matcher, self._vocab_size)
+
+
+class Grammar:
+    """A compiled grammar, for any number of answers."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def constraint(self) -> Matching:
+        """For one answer."""
+        return Matching(self._matcher.deep_copy(), self._vocab_size)
+
+
+class Matching:
+    """An answer that follows a grammar: a `Constraint`."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self._bits = np.zeros(-(-vocab_size // 32), np.int32)
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check()
+        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
+        return bits[: self._vocab_size].view(np.bool_)
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def forced(self) -> list[int]:
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        if tokens:
+            self._matcher.consume_tokens(tokens)
+            self._check()
+        return tokens
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InvalidRequest(f"the answer cannot follow its form: {_first_line(self._matcher.get_error())}")
+
+
+class _Pieces:
+    """A vocabulary as llguidance takes it: the bytes of each token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.tokens = [_bytes(tokenizer, i) for i in range(tokenizer.vocab_size)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    kind, piece = tokenizer.kind(token), tokenizer.piece(token)
+    if kind == BYTE:
+        return bytes([int(piece[3:5], 16)])
+    if kind in (CONTROL, UNKNOWN):  # the byte says so
+        return b"\xff" + piece.encode()
+    return piece.replace(SPACE, " ").encode()
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300]

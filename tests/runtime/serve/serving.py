@@ -1,0 +1,37 @@
+"""A server in this process, on a port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from bezel.runtime.serve.app import make_app
+from bezel.runtime.serve.models import Models, Setting
+
+
+@contextmanager
+def serving(paths: Mapping[str, Path], **options: Any) -> Iterator[str]:
+    """The address of a server of these models."""
+    setting = Setting(
+        {"kv": options.pop("kv", "int8"), "threads": 2, "context": options.pop("context", None)},
+        options.pop("parallel", 4),
+        options.pop("cache_bytes", 64 << 20),
+    )
+    app = make_app(
+        Models(paths, setting),
+        **{"key": None, "origins": (), "most_bytes": 1 << 20, "most_begun": 200, "drain": 5.0, **options},
+    )
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()

@@ -1,0 +1,238 @@
+"""What a server refuses, and that it goes on after whatever it is sent."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import serving
+
+ASK = {"messages": [{"role": "user", "content": "A story."}], "max_tokens": 3}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def file(gguf_of: Callable[..., Path]) -> Path:
+    return gguf_of("demo", "q4_0")
+
+
+@pytest.fixture(scope="module")
+def address(file: Path) -> Iterator[str]:
+    with serving({"fairy": file}, origins=("https://friend.example",)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def locked(file: Path) -> Iterator[str]:
+    with serving({"fairy": file}, key="secret") as address:
+        yield address
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/nothing"])
+@pytest.mark.parametrize(
+    ("host", "right"),
+    [
+        ("127.0.0.1:{port}", True),
+        ("localhost:{port}", True),
+        ("[::1]:{port}", True),
+        ("127.0.0.1", True),
+        ("evil.example", False),
+        ("localhost.evil.example:{port}", False),
+        ("evil.example:{port}@127.0.0.1", False),
+        ("192.168.1.2", False),
+        ("", False),
+    ],
+)
+def test_a_name_that_is_not_this_computer_s(host: str, right: bool, path: str, address: str) -> None:
+    """A foreign page may have its own name point here: the browser then takes the server for the page's."""
+    port = address.rpartition(":")[2]
+    status = httpx.get(address + path, headers={"host": host.format(port=port)}).status_code
+    assert (status != 403) == right
+
+
+@pytest.mark.parametrize(
+    ("origin", "right"),
+    [
+        ("{address}", True),
+        ("https://friend.example", True),
+        ("https://evil.example", False),
+        ("http://127.0.0.1:1", False),
+        ("null", False),
+    ],
+)
+def test_pages_of_other_sites(origin: str, right: bool, address: str) -> None:
+    headers = {"origin": origin.format(address=address), "content-type": "text/plain"}  # as a plain form would send
+    found = httpx.post(address + CHAT, headers=headers, json=ASK)
+    assert (found.status_code == 200) == right
+    preflight = httpx.options(address + CHAT, headers=headers)
+    allowed = preflight.headers.get("access-control-allow-origin")
+    assert allowed == ("https://friend.example" if origin == "https://friend.example" else None)
+
+
+def test_the_key(locked: str) -> None:
+    for headers, right in (
+        ({}, False),
+        ({"authorization": "Bearer wrong"}, False),
+        ({"authorization": "Bearer secret"}, True),
+        ({"x-api-key": "secret"}, True),
+        ({"authorization": "Bearer sécret".encode("latin-1").decode("latin-1")}, False),
+    ):
+        found = httpx.post(locked + CHAT, headers={k: v.encode("latin-1") for k, v in headers.items()}, json=ASK)
+        assert (found.status_code == 200) == right
+        if not right:
+            assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert httpx.get(locked + "/health").status_code == 200
+    assert httpx.get(locked + "/slots").status_code == 401
+
+
+def raw(address: str, data: bytes, wait: float = 10.0) -> bytes:
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+    return found
+
+
+def test_bodies_that_are_too_much(address: str) -> None:
+    big = json.dumps({**ASK, "messages": [{"role": "user", "content": "x" * (2 << 20)}]})
+    assert httpx.post(address + CHAT, content=big).status_code == 413
+    deep = '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    found = httpx.post(address + CHAT, content=deep)
+    assert found.status_code == 400
+    assert "nested too deeply" in found.json()["error"]["message"]
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 50_000
+
+    assert httpx.post(address + CHAT, content=chunks()).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}},
+        {"$ref": "#"},
+        {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 50}}, "$ref": "#/$defs/a"},
+        {"type": "string", "pattern": "(a{1,1000}){1,1000}"},
+        {"type": "string", "pattern": "(a|aa)+" * 50 + "$"},
+        {"type": "array", "minItems": 10**9, "items": {"type": "integer"}},
+        {"enum": ["x" * 1000 + str(i) for i in range(200)]},
+        {"$ref": "http://127.0.0.1:1/schema.json"},
+        {"$ref": "file:///etc/passwd"},
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+def test_schemas_that_are_too_much(schema: dict[str, Any], address: str) -> None:
+    """Refused or followed, within seconds; others are served meanwhile."""
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    began = time.monotonic()
+    found = httpx.post(address + CHAT, json={**ASK, "response_format": form}, timeout=30)
+    assert found.status_code in (200, 400), found.text
+    assert "root:" not in found.text
+    assert time.monotonic() - began < 20
+    assert httpx.post(address + CHAT, json=ASK).status_code == 200
+
+
+def test_a_client_that_leaves_stops_costing(address: str) -> None:
+    ask = {**ASK, "max_tokens": 100_000, "n": 16, "stream": True, "logit_bias": {"1": -100, "5": -100}}
+    with httpx.stream("POST", address + CHAT, json=ask) as stream:
+        lines = stream.iter_lines()
+        while "content" not in next(lines):
+            pass
+        assert httpx.get(address + "/slots").json()
+    until = time.monotonic() + 5
+    while httpx.get(address + "/slots").json():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(address + CHAT, json={**ask, "stream": False}, timeout=0.3)
+    while httpx.get(address + "/slots").json():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_client_that_does_not_read_waits(file: Path) -> None:
+    with serving({"fairy": file}, context=2048) as address:
+        host, port = address.removeprefix("http://").split(":")
+        ask = {**ASK, "max_tokens": 2000, "n": 4, "stream": True, "logit_bias": {"1": -100, "5": -100}}
+        body = json.dumps({**ask, "logprobs": True, "top_logprobs": 20}).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall(head + body)
+            seen = [-1]
+            while len(seen) < 4 or seen[-1] != seen[-4]:
+                time.sleep(0.3)
+                seen.append(sum(slot["tokens"] for slot in httpx.get(address + "/slots").json()))
+            assert 0 < seen[-1] < 8000
+            assert httpx.post(address + CHAT, json=ASK).status_code == 200
+
+
+def test_malformed_requests(address: str) -> None:
+    """A thousand of them: the right status each, and the server is there afterwards."""
+    draw = random.Random(4)
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        1e400,
+        "",
+        "x",
+        [],
+        [1],
+        [None],
+        {},
+        {"a": 1},
+        [[]],
+        [{}],
+        "\ud800",
+        10**30,
+    ]
+    fields = (
+        "model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p seed stop n logprobs "
+        "top_logprobs logit_bias presence_penalty frequency_penalty response_format tools tool_choice stream echo "
+        "stream_options parallel_tool_calls input instructions text max_output_tokens system stop_sequences suffix"
+    ).split()
+    paths = (CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize", "/v1/nothing")
+    with httpx.Client(base_url=address, timeout=30) as client:
+        for i in range(1000):
+            path = draw.choice(paths)
+            body: dict[str, Any] = {**ASK, "prompt": "A", "input": "A", "max_tokens": 1, "max_output_tokens": 1}
+            for _ in range(draw.randrange(1, 4)):
+                body[draw.choice(fields)] = draw.choice(values)
+            if draw.random() < 0.3:
+                body["messages"] = [{draw.choice(["role", "content", "type"]): draw.choice(values)} for _ in range(2)]
+            raw_body = json.dumps(body).encode()
+            if draw.random() < 0.2:
+                cut = bytearray(raw_body[: draw.randrange(len(raw_body) + 1)])
+                for _ in range(draw.randrange(3)):
+                    if cut:
+                        cut[draw.randrange(len(cut))] = draw.randrange(256)
+                raw_body = bytes(cut)
+            found = client.post(path, content=raw_body)
+            assert found.status_code in (200, 400, 404, 413), (i, path, raw_body, found.text)
+            if found.status_code != 200:
+                assert found.json()["error"]["message"], raw_body
+        for data in (
+            b"\r\n\r\n",
+            b"GET\r\n\r\n",
+            b"POST / HTTP/9\r\n\r\n",
+            bytes(range(256)),
+            b"GET /\0 HTTP/1.1\r\n\r\n",
+        ):
+            assert b"200" not in raw(address, data)[:20]
+        assert client.post(CHAT, json=ASK).status_code == 200

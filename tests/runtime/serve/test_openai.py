@@ -1,0 +1,370 @@
+"""The official clients against a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from bezel.runtime import Message, Model, Sampling, load
+from serving import serving
+
+TOLD = [{"role": "user", "content": "A story about a fox."}]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        "kind": {"enum": ["fox", "king"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "describe", "description": "Describe somebody.", "parameters": SCHEMA}}
+]
+
+
+@pytest.fixture(scope="module")
+def file(gguf_of: Callable[..., Path]) -> Path:
+    return gguf_of("demo", "q4_0")
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> Iterator[Model]:
+    with load(file, kv="int8", threads=2) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def address(file: Path) -> Iterator[str]:
+    with serving({"fairy": file, "again": file}) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
+
+
+def alone(model: Model, text: str = "A story about a fox.", max_tokens: int = 20, **sampling: Any) -> str:
+    return "".join(model.generate(text, max_tokens=max_tokens, sampling=Sampling(**sampling)))
+
+
+def test_a_chat(client: openai.OpenAI, model: Model) -> None:
+    found = client.chat.completions.create(model="fairy", messages=TOLD, max_tokens=20, temperature=0)
+    assert found.choices[0].message.content == alone(model, temperature=0)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage
+    assert found.usage.prompt_tokens == len(model.prompt_ids("A story about a fox."))
+    assert (found.usage.completion_tokens, found.object, found.model) == (20, "chat.completion", "fairy")
+
+
+def test_a_chat_streamed(client: openai.OpenAI, model: Model) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="fairy",
+            messages=TOLD,
+            max_completion_tokens=20,
+            seed=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == alone(model, seed=3)
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage
+    assert chunks[-1].usage.completion_tokens == 20
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+
+
+def test_many_at_once(address: str, model: Model) -> None:
+    async def ask(client: openai.AsyncOpenAI, seed: int) -> str:
+        stream = await client.chat.completions.create(
+            model="fairy", messages=TOLD, max_tokens=30, seed=seed, stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="any") as client:
+            return await asyncio.gather(*(ask(client, seed) for seed in range(12)))
+
+    assert asyncio.run(all_of_them()) == [alone(model, max_tokens=30, seed=seed) for seed in range(12)]
+
+
+def test_several_answers_and_stop_strings(client: openai.OpenAI, model: Model) -> None:
+    for streamed in (False, True):
+        asked: dict[str, Any] = {
+            "model": "fairy",
+            "messages": TOLD,
+            "max_tokens": 40,
+            "seed": 5,
+            "n": 3,
+            "stop": ["the"],
+        }
+        if streamed:
+            texts, finishes = ["", "", ""], ["", "", ""]
+            for chunk in client.chat.completions.create(**asked, stream=True):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.delta.content or ""
+                    finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+        else:
+            found = client.chat.completions.create(**asked)
+            texts = [choice.message.content or "" for choice in found.choices]
+            finishes = [choice.finish_reason for choice in found.choices]
+        for i, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
+            whole = alone(model, max_tokens=40, seed=5 + i)
+            assert text == whole.partition("the")[0]
+            assert finish == ("stop" if "the" in whole else "length")
+
+
+def test_a_system_message_and_earlier_turns(client: openai.OpenAI, model: Model) -> None:
+    told = [
+        Message("system", "Be brief."),
+        Message("user", "Hello"),
+        Message("model", "Good day."),
+        Message("user", "A story."),
+    ]
+    roles = {"model": "assistant"}
+    messages: list[Any] = [
+        {"role": roles.get(m.role, m.role), "content": [{"type": "text", "text": m.text}]} for m in told
+    ]
+    found = client.chat.completions.create(model="fairy", messages=messages, max_tokens=12, temperature=0)
+    expected = "".join(model.generate(told, max_tokens=12, sampling=Sampling(temperature=0)))
+    assert found.choices[0].message.content == expected
+
+
+def test_penalties_and_biases(client: openai.OpenAI, model: Model) -> None:
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "max_tokens": 30, "temperature": 0}
+    text = client.chat.completions.create(**asked, frequency_penalty=2, presence_penalty=1).choices[0].message.content
+    assert text == alone(model, max_tokens=30, temperature=0.0, frequency_penalty=2.0, presence_penalty=1.0)
+    (token,) = model.tokenizer.encode("fox")[-1:]
+    biased = client.chat.completions.create(**asked, logit_bias={str(token): 100}).choices[0].message.content
+    assert biased == model.tokenizer.decode([token] * 30)
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "fairy",
+        "messages": TOLD,
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    found = client.chat.completions.create(**asked).choices[0]
+    assert found.logprobs
+    content = found.logprobs.content
+    assert content
+    assert "".join(one.token for one in content) == found.message.content
+    for one in content:
+        assert one.logprob == one.top_logprobs[0].logprob < 0
+        assert len(one.top_logprobs) == 3
+        assert bytes(one.bytes or ()).decode() == one.token
+    streamed = [
+        one
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        for one in (chunk.choices[0].logprobs.content or [] if chunk.choices[0].logprobs else [])
+    ]
+    assert streamed == content
+
+
+def test_a_completion(client: openai.OpenAI, model: Model) -> None:
+    found = client.completions.create(model="fairy", prompt=["Once upon", "A king"], max_tokens=8, temperature=0)
+    for choice, prompt in zip(found.choices, ("Once upon", "A king"), strict=True):
+        expected = "".join(model.generate(prompt, max_tokens=8, sampling=Sampling(temperature=0), raw=True))
+        assert choice.text == expected
+    ids = model.tokenizer.encode("Once upon", bos=True)
+    assert client.completions.create(model="fairy", prompt=ids, max_tokens=8, temperature=0).choices[0].text == (
+        found.choices[0].text
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_logprobs_of_a_prompt(streamed: bool, client: openai.OpenAI, model: Model) -> None:
+    import numpy as np
+
+    prompt = "Once upon a time there was a king who had three sons, and they went into the wood to cut trees."
+    asked: dict[str, Any] = {"model": "fairy", "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 2}
+    for max_tokens in (0, 3):
+        asked["max_tokens"] = max_tokens
+        if streamed:
+            chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, temperature=0, stream=True)]
+            text = "".join(chunk.text for chunk in chunks)
+            told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "text_offset": []}
+            for chunk in chunks:
+                for name, values in told.items():
+                    values += getattr(chunk.logprobs, name) if chunk.logprobs else []
+        else:
+            choice = client.completions.create(**asked, temperature=0).choices[0]
+            text, told = choice.text, vars(choice.logprobs)
+        ids = model.tokenizer.encode(prompt, bos=True)
+        assert text.startswith(prompt)
+        assert "".join(told["tokens"]) == text
+        assert [text[at:].startswith(t) for at, t in zip(told["text_offset"], told["tokens"], strict=True)]
+        logits = model.logits(ids).astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        expected = [logprobs[i, token] for i, token in enumerate(ids[1:])]
+        np.testing.assert_allclose(told["token_logprobs"][: len(expected)], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_by_a_schema(seed: int, client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "one", "schema": SCHEMA, "strict": True}}
+    found = client.chat.completions.create(
+        model="fairy", messages=TOLD, seed=seed, response_format=form, max_tokens=200
+    )
+    answer = json.loads(found.choices[0].message.content or "")
+    assert answer.keys() == SCHEMA["properties"].keys()
+    assert answer["kind"] in ("fox", "king")
+    assert found.choices[0].finish_reason == "stop"
+
+
+def test_tools(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "tools": TOOLS, "max_tokens": 300, "seed": 1}
+    found = client.chat.completions.create(**asked, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert found.finish_reason == "tool_calls"
+    (call,) = found.message.tool_calls or []
+    assert json.loads(call.function.arguments).keys() == SCHEMA["properties"].keys()
+    named = {"type": "function", "function": {"name": "describe"}}
+    chunks = list(client.chat.completions.create(**asked, tool_choice=named, stream=True))
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [call.function.name for call in calls] == ["describe"]
+    assert json.loads(calls[0].function.arguments).keys() == SCHEMA["properties"].keys()
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "a red fox"}
+    messages = [*TOLD, found.message.to_dict(), result]
+    text = client.chat.completions.create(model="fairy", messages=messages, max_tokens=8).choices[0].message.content
+    assert text
+    for choice in ("none", "auto"):
+        free = client.chat.completions.create(**asked | {"max_tokens": 20}, tool_choice=choice).choices[0]
+        assert bool(free.message.content) != bool(free.message.tool_calls)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"model": "nobody"}, openai.NotFoundError, "expected one of fairy, again"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature: found int -1"),
+        ({"temperature": "hot"}, openai.BadRequestError, "temperature: found str 'hot'"),
+        ({"messages": []}, openai.BadRequestError, "messages: expected one message"),
+        ({"messages": [{"role": "king", "content": ""}]}, openai.BadRequestError, "role: found str 'king'"),
+        (
+            {"messages": [{"role": "assistant", "content": "I"}]},
+            openai.BadRequestError,
+            "expected a user's message first",
+        ),
+        ({"messages": "Hello"}, openai.BadRequestError, "messages: found str 'Hello', expected a list of objects"),
+        ({"top_logprobs": 2}, openai.BadRequestError, "needs logprobs"),
+        ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"n": 0}, openai.BadRequestError, "n: found int 0"),
+        ({"stop": [1]}, openai.BadRequestError, "stop: found list"),
+        ({"stream": "yes"}, openai.BadRequestError, "stream: found str 'yes'"),
+        ({"tool_choice": "required"}, openai.BadRequestError, "asks for a call, and tools has none"),
+        ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "schema: found NoneType None"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}},
+            openai.BadRequestError,
+            "JSON schema: Invalid type: nope",
+        ),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, openai.BadRequestError, "the prompt has"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            openai.BadRequestError,
+            "this model reads text only",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(
+    change: dict[str, Any], kind: type[Exception], words: str, client: openai.OpenAI
+) -> None:
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "max_tokens": 2}
+    with pytest.raises(kind, match=words):
+        client.chat.completions.create(**asked | change)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["fairy", "again"]
+    assert client.models.retrieve("again").owned_by == "bezel"
+    found = client.chat.completions.create(model="again", messages=TOLD, max_tokens=2)
+    assert found.model == "again"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_responses(streamed: bool, client: openai.OpenAI, model: Model) -> None:
+    asked: dict[str, Any] = {
+        "model": "fairy",
+        "input": "A story about a fox.",
+        "max_output_tokens": 20,
+        "temperature": 0,
+    }
+    if streamed:
+        events = list(client.responses.create(**asked, stream=True))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert [events[0].type, events[-1].type] == ["response.created", "response.incomplete"]
+        found = events[-1].response
+        assert found.output_text == "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    else:
+        found = client.responses.create(**asked)
+    assert found.output_text == alone(model, temperature=0)
+    assert (found.status, found.incomplete_details and found.incomplete_details.reason) == (
+        "incomplete",
+        "max_output_tokens",
+    )
+    tool = {"type": "function", "strict": True, **TOOLS[0]["function"]}
+    called = client.responses.create(
+        model="fairy", input="A story.", tools=[tool], tool_choice="required", parallel_tool_calls=False, top_p=1
+    )
+    (call,) = called.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments).keys() == SCHEMA["properties"].keys()
+    told = [{"role": "user", "content": "A story."}, call.to_dict()]
+    told += [{"type": "function_call_output", "call_id": call.call_id, "output": "a red fox"}]
+    assert client.responses.create(model="fairy", input=told, max_output_tokens=5).output_text
+    with pytest.raises(openai.BadRequestError, match="nothing of earlier responses is kept"):
+        client.responses.create(model="fairy", input="A", previous_response_id="resp_1")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_messages(streamed: bool, address: str, model: Model) -> None:
+    client = anthropic.Anthropic(base_url=address, api_key="any", max_retries=0)
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "max_tokens": 20, "extra_body": {"temperature": 0}}
+
+    def answered(**options: Any) -> anthropic.types.Message:
+        if not streamed:
+            return client.messages.create(**asked | options)
+        with client.messages.stream(**asked | options) as stream:
+            for _ in stream:
+                pass
+            return stream.get_final_message()
+
+    found = answered()
+    assert found.content[0].text == alone(model, temperature=0)
+    assert (found.stop_reason, found.usage.output_tokens) == ("max_tokens", 20)
+    found = answered(stop_sequences=[" a"])
+    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", " a")
+    begun = answered(messages=[*TOLD, {"role": "assistant", "content": "Once upon"}])
+    expected = model.prompt_ids("A story about a fox.") + model.tokenizer.encode("Once upon")
+    assert begun.content[0].text == "".join(
+        model.generate(expected, max_tokens=20, sampling=Sampling(temperature=0), raw=True)
+    )
+    tool = {"name": "describe", "description": "", "input_schema": SCHEMA}
+    called = answered(tools=[tool], tool_choice={"type": "any", "disable_parallel_tool_use": True}, max_tokens=300)
+    assert (called.stop_reason, called.content[0].type, called.content[0].name) == ("tool_use", "tool_use", "describe")
+    assert called.content[0].input.keys() == SCHEMA["properties"].keys()
+    result = {"type": "tool_result", "tool_use_id": called.content[0].id, "content": "a red fox"}
+    told = [*TOLD, {"role": "assistant", "content": called.to_dict()["content"]}, {"role": "user", "content": [result]}]
+    assert answered(messages=told, system="Be brief.").content[0].text
+    with pytest.raises(anthropic.NotFoundError, match="expected one of fairy"):
+        answered(model="nobody")
+    assert client.messages.count_tokens(model="fairy", messages=TOLD).input_tokens == len(
+        model.prompt_ids("A story about a fox.")
+    )

@@ -1,0 +1,200 @@
+"""Many answers at once are the answers that each request would get alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from bezel.runtime import Message, Model, Sampling
+from bezel.runtime.serve.prefixes import Prefixes
+from bezel.runtime.serve.scheduler import Scheduler, Task
+from bezel.runtime.text.generation import Writer
+from bezel.runtime.text.sampling import Sampler
+
+ModelOf = Callable[..., Model]
+SYSTEM = "Tell stories as a grandmother would, slowly, with every detail of the weather, of the house and of the food. "
+
+
+class Client:
+    """One request: collects what it is told."""
+
+    def __init__(self, model: Model, prompt: list[int], sampling: Sampling, max_tokens: int) -> None:
+        self.pieces: list[str] = []
+        self.done = threading.Event()
+        self.cancel_after: int | None = None
+        writer = Writer(model.tokenizer, sampling, model.stop_ids, max_tokens=max_tokens)
+        self.task = Task(prompt, writer, self._tell)
+
+    def _tell(self, text: str | None) -> None:
+        if text is None:
+            self.done.set()
+            return
+        self.pieces.append(text)
+        if self.cancel_after is not None and len(self.pieces) >= self.cancel_after:
+            self.task.cancelled = True
+
+    def answer(self) -> str:
+        assert self.done.wait(60)
+        if self.task.error:
+            raise self.task.error
+        return "".join(self.pieces)
+
+
+@pytest.fixture
+def model(model_of: ModelOf) -> Model:
+    return model_of("demo", "q4_0", engine="native", kv="int8", threads=2)
+
+
+@pytest.fixture
+def scheduler(model: Model) -> Iterator[Scheduler]:
+    made = Scheduler(model, 8, 64 << 20)
+    yield made
+    made.close()
+
+
+def alone(model: Model, prompt: list[int], sampling: Sampling, max_tokens: int) -> str:
+    return "".join(model.generate(prompt, sampling=sampling, max_tokens=max_tokens))
+
+
+def test_an_answer_among_others_is_the_same(model: Model, scheduler: Scheduler) -> None:
+    """32 requests at random times, of which some begin alike, some go on from others, and some are cancelled."""
+    draw = random.Random(3)
+    requests = []
+    for i in range(32):
+        words = f"{SYSTEM * draw.choice([0, 1, 3, 6])}Tell me a story about a {draw.choice(['king', 'fox'])} and {i}."
+        prompt = model.prompt_ids([Message("user", words)])
+        if i % 5 == 4:
+            prompt = list(requests[draw.randrange(i)][0])
+        sampling = Sampling(seed=i, temperature=draw.choice([0, 1.0]), repetition_penalty=draw.choice([1, 1.1]))
+        requests.append((prompt, sampling, draw.choice([3, 20, 60])))
+    clients = []
+    for prompt, sampling, max_tokens in requests:
+        client = Client(model, prompt, sampling, max_tokens)
+        if draw.random() < 0.2:
+            client.cancel_after = draw.randrange(1, 5)
+        scheduler.submit(client.task)
+        clients.append(client)
+        time.sleep(draw.random() * 0.02)
+    answers = [client.answer() for client in clients]
+    for i, (client, answer, (prompt, sampling, max_tokens)) in enumerate(zip(clients, answers, requests, strict=True)):
+        expected = alone(model, prompt, sampling, max_tokens)
+        if client.task.writer.finish == "cancelled":
+            assert expected.startswith(answer.rstrip("\N{REPLACEMENT CHARACTER}")), i
+        else:
+            assert answer == expected, i
+    assert scheduler.counts.cached_tokens > 500
+    assert scheduler.load == (0, 0)
+
+
+def test_a_turn_costs_the_turn(model: Model, scheduler: Scheduler) -> None:
+    messages = [Message("user", SYSTEM * 4)]
+    for turn in range(4):
+        prompt = model.prompt_ids(messages)
+        client = Client(model, prompt, Sampling(temperature=0), 12)
+        scheduler.submit(client.task)
+        answer = client.answer()
+        assert answer == alone(model, prompt, Sampling(temperature=0), 12)
+        if turn:  # all but what is new, and what the text of the answer is not cut into again as it was
+            assert client.task.figures.cached_tokens > len(model.prompt_ids(messages[:-2])) - 1
+        messages += [Message("model", answer), Message("user", "And then?")]
+
+
+def test_an_edit_goes_on_from_the_nearest_turn(model: Model, scheduler: Scheduler) -> None:
+    """Far past the window, where rings no longer reach back: from what was kept when they let go of it."""
+    told = [Message("user", SYSTEM * 3), Message("model", "Once upon a time."), Message("user", SYSTEM * 8)]
+    for end in ("And then?", "And before?"):
+        messages = [*told, Message("model", "Snow fell."), Message("user", end * 1)]
+        prompt = model.prompt_ids(messages)
+        client = Client(model, prompt, Sampling(temperature=0), 8)
+        scheduler.submit(client.task)
+        assert client.answer() == alone(model, prompt, Sampling(temperature=0), 8)
+    assert client.task.figures.cached_tokens >= len(model.prompt_ids(told)) - 4
+    edited = model.prompt_ids([*told[:2], Message("user", "Something else. " * 3)])
+    client = Client(model, edited, Sampling(temperature=0), 8)
+    scheduler.submit(client.task)
+    assert client.answer() == alone(model, edited, Sampling(temperature=0), 8)
+    assert client.task.figures.cached_tokens >= len(model.prompt_ids(told[:1])) - 4
+
+
+def test_the_same_prompt_is_read_once(model: Model, scheduler: Scheduler) -> None:
+    prompt = model.prompt_ids([Message("user", SYSTEM * 8)])
+    clients = [Client(model, prompt, Sampling(seed=i), 12) for i in range(4)]
+    for client in clients:
+        scheduler.submit(client.task)
+    for i, client in enumerate(clients):
+        assert client.answer() == alone(model, prompt, Sampling(seed=i), 12)
+    assert [client.task.figures.cached_tokens for client in clients] == [0, *[len(prompt) - 1] * 3]
+
+
+def test_the_context_ends_an_answer(model_of: ModelOf) -> None:
+    model = model_of("demo", "q4_0", engine="native", context=40)
+    scheduler = Scheduler(model, 2, 1 << 20)
+    client = Client(model, model.tokenizer.encode("A king", bos=True), Sampling(temperature=0), 1000)
+    client.task.writer._stop_ids = frozenset()
+    scheduler.submit(client.task)
+    client.answer()
+    assert (client.task.writer.finish, len(client.task.held)) == ("length", 40)
+    scheduler.close()
+
+
+def test_what_was_read_in_an_earlier_run(model: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    prompt = model.prompt_ids([Message("user", SYSTEM * 4)])
+    expected = alone(model, prompt, Sampling(temperature=0), 8)
+
+    def cached() -> int:
+        scheduler = Scheduler(model, 2, 64 << 20, folder)
+        client = Client(model, prompt, Sampling(temperature=0), 8)
+        scheduler.submit(client.task)
+        assert client.answer() == expected
+        scheduler.close()
+        return client.task.figures.cached_tokens
+
+    assert [cached(), cached()] == [0, len(prompt) - 1]
+    whole = {file: file.read_bytes() for file in folder.iterdir()}
+    for damage in (lambda x: x[:-100], lambda x: x[:200], lambda _: b"", lambda x: x[:-1] + bytes([x[-1] ^ 1])):
+        for file, data in whole.items():
+            file.write_bytes(damage(data))
+        assert cached() == 0  # and it is written anew
+    assert cached() == len(prompt) - 1
+
+
+def test_memory_for_what_was_read_has_a_limit(model: Model) -> None:
+    scheduler = Scheduler(model, 2, 3 << 20)
+    for i in range(12):
+        client = Client(model, model.prompt_ids(f"{i} {SYSTEM}"), Sampling(temperature=0), 4)
+        scheduler.submit(client.task)
+        client.answer()
+        assert scheduler.prefixes.nbytes <= 3 << 20
+    assert 0 < len(scheduler.prefixes) < 12
+    scheduler.close()
+
+
+def test_what_goes_wrong_ends_one_answer_and_not_the_server(
+    model: Model, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask() -> str:
+        client = Client(model, model.prompt_ids(SYSTEM), Sampling(temperature=0), 4)
+        scheduler.submit(client.task)
+        return client.answer()
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    expected = alone(model, model.prompt_ids(SYSTEM), Sampling(temperature=0), 4)
+    for place in ("caches", "forward"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.backend), place, fail)
+            scheduler.prefixes = Prefixes(1 << 20)
+            with pytest.raises(MemoryError, match="no room"):
+                ask()
+        assert ask() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            ask()
+    assert ask() == expected

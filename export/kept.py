@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +16,13 @@ import numpy.typing as npt
 from ..runtime.arrays import Arrays
 from ..runtime.files.atomic import atomic
 
+_DIGEST_BYTES = 32
+
 
 class KeptWork:
     """Arrays by number, in a folder of their own for each `key`, which holds all that they depend on.
 
-    Each is in one file, which is whole or absent; a damaged one counts as absent.
+    Each is in one file, its SHA-256 and then an archive, which is whole or absent; a damaged one counts as absent.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -33,21 +34,35 @@ class KeptWork:
 
     def load(self, number: int) -> dict[str, npt.NDArray[Any]] | None:
         try:
-            with np.load(self._path(number), allow_pickle=False) as file:
-                return dict(file)
-        # RuntimeError: a flipped bit may say that the archive is encrypted, or packed in a way nobody knows.
-        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):
+            with self._path(number).open("rb") as file:
+                expected = file.read(_DIGEST_BYTES)
+                if _digest(file) != expected:
+                    return None
+                file.seek(_DIGEST_BYTES)
+                with np.load(file, allow_pickle=False) as found:
+                    return dict(found)
+        except OSError:
             return None
 
     def save(self, number: int, arrays: Arrays) -> None:
         with atomic(self._path(number)) as file:
+            file.write(bytes(_DIGEST_BYTES))
             np.savez(file, allow_pickle=False, **arrays)
+            file.seek(_DIGEST_BYTES)
+            digest = _digest(file)
+            file.seek(0)
+            file.write(digest)
 
     def drop(self, number: int) -> None:
         self._path(number).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06}.npz"
+
+
+def _digest(file: BinaryIO) -> bytes:
+    """Of all that follows in a file."""
+    return hashlib.file_digest(file, "sha256").digest()
 
 
 @contextmanager

@@ -187,6 +187,8 @@ class Model:
         A message may be a mapping, too, {"role": …, "content": …}. `raw` text is continued instead, after <bos>; None
         means raw only where the file is no chat model.
         """
+        if raw is not None and not isinstance(raw, bool):
+            raise InvalidRequest(f"raw: found {shown(raw)}, expected True, False or None")
         if isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequest("prompt: found bytes, expected text, ids or messages; decode them first")
         if isinstance(prompt, str):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import ids_of, path_of, whole
+from .arguments import ids_of, path_of, shown, whole
 from .arrays import Arrays, Floats
 from .cache.caches import default_chunk
 from .engines.protocol import Backend, Engine
@@ -57,10 +57,10 @@ def unsound(logits: Floats, position: int, held: Held, kv: str) -> BezelError | 
         return None
     layer = held.first_unsound()
     where = "seen behind the last layer" if layer is None else f"first seen in keys or values of layer {layer}"
-    wider = " (float16 ends at 65504: try --kv f32)" if layer is not None and kv == "f16" else ""
+    wider = "; or numbers are beyond float16's 65504, and --kv f32 helps" if layer is not None and kv == "f16" else ""
     return BezelError(
-        f"after {position} tokens the model gives logits that are not finite, {where}{wider}: its file is "
-        "damaged, or was never sound; `bezel verify` compares it with its source"
+        f"after {position} tokens the model gives logits that are not finite, {where}: its file is damaged, or was "
+        f"never sound (`bezel verify` compares it with its source){wider}"
     )
 
 
@@ -96,6 +96,7 @@ class Session:
         for start, part in self.chunks(checked):
             out[start : start + len(part)] = self.engine.forward(part, len(part))
             self.ids += part.tolist()
+            self._check_sound(out[start : start + len(part)])
         return out
 
     def step(self, token: int) -> Floats:
@@ -125,13 +126,19 @@ class Session:
             logits = self.engine.forward(part, int(start + len(part) == len(checked)))
             self.ids += part.tolist()
         last: Floats = logits[0]
-        if (error := unsound(last, self.position, self.engine, self.model.kv)) is not None:
-            raise error
+        self._check_sound(last)
         return last
+
+    def _check_sound(self, logits: Floats) -> None:
+        if (error := unsound(logits, self.position, self.engine, self.model.kv)) is not None:
+            raise error
 
     def check(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
         """The ids as an array. Raises InvalidRequest for none or foreign ones, ContextFull for too many."""
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # of lists of different lengths
+            raise InvalidRequest(f"token ids: found {shown(ids)}, expected one or more integers") from None
         vocab_size = self.model.config.vocab_size
         if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
             raise InvalidRequest(f"token ids: found {array.dtype} {array.shape}, expected one or more integers")
@@ -242,7 +249,10 @@ def _checked_ids(path: Path, ids: npt.NDArray[Any] | None, model: Runnable) -> l
     ids = np.empty((0, 0)) if ids is None else ids
     vocab_size = model.config.vocab_size
     if ids.ndim != 1 or ids.dtype != np.int64 or len(ids) > model.context:
-        raise InvalidSession(f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {model.context} int64")
+        raise InvalidSession(
+            f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {model.context} int64: so many positions "
+            "has this context, which --context makes larger"
+        )
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
         raise InvalidSession(f"{path}: 'ids' names a token outside the vocabulary of {vocab_size}")
     return [int(token) for token in ids]

@@ -56,7 +56,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "export.hub": ("export", "quant", *CONTRACT),
     "export.hub.client": ("runtime.errors", "runtime.version", "huggingface_hub", "httpx2"),
     "export.onnx": ("export", "quant", *CONTRACT, "numpy", "onnx"),
-    "export.commands": ("export", "quant", *CONTRACT, "runtime.commands.model_path", "click"),
+    "export.commands": (
+        "export",
+        "quant",
+        *CONTRACT,
+        "runtime.commands.model_path",
+        "runtime.commands.console",
+        "click",
+    ),
     "bench": ("bench", "export", "runtime", "quant", "*"),
 }
 

@@ -13,7 +13,9 @@ from ..loss.passages import CHUNK
 from ..loss.sensitivity import BY, CHUNKS
 from ..loss.sensitivity import sensitivity as run
 from ..loss.tables import show_sensitivity
-from .shared import goes_on, html_option, json_option, progress_line, state_option, texts_option
+from .shared import Output, goes_on, html_option, json_option, progress_line, state_option, texts_option
+
+_FILE = Output(b'{\n "bezel_sensitivity": 1')
 
 
 @click.command()
@@ -31,7 +33,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
     "--chunks", "limit", type=click.IntRange(min=1), default=CHUNKS, show_default=True, help="Read so many chunks."
 )
 @state_option
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the file for an export.")
+@click.option("-o", "--out", type=_FILE, help="Write the file for an export; an earlier one is replaced.")
 @html_option
 @json_option
 def sensitivity(
@@ -76,7 +78,7 @@ def sensitivity(
     else:
         show_sensitivity(result)
     if out:
-        with atomic(out) as file:
+        with atomic(out, _FILE.replaces) as file:
             file.write((json.dumps(result.to_json(), indent=1) + "\n").encode())
         click.echo(f"written to {out}", err=True)
     if html:

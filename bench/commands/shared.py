@@ -7,13 +7,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ...export.commands.progress import duration
+from ...runtime.files.atomic import check_output
 from ..loss.state import state_folder
 from ..progress import Progress, silent
+from ..report.page import PAGE_BEGINS
 
+
+class Output(click.Path):
+    """A file to be written; of those that exist, one that begins like what is written, or an empty one."""
+
+    def __init__(self, begin: bytes) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+        self._begin = begin
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(super().convert(value, param, ctx))
+        check_output(path, self.replaces)
+        return path
+
+    def replaces(self, old: Path) -> bool:
+        with old.open("rb") as file:
+            return file.read(len(self._begin)) in (b"", self._begin)
+
+
+REPORT = Output(PAGE_BEGINS)
 texts_option = click.option(
     "--text",
     "texts",
@@ -30,9 +52,7 @@ state_option = click.option(
     help="Folder for what is computed, so that the same command can go on.  [default: the user's cache]",
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="[default: the performance cores]")
-html_option = click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a report for a browser here."
-)
+html_option = click.option("--html", type=REPORT, help="Write a report for a browser here; an earlier one is replaced.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 
 

@@ -16,6 +16,7 @@ from . import svg
 from .svg import Axis, Row, element, number
 
 KLD = "KLD, nats per token"
+PAGE_BEGINS = b'<!DOCTYPE html>\n<html lang="en"><head><meta name="generator" content="bezel">'
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -25,6 +26,7 @@ def write_page(path: str | Path, title: str, subtitle: str, parts: Iterable[Elem
         "html",
         element(
             "head",
+            element("meta", name="generator", content="bezel"),
             element("meta", charset="utf-8"),
             element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),

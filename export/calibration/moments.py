@@ -32,6 +32,7 @@ from .noting import HEAD, NotingOps, moments, widths
 from .sweep import Sweep
 
 SEQUENCE = 512
+_VERSION = "2"
 _FEWEST = 16  # different tokens
 _TOKENS, _TOKENS_OF_SMALL = 10_240, 102_400
 _WEIGHTS = 2.6e9  # of Gemma 2 2B, which so many tokens take about 40 minutes with
@@ -128,14 +129,20 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
             yield {"x": x}, found
 
     with work_on(out, {"moments": 2, **asdict(origin)}) as kept, atomic(out) as file, checkpoint.unchanged():
-        labels = {"bezel_calibration": "1", **{key: str(value) for key, value in asdict(origin).items()}}
-        header, places = encode_header({site: ("F32", (n, n)) for site, n in sites.items()}, labels)
+        tensors = {site: ("F32", (n, n)) for site, n in sites.items()}
+        labels = {"bezel_calibration": _VERSION, **{key: str(value) for key, value in asdict(origin).items()}}
+        digests = dict.fromkeys((f"sha256.{site}" for site in sites), "0" * 64)
+        header, places = encode_header(tensors, labels | digests)
         file.write(header)
         sweep = Sweep(kept, passing)
         for i in range(config.n_layers):
             for site, array in sweep.layer(i).items():
+                data = array.astype("<f4").tobytes()
+                digests[f"sha256.{site}"] = hashlib.sha256(data).hexdigest()
                 file.seek(places[site])
-                file.write(array.astype("<f4").data)
+                file.write(data)
+        file.seek(0)
+        file.write(encode_header(tensors, labels | digests)[0])  # as long as before
     return origin
 
 
@@ -157,12 +164,12 @@ class Calibration:
             metadata, stored = read_metadata(path), read_header(path)
         except InvalidCheckpoint as error:
             raise InvalidRequest(f"{error}; expected what `bezel calibrate` wrote") from None
-        if metadata.get("bezel_calibration") != "1":
-            raise InvalidRequest(f"{path}: is no calibration; expected what `bezel calibrate` wrote")
+        if metadata.get("bezel_calibration") != _VERSION:
+            raise InvalidRequest(f"{path}: is no calibration of this version; expected what `bezel calibrate` wrote")
         expected = {name: (F32, (n, n)) for name, n in widths(checkpoint.config).items()}
         if {name: (s.format, s.shape) for name, s in stored.items()} != expected:
             raise InvalidRequest(f"{path}: holds the moments of a model of another shape; calibrate {checkpoint.path}")
-        self.path, self._stored = path, stored
+        self.path, self._stored, self._metadata = path, stored, metadata
         self.origin = Origin(
             metadata["text_sha256"], int(metadata["tokens"]), metadata["source_sha256"], metadata["tool"]
         )
@@ -170,7 +177,9 @@ class Calibration:
             raise InvalidRequest(f"{path}: comes from another checkpoint; calibrate {checkpoint.path}")
 
     def moments(self, site: str) -> Floats:
-        """The second moments of a site's inputs, float32 (n, n)."""
+        """The second moments of a site's inputs, float32 (n, n). Raises InvalidRequest where they are damaged."""
         stored = self._stored[site]
         flat = np.fromfile(stored.file, "<f4", math.prod(stored.shape), offset=stored.offset)
+        if hashlib.sha256(flat.data).hexdigest() != self._metadata.get(f"sha256.{site}"):
+            raise InvalidRequest(f"{self.path}: '{site}' is not what was written: the file is damaged; calibrate again")
         return flat.reshape(stored.shape).astype(np.float32, copy=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...quant.recipes import PLAIN, PRESETS
+from ...runtime.commands.console import printable
 from ...runtime.commands.model_path import MODEL
 from ...runtime.errors import InvalidRequest
 from .progress import progress_bar
@@ -268,4 +269,4 @@ def print_summary(summary: ExportSummary) -> None:
     for fallback in summary.fallbacks:
         click.echo(f"  fallback: {fallback}")
     for warning in summary.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(printable(f"warning: {warning}"), err=True)

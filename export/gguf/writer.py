@@ -20,11 +20,11 @@ from ...quant.recipes import PRESETS, Recipe
 from ...runtime.cache.store import LARGEST_HEAD
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic, check_output
+from ...runtime.files.models import size_text
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES
 from ...runtime.model.families.gguf import read_gguf_config, write_gguf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
-from ...runtime.text.tokenizer import END_OF_TURN
 from ...runtime.version import bezel_version
 from ..hashes import background_hashes
 from ..metadata import CALIBRATION, described
@@ -99,7 +99,7 @@ def export_gguf(
     free = shutil.disk_usage(out.parent).free
     if free < size:
         raise InvalidRequest(
-            f"{out.parent}: {free / 1e9:.2f} GB free, expected {size / 1e9:.2f} GB for {out.name}; "
+            f"{out.parent}: {size_text(free)} free, expected {size_text(size)} for {out.name}; "
             "free some space or choose a smaller format"
         )
 
@@ -217,7 +217,7 @@ def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTens
         **write_gguf_config(checkpoint.config),
         **vocabulary.to_gguf(),
     }
-    if (end := vocabulary.pieces.find(END_OF_TURN)) is not None:
+    if (end := vocabulary.turn_ids()[1]) is not None:
         metadata["tokenizer.ggml.eot_token_id"] = end
     return metadata | {
         **described(checkpoint),

@@ -19,6 +19,7 @@ from ...quant.formats import F16
 from ...quant.integers import INTEGER_FORMS, as_integers
 from ...runtime.errors import InvalidModelFile, InvalidRequest
 from ...runtime.files.atomic import atomic_folder
+from ...runtime.files.models import size_text
 from ...runtime.files.onnx_folder import CONFIG, KV_STORAGE, MANIFEST, MODEL, TOKENIZER
 from ...runtime.model.families.hf import write_hf_config
 from ...runtime.model.tensors import TensorSpec, tensor_specs
@@ -76,7 +77,7 @@ def export_onnx(
     offsets, size = _layout(tensors)
     free = shutil.disk_usage(out.resolve().parent).free
     if free < size:
-        raise InvalidRequest(f"{out.parent}: {free / 1e9:.2f} GB free, expected {size / 1e9:.2f} GB for {out.name}")
+        raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(size)} for {out.name}")
     for tensor in tensors:
         model.graph.initializer.append(_initializer(tensor, offsets[tensor.name]))
     vocabulary = source.vocabulary()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -103,8 +103,13 @@ def open_folder(folder: Path) -> Checkpoint:
 def _snapshot(folder: Path) -> Path:
     """The newest version of a repository in the hub's cache, `models--…`; any other folder as it is."""
     main = folder / "refs" / "main"
-    if not main.is_file() or not (folder / "snapshots").is_dir():
+    if not (folder / "snapshots").is_dir():
         return folder
+    if not main.is_file():
+        versions = sorted((folder / "snapshots").iterdir())
+        if len(versions) != 1:
+            raise InvalidCheckpoint(f"{folder}: has {len(versions)} versions in snapshots; say which of them")
+        return versions[0]
     revision = main.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[0-9a-f]{7,64}", revision):
         raise InvalidCheckpoint(f"{main}: found {revision[:80]!r}, expected the name of a folder in snapshots")
@@ -131,23 +136,23 @@ def _vocabulary(folder: Path, rows: int) -> Vocabulary:
     Tokens that were added without a row of the embedding are left out.
     """
     newer, older = folder / "tokenizer.json", folder / "tokenizer.model"
-    if not newer.exists():
-        return Vocabulary.from_model_file(older)
-    special = (
-        read_json(_required(folder / "tokenizer_config.json")) if (folder / "tokenizer_config.json").exists() else {}
-    )
+    config_file = folder / "tokenizer_config.json"
+    special = read_json(_required(config_file)) if config_file.exists() else {}
 
     def fail(reason: str) -> InvalidCheckpoint:
-        return InvalidCheckpoint(f"{newer}: {reason}")
+        return InvalidCheckpoint(f"{newer if newer.exists() else older}: {reason}")
 
-    found = read_tokenizer_json(read_json(newer), special, fail)
+    if newer.exists():
+        found = read_tokenizer_json(read_json(newer), special, fail)
+    else:
+        found = _with_added(Vocabulary.from_model_file(older), _added_tokens(folder, special), rows, fail)
     n = len(found.pieces)
     while n > rows and found.types[n - 1] in (CONTROL, USER_DEFINED):
         n -= 1
     if n < len(found.pieces):
         pieces, scores, types = Strings.of(found.pieces[:n]), found.scores[:n], found.types[:n]
         found = checked_vocabulary(pieces, scores, types, found.bos_id, found.eos_id, found.pad_id, fail)
-    if older.exists():
+    if newer.exists() and older.exists():
         original, same = Vocabulary.from_model_file(older), len(found.pieces)
         for i, (new, old) in enumerate(zip(found.pieces, original.pieces, strict=False)):
             if new == old.replace(" ", SPACE):
@@ -158,6 +163,50 @@ def _vocabulary(folder: Path, rows: int) -> Vocabulary:
         if same == len(original.pieces) == len(found.pieces):
             return original
     return found
+
+
+def _added_tokens(folder: Path, special: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
+    """What transformers lists beside `tokenizer.model`, by id: a token's text, and whether it is special."""
+    listed = folder / "added_tokens.json"
+    found = {}
+    for text, token in (read_json(_required(listed)) if listed.exists() else {}).items():
+        if type(token) is not int:
+            raise InvalidCheckpoint(f"{listed}: {text[:40]!r}: found {str(token)[:40]}, expected an id")
+        found[token] = text, True
+    decoder = special.get("added_tokens_decoder")
+    for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
+        if not key.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise InvalidCheckpoint(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: found {key[:40]!r}: {str(entry)[:80]}, "
+                "expected an id and its content"
+            )
+        found[int(key)] = entry["content"], entry.get("special") is True
+    return found
+
+
+def _with_added(
+    vocabulary: Vocabulary, added: Mapping[int, tuple[str, bool]], rows: int, fail: Callable[[str], InvalidCheckpoint]
+) -> Vocabulary:
+    """The vocabulary with tokens that were added behind it, or that took the place of unused ones."""
+    pieces, scores, types = list(vocabulary.pieces), list(vocabulary.scores), list(vocabulary.types)
+    for token, (text, special) in sorted(added.items()):
+        if token >= rows:
+            break
+        if token > len(pieces):
+            raise fail(f"added token {token} ({text[:40]!r}) comes after {len(pieces)} pieces: one is missing between")
+        kind = CONTROL if special else USER_DEFINED
+        if token == len(pieces):
+            pieces.append(text)
+            scores.append(0.0)
+            types.append(kind)
+        elif pieces[token].replace(" ", SPACE) != text.replace(" ", SPACE):
+            if types[token] not in (CONTROL, USER_DEFINED):
+                raise fail(f"token {token} is {pieces[token][:40]!r}, and an added token calls it {text[:40]!r}")
+            pieces[token], types[token] = text, kind
+    if pieces == list(vocabulary.pieces):
+        return vocabulary
+    special_ids = vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id
+    return checked_vocabulary(Strings.of(pieces), np.array(scores), np.array(types), *special_ids, fail)
 
 
 @dataclass
@@ -220,9 +269,15 @@ def read_index(index: Path) -> dict[str, str]:
 def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors that are not of pictures, under the names that a text model's have."""
     weights: dict[str, StoredTensor] = {}
-    prefix = "base_model.model."  # peft's, around a model that it has nothing in
-    if found and all(name.startswith(prefix) for name in found):
-        found = {name.removeprefix(prefix): stored for name, stored in found.items()}
+    for prefix in ("module.", "_orig_mod.", "base_model.model."):  # torch's wrappers; peft's, which has nothing in it
+        if found and all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): stored for name, stored in found.items()}
+    unmerged = next((name for name in found if ".base_layer." in name or ".lora_" in name), None)
+    if unmerged is not None:
+        raise InvalidCheckpoint(
+            f"{found[unmerged].file}: tensor {unmerged[:200]!r} belongs to an adapter that is not merged yet; merge it "
+            "with peft's merge_and_unload(), and save the model anew"
+        )
     if _EMBEDDING.removeprefix("model.") in found:  # a model without its head, as AutoModel saves it
         found = {name if name == _HEAD else f"model.{name}": stored for name, stored in found.items()}
     for name, stored in found.items():

@@ -59,13 +59,16 @@ def chat(model: Path, **options: Any) -> None:
     talk = _Chat(loaded, options)
     if sys.stdin.isatty():
         _line_editing()
-        click.echo(f"{loaded.name}, context {loaded.context}. /help shows the commands.")
+        click.echo(printable(f"{loaded.name}, context {loaded.context}. /help shows the commands."))
     for text in _messages():
         try:
             if not talk.take(text):
                 return
+        except KeyboardInterrupt:
+            note("stopped")
         except ContextFull as error:
-            note(f"error: {error}; /undo or /reset makes room, as --on-full slide does by itself")
+            itself = ", as --on-full slide does by itself" if options["on_full"] == "error" else ""
+            note(f"error: {error}; /undo or /reset makes room{itself}")
         except (BezelError, OSError, MemoryError) as error:
             note(f"error: {error}")
         except Exception as error:  # whatever it is, the chat goes on
@@ -78,11 +81,18 @@ class _Chat:
     def __init__(self, model: Model, options: dict[str, Any]) -> None:
         self._model, self._options, self._system = model, options, options["system"]
         self._sampling, self._again = sampling_of(model, options), 0
+        self._out: _Wrapped | None = None  # of the answer that is being written
         self._begin()
 
     def _begin(self) -> None:
         slide = self._options["on_full"] == "slide"
-        self._conversation = self._model.conversation(self._system, slide=slide, announce=note)
+        self._conversation = self._model.conversation(self._system, slide=slide, announce=self._announce)
+
+    def _announce(self, text: str) -> None:
+        """Say something while an answer is written, on a line of its own."""
+        if self._out is not None:
+            self._out.fresh_line()
+        note(text)
 
     def take(self, text: str) -> bool:
         """A message, or a command; False where it is the last."""
@@ -141,7 +151,7 @@ class _Chat:
         note(f"load: {path}, {self._exchanges()}")
         for message in self._conversation.messages():
             mark = "> " if message.role == "user" else ""
-            note(printable(f"{mark}{message.text}"))
+            note(f"{mark}{message.text}")
 
     def _tell_context(self) -> None:
         session = self._conversation.session
@@ -159,7 +169,7 @@ class _Chat:
         conversation, session = self._conversation, self._conversation.session
         prompt = conversation.prompt_ids(text)
         show_prompt(self._model, prompt, self._options)
-        out = _Wrapped()
+        self._out = out = _Wrapped()
         began = first = time.perf_counter()
         with interruptible(session, session.position + len(prompt)) as cancel:
             generation: Generation = conversation.ask(text, sampling, self._options["max_tokens"], cancel)
@@ -169,6 +179,7 @@ class _Chat:
                     out.write(piece)
             finally:
                 out.end()
+                self._out = None
         if generation.finish == "cancelled":
             note("stopped")
         elif sys.stdin.isatty() and len(generation.ids) > 1:
@@ -186,16 +197,12 @@ class _Wrapped:
 
     def write(self, text: str) -> None:
         if not self._width:
-            click.echo(text, nl=False)
+            self._put(text)
             return
         for character in text:
             if character in " \n":
                 self._put_word()
-                if character == "\n":
-                    self._column = 0
-                else:
-                    self._column += 1
-                click.echo(character, nl=False)
+                self._put(character)
             else:
                 self._word += character
                 if len(self._word) >= self._width:
@@ -204,16 +211,23 @@ class _Wrapped:
 
     def _put_word(self) -> None:
         if self._column and self._column + len(self._word) > self._width:
-            click.echo()
-            self._column = 0
-        click.echo(self._word, nl=False)
-        self._column += len(self._word)
+            self._put("\n")
+        self._put(self._word)
         self._word = ""
 
+    def _put(self, text: str) -> None:
+        click.echo(text, nl=False)
+        _, newline, last = text.rpartition("\n")
+        self._column = len(last) + (0 if newline else self._column)
+
+    def fresh_line(self) -> None:
+        """Have what comes next begin a line."""
+        if self._column:
+            self._put("\n")
+
     def end(self) -> None:
-        if self._width:
-            self._put_word()
-        click.echo()
+        self._put_word()
+        self._put("\n")
 
 
 def _line_editing() -> None:

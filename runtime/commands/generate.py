@@ -229,7 +229,7 @@ def sampling_of(model: Model, options: dict[str, Any]) -> Sampling:
         del chosen["seed"]
     stored, complaints = read_sampling(model.file.metadata)
     for complaint in complaints:
-        note(printable(f"warning: {model.file.path}: {complaint}"))
+        note(f"warning: {model.file.path}: {complaint}")
     return Sampling(**{**stored, **chosen})
 
 
@@ -241,6 +241,8 @@ def show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:
 
 
 def note(text: str) -> None:
+    """Say something beside the answer."""
+    text = printable(text)
     click.echo(text if "NO_COLOR" in os.environ else click.style(text, dim=True), err=True)
 
 

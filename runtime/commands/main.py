@@ -60,12 +60,17 @@ class _Verbs(click.Group):
             formatter.write_dl([(verb, line) for verb, (_, line) in _VERBS.items()])
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by who called
+                setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         # What is no UTF-8 comes in as lone surrogates, which the tokenizer refuses, and goes out as question marks.
         for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors=errors)
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, _end)
+            if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # the terminal is gone
+                signal.signal(signal.SIGHUP, _end)
         _native.explain_bus_errors()
         return super().main(*args, **kwargs)
 
@@ -73,12 +78,12 @@ class _Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except BezelError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has left: click ends quietly
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{where}{error.strerror or error}") from error
+            raise click.ClickException(printable(f"{where}{error.strerror or error}")) from error
         except MemoryError as error:
             raise click.ClickException(f"not enough memory: {error}") from error
         except (click.exceptions.Exit, click.exceptions.Abort, click.ClickException):
@@ -86,12 +91,12 @@ class _Verbs(click.Group):
         except Exception as error:
             if "BEZEL_TRACEBACK" in os.environ:
                 raise
-            raise click.ClickException(unforeseen(error)) from error
+            raise click.ClickException(printable(unforeseen(error))) from error
 
 
-def _end(*_: object) -> NoReturn:
+def _end(signal_number: int, _: object) -> NoReturn:
     """SIGTERM ends the program as Ctrl-C would: what is half written goes."""
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + signal_number)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

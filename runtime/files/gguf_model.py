@@ -61,7 +61,8 @@ class GGUFModel(GGUFFile):
             found = part.metadata.get("split.no"), part.metadata.get("split.count")
             if not all(type(x) is int for x in found) or found != (i, count):
                 raise InvalidModelFile(
-                    part.path, f"found part {found[0]!r:.20} of {found[1]!r:.20}, expected {i} of {count}"
+                    part.path,
+                    f"is part {found[0]!r:.20} of {found[1]!r:.20}, counted from 0, expected {i} of {count}",
                 )
             for tensor, info in part.tensors.items():
                 if tensor in self.tensors:

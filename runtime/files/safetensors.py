@@ -72,7 +72,7 @@ def read_arrays(path: Path, only: str | None = None) -> tuple[dict[str, str], di
     except (OSError, SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(str(error)) from error
     digest = labels.pop(_DIGEST, None)
-    if only is None and digest is not None and digest != _digest(arrays):
+    if only is None and digest != _digest(arrays):
         raise ValueError("its checksum is another than when it was written: the file is damaged")
     return labels, arrays
 

@@ -103,17 +103,17 @@ class Conversation:
         dropped = 0
         while dropped < len(starts) - 1 and len(ids) - starts[dropped] + 1 > limit:
             dropped += 1
-        tokenizer = self._model.tokenizer
-        if not dropped:
+        start, tokenizer = starts[dropped], self._model.tokenizer
+        shorter = [tokenizer.bos_id, *ids[start:]]
+        if self._system and dropped:
+            end = ids.index(tokenizer.end_of_turn_id or 0, start)
+            text = tokenizer.decode(ids[start:end]).removeprefix("user\n")
+            opening = chat.render(tokenizer, self._opening(text), reply=False)
+            shorter = [*opening[: -len(chat.turn_end(tokenizer))], *ids[end:]]
+        if not dropped or len(shorter) > self._model.context:
             raise ContextFull(f"this exchange alone fills the context of {self._model.context} tokens")
         self._announce(f"context full: dropped the oldest {dropped} of {len(starts)} exchanges")
-        start = starts[dropped]
-        if not self._system:
-            return [tokenizer.bos_id, *ids[start:]]
-        end = ids.index(tokenizer.end_of_turn_id or 0, start)
-        text = tokenizer.decode(ids[start:end]).removeprefix("user\n")
-        opening = chat.render(tokenizer, self._opening(text), reply=False)
-        return [*opening[: -len(chat.turn_end(tokenizer))], *ids[end:]]
+        return shorter
 
 
 class _Reply(Generation):

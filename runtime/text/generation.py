@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import shown
 from ..arrays import Floats
 from ..errors import InvalidRequest
 from ..session import MakeRoom, Session
@@ -169,8 +170,10 @@ class Generation:
             hold_last=hold_last,
             constraint=constraint,
         )
+        if not callable(cancel):
+            raise InvalidRequest(f"cancel: found {shown(cancel)}, expected what can be called")
         self.ids = self._writer.ids
-        self.prompt_read = False
+        self.prompt_read = self._begun = False
         self._session, self._prompt = session, list(prompt)
         self._make_room, self._cancel = make_room, cancel
 
@@ -179,6 +182,9 @@ class Generation:
         return self._writer.finish
 
     def __iter__(self) -> Iterator[str]:
+        if self._begun:
+            raise InvalidRequest("this generation was read before: its text comes once; ask for another one")
+        self._begun = True
         writer, fed = self._writer, self._prompt
         while writer.finish is None:
             logits = self._session.feed(fed, self._make_room, self._cancel)

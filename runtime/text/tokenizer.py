@@ -27,6 +27,7 @@ from ..files.strings import Strings
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+_TURNS = ((START_OF_TURN, END_OF_TURN), ("<|im_start|>", "<|im_end|>"))  # the latter in fine-tunes that renamed them
 # Control pieces whatever the file says. `tokenizer.model` has the turn markers as user-defined pieces, which
 # text would match: anyone could then end their turn and speak as the model.
 CONTROL_PIECES = ("<pad>", "<eos>", "<bos>", START_OF_TURN, END_OF_TURN)
@@ -180,6 +181,18 @@ class Vocabulary:
             out["tokenizer.ggml.padding_token_id"] = self.pad_id
         return out
 
+    def turn_ids(self) -> tuple[int | None, int | None]:
+        """The ids of the control pieces that begin and end a turn; None for what there is not."""
+        found: tuple[int | None, int | None] = None, None
+        for names in _TURNS:
+            start, end = (
+                (i if i is not None and self.types[i] == CONTROL else None) for i in map(self.pieces.find, names)
+            )
+            if start is not None and end is not None:
+                return start, end
+            found = found[0] if start is None else start, found[1] if end is None else end
+        return found
+
 
 class Tokenizer:
     """Encodes and decodes with one vocabulary; `source` names where it came from in errors.
@@ -196,8 +209,7 @@ class Tokenizer:
         self._pieces, self._types = vocabulary.pieces, vocabulary.types
         self.vocab_size = len(vocabulary.pieces)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
-        self.start_of_turn_id = self._find(START_OF_TURN)
-        self.end_of_turn_id = self._find(END_OF_TURN)
+        self.start_of_turn_id, self.end_of_turn_id = vocabulary.turn_ids()
         self.stop_ids = frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
         self.special_ids = frozenset(np.flatnonzero(np.isin(self._types, (UNKNOWN, CONTROL))).tolist())
 
@@ -240,10 +252,6 @@ class Tokenizer:
         if not 0 <= whole("token", token) < self.vocab_size:
             raise InvalidRequest(f"token {token} is outside the vocabulary of {self.vocab_size}")
         return int(token)
-
-    def _find(self, name: str) -> int | None:
-        token: int = self._processor.piece_to_id(name)
-        return token if self._pieces[token] == name else None  # sentencepiece gives <unk> for what it lacks
 
 
 class StreamDecoder:

@@ -18,6 +18,8 @@ from bezel.bench.report import tasks as tasks_report
 from bezel.bench.report.measurement import METRICS, visible, write_report
 from bezel.bench.report.svg import Axis, Plot, number
 from bezel.bench.tasks.tasks import Accuracy, Answers, Flips
+from bezel.runtime.commands.main import main
+from click.testing import CliRunner
 from measured import candidate, result, sensitivity, without_intervals
 
 VOID = ("meta", "br")
@@ -246,3 +248,23 @@ def test_numbers_as_people_read_them(value: float, text: str) -> None:
 )
 def test_tokens_are_visible(token: str, text: str) -> None:
     assert visible(token) == text
+
+
+def test_a_report_replaces_a_report_only(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    """And that is asked before hours of measuring rather than after them."""
+    file, text = gguf_of("gemma2-gqa"), tmp_path / "text"
+    text.write_text("Once upon a time there was a king. " * 40)
+    options = ["measure", file, "--reference", file, "--text", text, "--chunk", 64, "--chunks", 1]
+    options += ["--state", tmp_path / "states"]
+    before = file.read_bytes()
+    for out in (file, text, tmp_path, tmp_path / "nowhere" / "r.html"):
+        done = CliRunner().invoke(main, list(map(str, [*options, "--html", out])))
+        assert done.exit_code != 0
+        assert not (tmp_path / "states").exists()
+    assert file.read_bytes() == before
+    for _ in range(2):
+        assert CliRunner().invoke(main, list(map(str, [*options, "--html", tmp_path / "r.html"]))).exit_code == 0
+    ranked = ["sensitivity", str(file), "--text", str(text), "--formats", "q4_0", "--chunk", "64", "--chunks", "1"]
+    assert CliRunner().invoke(main, [*ranked, "-o", str(tmp_path / "r.html")]).exit_code != 0
+    for _ in range(2):
+        assert CliRunner().invoke(main, [*ranked, "-o", str(tmp_path / "s.json")]).exit_code == 0

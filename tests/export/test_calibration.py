@@ -446,6 +446,15 @@ def test_a_calibration_of_another_model_is_refused(text, tmp_path):
         Calibration(tmp_path / "x.calib", other)
 
 
+def test_a_damaged_calibration_is_told(text, tmp_path):
+    with open_checkpoint(DEMO) as checkpoint:
+        calibrate(checkpoint, read_text(checkpoint, text, tokens=512), tmp_path / "x.calib")
+    damage(tmp_path / "x.calib")
+    with pytest.raises(InvalidRequest, match=r"is not what was written: the file is damaged"):
+        calibrated(tmp_path / "x.gguf", tmp_path / "x.calib")
+    assert not (tmp_path / "x.gguf").exists()
+
+
 def test_what_is_no_calibration_is_refused(tmp_path):
     with open_checkpoint(DEMO) as checkpoint:
         with pytest.raises(InvalidRequest, match=r"no calibration.*bezel calibrate"):

@@ -20,6 +20,7 @@ from bezel.quant.formats import F32, Q6_K
 from bezel.runtime.errors import BezelError, InvalidCheckpoint, InvalidConfig
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families import FAMILIES
+from bezel.runtime.text.tokenizer import Tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -389,6 +390,47 @@ def test_names_under_other_prefixes(rename: Callable[[str], str], folder: Path, 
             assert np.array_equal(all_tensors(found)[name], array)
 
 
+def test_an_adapter_that_is_not_merged(folder: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_tensors(folder, lambda t: t.update({name.replace(".weight", ".base_layer.weight"): t.pop(name)}))
+    with pytest.raises(InvalidCheckpoint, match="an adapter that is not merged yet"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("listed", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_were_added_beside_a_tokenizer_model(listed: str, folder: Path) -> None:
+    """As transformers' slow tokenizers save them; the embedding has rows for them, and is padded beyond."""
+    with open_checkpoint(folder) as checkpoint:
+        n, unused = len(checkpoint.vocabulary().pieces), checkpoint.vocabulary().pieces.find("<start_of_turn>")
+    assert unused is not None
+    change_tensors(folder, lambda t: t.update({EMBEDDING: np.concatenate([t[EMBEDDING], t[EMBEDDING][:64]])}))
+    change_config(folder, vocab_size=n + 64)
+    names = {"<tool>": n, "</tool>": n + 1, "<|im_start|>": unused, "<|im_end|>": unused + 1}
+    if listed == "added_tokens.json":
+        (folder / listed).write_text(json.dumps(names))
+    else:
+        file = folder / listed
+        config = json.loads(file.read_text()) if file.exists() else {}
+        config["added_tokens_decoder"] = {str(i): {"content": name, "special": True} for name, i in names.items()}
+        file.write_text(json.dumps(config))
+    with open_checkpoint(folder) as checkpoint:
+        pieces = checkpoint.vocabulary().pieces
+        assert checkpoint.config.vocab_size == len(pieces) == n + 2
+        assert {name: pieces.find(name) for name in names} == names
+        assert any("62 rows of the embedding are left out" in warning for warning in checkpoint.warnings)
+        assert checkpoint.vocabulary().turn_ids() == (unused, unused + 1)
+        tokenizer = Tokenizer(checkpoint.vocabulary(), "")
+    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (unused, unused + 1)
+    assert {n, n + 1} <= tokenizer.special_ids
+    if listed == "added_tokens.json":
+        (folder / listed).write_text(json.dumps({"<far>": n + 9}))
+        with pytest.raises(InvalidCheckpoint, match=rf"added token {n + 9} \('<far>'\) comes after"):
+            open_checkpoint(folder)
+        (folder / listed).write_text(json.dumps({"tale": 300}))
+        with pytest.raises(InvalidCheckpoint, match=r"token 300 is .*an added token calls it 'tale'"):
+            open_checkpoint(folder)
+
+
 def test_an_adapter_is_told_from_a_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-2-2b"}')
     with open_checkpoint(folder) as checkpoint:
@@ -422,6 +464,12 @@ def test_the_root_of_a_repository_in_the_hub_cache(sound: Path, tmp_path: Path) 
     (root / "refs" / "main").write_text("0123abcd")
     with open_checkpoint(root) as checkpoint:
         assert checkpoint.name == "gemma-2-2b-it"
+    (root / "refs" / "main").unlink()
+    with open_checkpoint(root) as checkpoint:  # its only version
+        assert checkpoint.name == "gemma-2-2b-it"
+    (root / "snapshots" / "4567abcd").mkdir()
+    with pytest.raises(InvalidCheckpoint, match="has 2 versions in snapshots"):
+        open_checkpoint(root)
     (root / "refs" / "main").write_text("../../elsewhere")
     with pytest.raises(InvalidCheckpoint, match="expected the name of a folder in snapshots"):
         open_checkpoint(root)

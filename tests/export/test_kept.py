@@ -35,20 +35,17 @@ def test_arrays_come_back(kept: tuple[KeptWork, Path], tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_counts_as_absent(kept: tuple[KeptWork, Path]) -> None:
-    """Cut anywhere, or with a bit flipped in an array or in what the archive says of how that is packed."""
+    """Cut anywhere, or with a bit flipped anywhere."""
     work, file = kept
     whole = file.read_bytes()
     for length in range(0, len(whole), 7):
         file.write_bytes(whole[:length])
         assert work.load(3) is None, length
-    data, entry = whole.index(ARRAYS["blk.0.a"].tobytes()), whole.index(b"PK\x01\x02")
-    for at in [*range(data, data + 64), *range(entry + 8, entry + 12)]:  # the entry's flags and its method
-        for bit in range(8):
-            damaged = bytearray(whole)
-            damaged[at] ^= 1 << bit
-            file.write_bytes(damaged)
-            found = work.load(3)
-            assert found is None or np.array_equal(found["blk.0.a"], ARRAYS["blk.0.a"]), (at, bit)
+    for at in range(0, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        file.write_bytes(damaged)
+        assert work.load(3) is None, at
 
 
 def test_what_is_broken_off_while_it_is_kept_leaves_what_was_there(

@@ -257,7 +257,7 @@ def test_a_number_that_is_none_is_told_and_where(tensor: str, where: str, kv: st
     code, out, err = bezel("run", tmp_path / "m.gguf", "Once", "--raw", "--kv", kv)
     assert (code, out.strip()) == (1, "")
     assert f"gives logits that are not finite, {where}" in err
-    assert ("try --kv f32" in err) == (kv == "f16" and "layer" in where and "last" not in where)
+    assert ("--kv f32 helps" in err) == (kv == "f16" and "layer" in where and "last" not in where)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cuts no file short that is mapped")
@@ -402,3 +402,42 @@ def test_lines_are_broken_between_words(capsys: pytest.CaptureFixture[str]) -> N
         out.write(piece)
     out.end()
     assert capsys.readouterr().out == "The king \nwent into \nthe\nwoods, \nincomprehe\nnsibly\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_anywhere_ends_no_chat(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("take", "_load", "_answer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(chat_command._Chat, place, interrupted)
+            done = CliRunner().invoke(main, ["chat", str(demo), "-n", "2"], input=f"A story.\n/load {tmp_path}/s\n")
+        assert (done.exit_code, "stopped" in done.stderr) == (0, True)
+
+
+def test_a_slide_that_does_not_help_is_not_announced(demo: Path) -> None:
+    text, options = "A story.\n" + "A story. " * 60, ["-n", "4", "-c", "100", "--on-full", "slide"]
+    done = CliRunner().invoke(main, ["chat", str(demo), *options], input=text)
+    assert "this exchange alone fills the context" in done.stderr
+    assert "dropped the oldest" not in done.stderr
+    assert "--on-full slide does" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such shell")
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_what_is_closed_is_no_fault_of_bezel(command: str, closed: str, demo: Path) -> None:
+    words = f"{command} {demo}" + (" Once -n 2" if command == "run" else "")
+    code = "from bezel.runtime.commands.main import main; main()"
+    shell = f"{sys.executable} -c '{code}' {words} {closed}"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert "should not have happened" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_command_no_terminal(demo: Path, tmp_path: Path) -> None:
+    file = edited(demo, tmp_path / "m\x1b[31m.gguf", {"general.architecture": "a\x1b]0;EVIL\x07b"})
+    done = CliRunner().invoke(main, ["run", str(file), "Once"])
+    assert done.exit_code == 1
+    assert not {"\x1b", "\x07"} & set(done.output)

@@ -70,7 +70,7 @@ def test_parts_that_do_not_fit(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidModelFile, match=r"part 2 of 3 of a model; give the first, demo-00001-of-00003\.gguf"):
         GGUFModel(second)
     shutil.copy(second, third)
-    with pytest.raises(InvalidModelFile, match=r"demo-00003-of-00003.* found part 1 of 3, expected 2 of 3"):
+    with pytest.raises(InvalidModelFile, match=r"demo-00003-of-00003.* is part 1 of 3, counted from 0"):
         GGUFModel(first)
     third.unlink()
     with pytest.raises(InvalidModelFile, match=r"demo-00003-of-00003.* there is no such file"):

@@ -69,7 +69,8 @@ def plain(logits: np.ndarray, s: Sampling, seen: list[int], written: list[int], 
     order = order[: s.top_k or None]
     p = np.exp((x[order] - x[order[0]]) / s.temperature)
     p /= p.sum()
-    kept = [i for i in range(len(p)) if i == 0 or (p[:i].sum() < s.top_p and p[i] >= s.min_p * p[0])]
+    before = np.cumsum(p) - p  # summed in this order, on which the last digit depends
+    kept = [i for i in range(len(p)) if i == 0 or (before[i] < s.top_p and p[i] >= s.min_p * p[0])]
     return [order[i] for i in kept], p[: len(kept)]
 
 

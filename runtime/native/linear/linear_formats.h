@@ -70,9 +70,9 @@ struct NoneAhead {
   BEZEL_INLINE void collect(const uint8_t*, int64_t, int, int, int) {}
 };
 
-// The float16 that the blocks of a unit begin with, of this unit and of the next one. They are collected through memory,
-// where they compete with no vector operation, and long before they are wanted, since these loads cannot be forwarded
-// from such small stores; a few rows with every block, because so many stores at once would hold up everything else.
+// The float16 that the blocks of a unit begin with, of this unit and of the next one. They are collected through
+// memory, where they compete with no vector operation, and long before they are wanted, since these loads cannot be
+// forwarded from such small stores; a few rows with every block, because so many stores at once would hold up all else.
 template <int kBytes>
 struct HalvesAhead {
   alignas(64) uint16_t value[2][kUnit][kRows];

@@ -38,14 +38,15 @@ struct Ahead {
   BEZEL_INLINE void next() { p += kUnitBytes; }
 };
 
-// Goes through a group of rows by units, j counting the sub-blocks of a unit: on_codes(j, codes…) with 16 columns in each
-// Rows, in any order; on_scales(j, scales) in order, when all codes are through or, at once, after those of the same
-// sub-block; then on_unit().
+// Goes through a group of rows by units, j counting the sub-blocks of a unit: on_codes(j, codes…) with 16 columns in
+// each Rows, in any order; on_scales(j, scales) in order, when all codes are through or, at once, after those of the
+// same sub-block; then on_unit().
 template <class W, bool kAtOnce, class OnCodes, class OnScales, class OnUnit>
 BEZEL_INLINE void walk(const Group& w, int64_t blocks, const OnCodes& on_codes, const OnScales& on_scales,
                        const OnUnit& on_unit) {
   constexpr int kUnitBytes = Ahead<W>::kUnitBytes;
-  const auto unit = [](int64_t left) BEZEL_LAMBDA { return left < kUnit ? static_cast<int>(left) : kUnit; };
+  const auto unit = [](int64_t left)
+                        BEZEL_LAMBDA { return W::kBlock == 32 && left < kUnit ? static_cast<int>(left) : kUnit; };
   const uint8_t* data = w.data;
   Ahead<W> ahead{w.ahead, w.row_bytes};
   typename W::Scales::Ahead scales_ahead;
@@ -106,7 +107,7 @@ BEZEL_INLINE void dot_products(const int8_t* q, const int32_t* bias, I* dot, con
 template <class W, int kTokens>
 void gemv_tile(const Group& w, int64_t blocks, const Tile& x, float* y) {
   constexpr int kSubs = 32 / W::kSub;  // of a block
-  constexpr bool kAtOnce = W::kInOrder && kTokens > 4;
+  constexpr bool kAtOnce = W::kInOrder && kTokens > 4;  // for fewer it gains nothing, and costs AVX2 its registers
   const int8_t* q = x.q;
   const float* dx = x.d;
   const int32_t* bias = static_cast<const int32_t*>(x.bias);

@@ -65,9 +65,14 @@ BEZEL_INLINE I sum_of_words(const Rows& r) {
   return add32(lo64(a, b), hi64(a, b));
 }
 
-// What is collected of a unit's scales while the unit before it is multiplied: nothing.
-struct NoneAhead {
-  BEZEL_INLINE void collect(const uint8_t*, int64_t, int, int, int) {}
+// While a unit is multiplied, a few rows of the next one with each sub-block: its lines are brought near from the
+// second-level cache, because a unit begins with its scales, which everything else waits for.
+struct LinesAhead {
+  template <int kUnitBytes>
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int, int row, int end) {
+    for (; row < end; ++row)
+      for (int i = 0; i < kUnitBytes; i += 64) prefetch_near(w + row * row_bytes + i);
+  }
 };
 
 // The float16 that the blocks of a unit begin with, of this unit and of the next one. They are collected through
@@ -78,6 +83,7 @@ struct HalvesAhead {
   alignas(64) uint16_t value[2][kUnit][kRows];
   int next = 0;
 
+  template <int>
   BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int blocks, int row, int end) {
     for (w += row * row_bytes; row < end; ++row, w += row_bytes) {
       const auto copy = [&](int b) BEZEL_LAMBDA { std::memcpy(&value[next][b][row], w + b * kBytes, 2); };
@@ -105,10 +111,10 @@ struct HalfScales {
 // The same float16, and the minimum that may follow, from the first 16 bytes of a block in every row.
 template <bool kMinimum>
 struct HeadScales {
-  using Ahead = NoneAhead;
+  using Ahead = LinesAhead;
   F scale[kUnit], minimum[kMinimum ? kUnit : 1];
 
-  BEZEL_INLINE void collect(const uint8_t*, int64_t, NoneAhead&) {}
+  BEZEL_INLINE void collect(const uint8_t*, int64_t, LinesAhead&) {}
   BEZEL_INLINE void set(int b, const Rows& head) {
     const I first = lo64(lo32(head.v[0], head.v[1]), lo32(head.v[2], head.v[3]));
     scale[b] = half(first);
@@ -219,10 +225,10 @@ struct Q2_K : formats::Q2_K {
 
   // A block begins with a byte for each sub-block, and ends with d and dmin.
   struct Scales {
-    using Ahead = NoneAhead;
+    using Ahead = LinesAhead;
     F scale[16], minimum[16];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, NoneAhead&) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const I super = transposed(rows16(w + 68, row_bytes)).v[3];
       const F d = half(super), dmin = half(shr<16>(super));
       const Rows s = transposed(rows16(w, row_bytes));
@@ -250,10 +256,10 @@ struct Q3_K : formats::Q3_K {
   // At the end of a block are 12 bytes of scales and d: the low four bits of scales j and j + 8 in byte j, the top two
   // of every fourth in byte 8 + j % 4.
   struct Scales {
-    using Ahead = NoneAhead;
+    using Ahead = LinesAhead;
     F scale[16];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, NoneAhead&) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const Rows tail = transposed(rows16(w + 94, row_bytes));  // the block's last 16 bytes
       const F super = half(shr<16>(tail.v[3]));
       const auto word = [&](int i) BEZEL_LAMBDA { return or_(shr<16>(tail.v[i]), shl<16>(tail.v[i + 1])); };
@@ -289,10 +295,10 @@ struct Q3_K : formats::Q3_K {
 // The head of a Q4_K or Q5_K block is 16 bytes: d, dmin, eight scales and eight minima of six bits. The last
 // four of each have their top two bits above the first four.
 struct AffineKScales {
-  using Ahead = NoneAhead;
+  using Ahead = LinesAhead;
   F scale[8], minimum[8];
 
-  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, NoneAhead&) {
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
     const Rows head = transposed(rows16(w, row_bytes));
     const F d = half(head.v[0]), dmin = half(shr<16>(head.v[0]));
     repeat<4>([&](auto j) BEZEL_LAMBDA {
@@ -351,10 +357,10 @@ struct Q6_K : formats::Q6_K {
   static constexpr bool kInOrder = false;
 
   struct Scales {
-    using Ahead = NoneAhead;
+    using Ahead = LinesAhead;
     F scale[16];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, NoneAhead&) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const F super =
           half(shr<16>(transposed(rows16(w + 194, row_bytes)).v[3]));  // the block's last 16 bytes
       const Rows s = transposed(rows16(w + 192, row_bytes));
@@ -424,10 +430,10 @@ struct IQ4_XS : formats::IQ4_XS {
 
   // Before the codes lie d, the top two bits of the eight scales and the low four.
   struct Scales {
-    using Ahead = NoneAhead;
+    using Ahead = LinesAhead;
     F scale[8];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, NoneAhead&) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const Rows head = transposed(rows16(w, row_bytes));
       const F d = half(head.v[0]);
       const I top = shr<16>(head.v[0]);

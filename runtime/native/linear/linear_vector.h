@@ -8,7 +8,7 @@
 // Included by a file that has defined, in bezel's anonymous namespace: kLanes; the vectors I (integers) and F
 // (float32); on I load store and_ or_ add32 sub32 shl<n> shr<n> sar<n> (32-bit words) bytes words lo32 hi32
 // lo64 hi64 load_rows splat16; between them to_float half bits; on F zero mul add fma splat load_float
-// store_float halves; prefetch; fifth_bits look_up; kSignedCodes; kNarrowSums; kTileTokens; Sum<bits, steps>;
+// store_float halves; prefetch prefetch_near; fifth_bits look_up; kSignedCodes; kNarrowSums; kTileTokens; Sum<bits, steps>;
 // quantize.
 #pragma once
 
@@ -44,13 +44,13 @@ struct Ahead {
 template <class W, bool kAtOnce, class OnCodes, class OnScales, class OnUnit>
 BEZEL_INLINE void walk(const Group& w, int64_t blocks, const OnCodes& on_codes, const OnScales& on_scales,
                        const OnUnit& on_unit) {
-  constexpr int kUnitBytes = Ahead<W>::kUnitBytes;
+  constexpr int kUnitBytes = Ahead<W>::kUnitBytes, kShares = Ahead<W>::kShares;
   const auto unit = [](int64_t left)
                         BEZEL_LAMBDA { return W::kBlock == 32 && left < kUnit ? static_cast<int>(left) : kUnit; };
   const uint8_t* data = w.data;
   Ahead<W> ahead{w.ahead, w.row_bytes};
   typename W::Scales::Ahead scales_ahead;
-  scales_ahead.collect(data, w.row_bytes, unit(blocks), 0, kRows);
+  scales_ahead.template collect<kUnitBytes>(data, w.row_bytes, unit(blocks), 0, kRows);
   for (int64_t left = blocks; left > 0; left -= kUnit, data += kUnitBytes, ahead.next()) {
     const int count = unit(left);
     typename W::Scales scales;
@@ -59,8 +59,8 @@ BEZEL_INLINE void walk(const Group& w, int64_t blocks, const OnCodes& on_codes, 
     W::codes(data, w.row_bytes, count, scales, [&](int j, const auto&... codes) BEZEL_LAMBDA {
       ahead.fetch(j);
       if (left > kUnit)
-        scales_ahead.collect(data + kUnitBytes, w.row_bytes, unit(left - kUnit), j * kRows / kUnit,
-                             (j + 1) * kRows / kUnit);
+        scales_ahead.template collect<kUnitBytes>(data + kUnitBytes, w.row_bytes, unit(left - kUnit),
+                                                  j * kRows / kShares, (j + 1) * kRows / kShares);
       on_codes(j, codes...);
       if constexpr (kAtOnce) on_scales(j, scales);
     });

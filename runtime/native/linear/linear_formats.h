@@ -69,7 +69,7 @@ BEZEL_INLINE I sum_of_words(const Rows& r) {
 // second-level cache, because a unit begins with its scales, which everything else waits for.
 struct LinesAhead {
   template <int kUnitBytes>
-  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int, int row, int end) {
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int64_t, int row, int end) {
     for (; row < end; ++row)
       for (int i = 0; i < kUnitBytes; i += 64) prefetch_near(w + row * row_bytes + i);
   }
@@ -84,10 +84,10 @@ struct HalvesAhead {
   int next = 0;
 
   template <int>
-  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int blocks, int row, int end) {
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int64_t blocks, int row, int end) {
     for (w += row * row_bytes; row < end; ++row, w += row_bytes) {
       const auto copy = [&](int b) BEZEL_LAMBDA { std::memcpy(&value[next][b][row], w + b * kBytes, 2); };
-      if (blocks == kUnit) {
+      if (blocks >= kUnit) {
         repeat<kUnit>([&](auto b) BEZEL_LAMBDA { copy(b.value); });
       } else {
         for (int b = 0; b < blocks; ++b) copy(b);

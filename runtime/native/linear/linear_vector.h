@@ -45,22 +45,19 @@ template <class W, bool kAtOnce, class OnCodes, class OnScales, class OnUnit>
 BEZEL_INLINE void walk(const Group& w, int64_t blocks, const OnCodes& on_codes, const OnScales& on_scales,
                        const OnUnit& on_unit) {
   constexpr int kUnitBytes = Ahead<W>::kUnitBytes, kShares = Ahead<W>::kShares;
-  const auto unit = [](int64_t left)
-                        BEZEL_LAMBDA { return W::kBlock == 32 && left < kUnit ? static_cast<int>(left) : kUnit; };
   const uint8_t* data = w.data;
   Ahead<W> ahead{w.ahead, w.row_bytes};
   typename W::Scales::Ahead scales_ahead;
-  scales_ahead.template collect<kUnitBytes>(data, w.row_bytes, unit(blocks), 0, kRows);
+  scales_ahead.template collect<kUnitBytes>(data, w.row_bytes, blocks, 0, kRows);
   for (int64_t left = blocks; left > 0; left -= kUnit, data += kUnitBytes, ahead.next()) {
-    const int count = unit(left);
+    const int count = W::kBlock == 32 && left < kUnit ? static_cast<int>(left) : kUnit;
     typename W::Scales scales;
     scales.collect(data, w.row_bytes, scales_ahead);
     ahead.fetch_rest(count);
     W::codes(data, w.row_bytes, count, scales, [&](int j, const auto&... codes) BEZEL_LAMBDA {
       ahead.fetch(j);
-      if (left > kUnit)
-        scales_ahead.template collect<kUnitBytes>(data + kUnitBytes, w.row_bytes, unit(left - kUnit),
-                                                  j * kRows / kShares, (j + 1) * kRows / kShares);
+      scales_ahead.template collect<kUnitBytes>(data + kUnitBytes, w.row_bytes, left - kUnit, j * kRows / kShares,
+                                                (j + 1) * kRows / kShares);
       on_codes(j, codes...);
       if constexpr (kAtOnce) on_scales(j, scales);
     });

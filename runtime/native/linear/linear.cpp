@@ -208,7 +208,7 @@ void Linear::multiply(const Matrix& w, const Item& item, const uint8_t* next, fl
 
   // For few tokens a group of rows is read to its end before the next one; for many, all rows of the item
   // pass by the same columns of the activations.
-  const int64_t step = !quantized ? kFloatPanelCols : x_.n == 1 ? w.cols : kPanelCols;
+  const int64_t step = !quantized ? kFloatPanelCols : x_.tiles() == 1 ? w.cols : kPanelCols;
   const int64_t steps = (w.cols + step - 1) / step, count = groups(item);
   const int64_t groups_ahead = std::max<int64_t>(1, kAheadBytes / (k_.rows * row_bytes));
   const auto place = [&](int64_t i) {
@@ -243,8 +243,8 @@ void Linear::multiply(const Matrix& w, const Item& item, const Group& group, int
     k_.dequantize[w.type](group, cols, scratch.floats);
     for (int64_t i = 0; i < item.tiles; ++i, acc += k_.tokens * k_.rows)
       k_.gemm_float(scratch.floats, cols, x_.floats_at(item.tile + i, col), x_.tokens(item.tile + i), acc);
-  } else if (x_.n == 1) {
-    k.gemv(group, cols / kXBlock, x_.at(*bias, 0, 0), acc);
+  } else if (x_.tiles() == 1) {
+    k.gemv(group, cols / kXBlock, x_.at(*bias, 0, 0), x_.tokens(0), acc);
   } else {
     k.unpack(group, cols / kXBlock, scratch.panel);
     for (int64_t i = 0; i < item.tiles; ++i, acc += k_.tokens * k_.rows) {

@@ -78,6 +78,9 @@ BEZEL_INLINE F splat(const float* p) { return _mm256_broadcast_ss(p); }
 BEZEL_INLINE F load_float(const float* p) { return _mm256_loadu_ps(p); }
 BEZEL_INLINE void store_float(float* p, F v) { _mm256_storeu_ps(p, v); }
 BEZEL_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+BEZEL_INLINE void prefetch_near(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
 
 // 16 where the bit of the column is set, of the two bytes of each lane that begin at byte kAt.
 template <int kAt>

@@ -65,31 +65,56 @@ BEZEL_INLINE I sum_of_words(const Rows& r) {
   return add32(lo64(a, b), hi64(a, b));
 }
 
-// The float16 that the blocks of a unit begin with. It is collected through memory, where it competes with no vector
-// operation, and long before it is wanted, since these loads cannot be forwarded from such small stores.
-template <int kBytes>
-struct HalfScales {
-  alignas(64) uint16_t value[kUnit][kRows];
+// While a unit is multiplied, a few rows of the next one with each sub-block: its lines are brought near from the
+// second-level cache, because a unit begins with its scales, which everything else waits for.
+struct LinesAhead {
+  template <int kUnitBytes>
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int64_t, int row, int end) {
+    for (; row < end; ++row)
+      for (int i = 0; i < kUnitBytes; i += 64) prefetch_near(w + row * row_bytes + i);
+  }
+};
 
-  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int blocks) {
-    for (int r = 0; r < kRows; ++r, w += row_bytes) {
-      const auto copy = [&](int b) BEZEL_LAMBDA { std::memcpy(&value[b][r], w + b * kBytes, 2); };
-      if (blocks == kUnit) {
+// The float16 that the blocks of a unit begin with, of this unit and of the next one. They are collected through
+// memory, where they compete with no vector operation, and long before they are wanted, since these loads cannot be
+// forwarded from such small stores; a few rows with every block, because so many stores at once would hold up all else.
+template <int kBytes>
+struct HalvesAhead {
+  alignas(64) uint16_t value[2][kUnit][kRows];
+  int next = 0;
+
+  template <int>
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int64_t blocks, int row, int end) {
+    for (w += row * row_bytes; row < end; ++row, w += row_bytes) {
+      const auto copy = [&](int b) BEZEL_LAMBDA { std::memcpy(&value[next][b][row], w + b * kBytes, 2); };
+      if (blocks >= kUnit) {
         repeat<kUnit>([&](auto b) BEZEL_LAMBDA { copy(b.value); });
       } else {
         for (int b = 0; b < blocks; ++b) copy(b);
       }
     }
   }
+};
+
+template <int kBytes>
+struct HalfScales {
+  using Ahead = HalvesAhead<kBytes>;
+  const uint16_t (*value)[kRows];
+
+  BEZEL_INLINE void collect(const uint8_t*, int64_t, Ahead& ahead) {
+    value = ahead.value[ahead.next];
+    ahead.next = 1 - ahead.next;
+  }
   BEZEL_INLINE F d(int j) const { return halves(value[j]); }
 };
 
-// The same, and the minimum that may follow, from the first 16 bytes of a block in every row.
+// The same float16, and the minimum that may follow, from the first 16 bytes of a block in every row.
 template <bool kMinimum>
 struct HeadScales {
+  using Ahead = LinesAhead;
   F scale[kUnit], minimum[kMinimum ? kUnit : 1];
 
-  BEZEL_INLINE void collect(const uint8_t*, int64_t, int) {}
+  BEZEL_INLINE void collect(const uint8_t*, int64_t, LinesAhead&) {}
   BEZEL_INLINE void set(int b, const Rows& head) {
     const I first = lo64(lo32(head.v[0], head.v[1]), lo32(head.v[2], head.v[3]));
     scale[b] = half(first);
@@ -101,6 +126,7 @@ struct HeadScales {
 
 struct Q4_0 : formats::Q4_0 {
   static constexpr int kBits = 4, kZero = 8;
+  static constexpr bool kInOrder = true;
   using Scales = HalfScales<kBytes>;
 
   template <class Sink>
@@ -114,6 +140,7 @@ struct Q4_0 : formats::Q4_0 {
 
 struct Q4_1 : formats::Q4_1 {
   static constexpr int kBits = 4, kZero = 0;
+  static constexpr bool kInOrder = true;
   using Scales = HeadScales<kMinimum>;
 
   template <class Sink>
@@ -138,6 +165,7 @@ BEZEL_INLINE void five_bit_codes(int b, const uint8_t* block, int64_t row_bytes,
 
 struct Q5_0 : formats::Q5_0 {
   static constexpr int kBits = 5, kZero = 16;
+  static constexpr bool kInOrder = true;
   using Scales = HeadScales<kMinimum>;
 
   template <class Sink>
@@ -148,6 +176,7 @@ struct Q5_0 : formats::Q5_0 {
 
 struct Q5_1 : formats::Q5_1 {
   static constexpr int kBits = 5, kZero = 0;
+  static constexpr bool kInOrder = true;
   using Scales = HeadScales<kMinimum>;
 
   template <class Sink>
@@ -158,6 +187,7 @@ struct Q5_1 : formats::Q5_1 {
 
 struct Q8_0 : formats::Q8_0 {
   static constexpr int kBits = 8, kZero = kSignedCodes ? 0 : 128;
+  static constexpr bool kInOrder = true;
   using Scales = HalfScales<kBytes>;
 
   template <class Sink>
@@ -191,12 +221,14 @@ BEZEL_INLINE void two_bit_codes(const uint8_t* w, int64_t row_bytes, const Chang
 
 struct Q2_K : formats::Q2_K {
   static constexpr int kBits = 4, kZero = 0;
+  static constexpr bool kInOrder = false;
 
   // A block begins with a byte for each sub-block, and ends with d and dmin.
   struct Scales {
+    using Ahead = LinesAhead;
     F scale[16], minimum[16];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const I super = transposed(rows16(w + 68, row_bytes)).v[3];
       const F d = half(super), dmin = half(shr<16>(super));
       const Rows s = transposed(rows16(w, row_bytes));
@@ -219,13 +251,15 @@ struct Q2_K : formats::Q2_K {
 
 struct Q3_K : formats::Q3_K {
   static constexpr int kBits = 4, kZero = 4;
+  static constexpr bool kInOrder = false;
 
   // At the end of a block are 12 bytes of scales and d: the low four bits of scales j and j + 8 in byte j, the top two
   // of every fourth in byte 8 + j % 4.
   struct Scales {
+    using Ahead = LinesAhead;
     F scale[16];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const Rows tail = transposed(rows16(w + 94, row_bytes));  // the block's last 16 bytes
       const F super = half(shr<16>(tail.v[3]));
       const auto word = [&](int i) BEZEL_LAMBDA { return or_(shr<16>(tail.v[i]), shl<16>(tail.v[i + 1])); };
@@ -261,9 +295,10 @@ struct Q3_K : formats::Q3_K {
 // The head of a Q4_K or Q5_K block is 16 bytes: d, dmin, eight scales and eight minima of six bits. The last
 // four of each have their top two bits above the first four.
 struct AffineKScales {
+  using Ahead = LinesAhead;
   F scale[8], minimum[8];
 
-  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+  BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
     const Rows head = transposed(rows16(w, row_bytes));
     const F d = half(head.v[0]), dmin = half(shr<16>(head.v[0]));
     repeat<4>([&](auto j) BEZEL_LAMBDA {
@@ -282,6 +317,7 @@ struct AffineKScales {
 
 struct Q4_K : formats::Q4_K {
   static constexpr int kBits = 4, kZero = 0;
+  static constexpr bool kInOrder = true;
   using Scales = AffineKScales;
 
   template <class Sink>
@@ -296,6 +332,7 @@ struct Q4_K : formats::Q4_K {
 
 struct Q5_K : formats::Q5_K {
   static constexpr int kBits = 5, kZero = 0;
+  static constexpr bool kInOrder = true;
   using Scales = AffineKScales;
 
   template <class Sink>
@@ -317,11 +354,13 @@ struct Q5_K : formats::Q5_K {
 
 struct Q6_K : formats::Q6_K {
   static constexpr int kBits = 6, kZero = 32;
+  static constexpr bool kInOrder = false;
 
   struct Scales {
+    using Ahead = LinesAhead;
     F scale[16];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const F super =
           half(shr<16>(transposed(rows16(w + 194, row_bytes)).v[3]));  // the block's last 16 bytes
       const Rows s = transposed(rows16(w + 192, row_bytes));
@@ -376,6 +415,7 @@ BEZEL_INLINE void iq4_codes(int j, const uint8_t* w, int64_t row_bytes, const Si
 
 struct IQ4_NL : formats::IQ4_NL {
   static constexpr int kBits = 8, kZero = kIQ4Zero;
+  static constexpr bool kInOrder = true;
   using Scales = HalfScales<kBytes>;
 
   template <class Sink>
@@ -386,12 +426,14 @@ struct IQ4_NL : formats::IQ4_NL {
 
 struct IQ4_XS : formats::IQ4_XS {
   static constexpr int kBits = 8, kZero = kIQ4Zero;
+  static constexpr bool kInOrder = true;
 
   // Before the codes lie d, the top two bits of the eight scales and the low four.
   struct Scales {
+    using Ahead = LinesAhead;
     F scale[8];
 
-    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, int) {
+    BEZEL_INLINE void collect(const uint8_t* w, int64_t row_bytes, LinesAhead&) {
       const Rows head = transposed(rows16(w, row_bytes));
       const F d = half(head.v[0]);
       const I top = shr<16>(head.v[0]);

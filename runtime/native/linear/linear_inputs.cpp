@@ -70,7 +70,7 @@ void Inputs::close(ThreadPool& pool) {
   pad(tiles() - 1);
   pool.parallel_for(q_ == nullptr ? 0 : tiles(), 1, [&](int64_t begin, int64_t end) noexcept {
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (k.arrange != nullptr && tokens(tile) > 1)
+      if (k.arrange != nullptr && tiles() > 1 && tokens(tile) > 1)
         k.arrange(q_ + tile * k.tokens * cols, cols / kXBlock, tokens(tile));
       for (const Bias& bias : biases_) fold(bias, tile);
     }

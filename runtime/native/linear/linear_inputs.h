@@ -53,8 +53,8 @@ class Workspace {
   std::vector<Memory> slots_;
 };
 
-// Tiles have k.tokens tokens; the last one 1 … 4, or a multiple of 4, of which some may be padding.
-inline int64_t padded(int64_t tokens) { return tokens <= 4 ? tokens : (tokens + 3) / 4 * 4; }
+// Tiles have k.tokens tokens; the last one 1 … 4, 6, or a multiple of 4, of which some may be padding.
+inline int64_t padded(int64_t tokens) { return tokens <= 4 ? tokens : tokens <= 6 ? 6 : (tokens + 3) / 4 * 4; }
 
 // n rows of `cols` activations in tiles. Tile i begins where its first token would, since all tiles before it are
 // full. They are put in whole, by `fill`, or piece by piece, by `put` and in the end `close`.

@@ -57,14 +57,14 @@ struct Group {
 struct QuantizedKernels {
   int zero;  // that the codes still contain: what `bias` makes good
 
-  // One token: y[r] for the rows of the group.
-  void (*gemv)(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept;
+  // All columns times the only tile of tokens, unpacked once, in registers: y[t · rows + r].
+  void (*gemv)(const Group& w, int64_t blocks, const Tile& x, int tokens, float* y) noexcept;
 
   // At most kPanelCols columns, from the one at w.data on.
   void (*unpack)(const Group& w, int64_t blocks, Panel& panel) noexcept;
 
-  // Continues acc[t · rows + r] by the columns of the panel. tokens is 1 … 4, or a multiple of 4 up to the
-  // tile.
+  // Continues acc[t · rows + r] by the columns of the panel. tokens is 1 … 4, 6, or a multiple of 4 up to the
+  // tile, as in gemv.
   void (*gemm)(const Panel& panel, int64_t blocks, const Tile& x, int tokens, float* acc) noexcept;
 };
 
@@ -77,8 +77,8 @@ struct LinearKernels {
   // scale, so that the damage shows in the result. sums[(2 b + h) · tokens] is Σ q over half h of block b.
   void (*quantize)(const float* x, int64_t blocks, int tokens, int8_t* q, float* d, int32_t* sums) noexcept;
 
-  // Of a tile of more than one token: q from the order of Tile to the one that gemm wants, in place. May be
-  // null.
+  // Of a tile of more than one token, where there are several: q from the order of Tile to the one that gemm
+  // wants, in place. May be null.
   void (*arrange)(int8_t* q, int64_t blocks, int tokens) noexcept;
 
   QuantizedKernels of[kTypes];

@@ -81,6 +81,14 @@ BEZEL_INLINE void prefetch(const uint8_t* p) {
 #endif
 }
 
+BEZEL_INLINE void prefetch_near(const uint8_t* p) {
+#if defined(_MSC_VER) && !defined(__clang__)
+  __prefetch(p);
+#else
+  __builtin_prefetch(p, 0, 3);
+#endif
+}
+
 // 16 where the bit of the column is set, of the two bytes of each lane that begin at byte kAt.
 template <int kAt>
 BEZEL_INLINE I fifth_bits(I v) {

@@ -106,13 +106,8 @@ void gemm_pairs(const Panel& panel, int64_t blocks, const Tile& x, float* acc) {
 
 template <int kSub, bool kMinimum>
 void gemm_i8mm(const Panel& panel, int64_t blocks, const Tile& x, int tokens, float* acc) noexcept {
-  switch (tokens) {
-    case 1: return gemm_pairs<kSub, kMinimum, 1>(panel, blocks, x, acc);
-    case 2: return gemm_pairs<kSub, kMinimum, 2>(panel, blocks, x, acc);
-    case 3: return gemm_pairs<kSub, kMinimum, 3>(panel, blocks, x, acc);
-    case 4: return gemm_pairs<kSub, kMinimum, 4>(panel, blocks, x, acc);
-    case 8: return gemm_pairs<kSub, kMinimum, 8>(panel, blocks, x, acc);
-  }
+  with_tokens<kTileTokens>(
+      tokens, [&](auto t) BEZEL_LAMBDA { gemm_pairs<kSub, kMinimum, decltype(t)::value>(panel, blocks, x, acc); });
 }
 
 template <class W>

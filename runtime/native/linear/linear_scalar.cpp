@@ -202,16 +202,18 @@ float continued(float acc, const SubBlock& w, const int8_t* q, float dx, const f
 }
 
 template <class W>
-void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
+void gemv(const Group& w, int64_t blocks, const Tile& x, int tokens, float* y) noexcept {
   constexpr int kSub = W::kSub;
   const float* moments = static_cast<const float*>(x.bias);
-  float acc = 0.0f;
+  for (int t = 0; t < tokens; ++t) y[t] = 0.0f;
   for (int64_t j = 0; j < blocks * 32 / kSub; ++j) {
     SubBlock s;
     W::read(w.data, j, s);
-    acc = continued<W>(acc, s, x.q + j * kSub, x.d[j * kSub / 32], moments + j);
+    const int64_t b = j * kSub / 32;
+    for (int t = 0; t < tokens; ++t)
+      y[t] = continued<W>(y[t], s, x.q + (b * tokens + t) * 32 + j * kSub % 32, x.d[b * tokens + t],
+                          moments + j * tokens + t);
   }
-  *y = acc;
 }
 
 template <class W>

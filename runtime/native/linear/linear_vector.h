@@ -8,7 +8,7 @@
 // Included by a file that has defined, in bezel's anonymous namespace: kLanes; the vectors I (integers) and F
 // (float32); on I load store and_ or_ add32 sub32 shl<n> shr<n> sar<n> (32-bit words) bytes words lo32 hi32
 // lo64 hi64 load_rows splat16; between them to_float half bits; on F zero mul add fma splat load_float
-// store_float halves; prefetch; fifth_bits look_up; kSignedCodes; kNarrowSums; kTileTokens; Sum<bits, steps>;
+// store_float halves; prefetch prefetch_near; fifth_bits look_up; kSignedCodes; kNarrowSums; kTileTokens; Sum<bits, steps>;
 // quantize.
 #pragma once
 
@@ -38,53 +38,129 @@ struct Ahead {
   BEZEL_INLINE void next() { p += kUnitBytes; }
 };
 
-template <class W>
-void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
-  constexpr int kSubs = 32 / W::kSub;  // of a block
-  F acc = zero();
+// Goes through a group of rows by units, j counting the sub-blocks of a unit: on_codes(j, codes…) with 16 columns in
+// each Rows, in any order; on_scales(j, scales) in order, when all codes are through or, at once, after those of the
+// same sub-block; then on_unit().
+template <class W, bool kAtOnce, class OnCodes, class OnScales, class OnUnit>
+BEZEL_INLINE void walk(const Group& w, int64_t blocks, const OnCodes& on_codes, const OnScales& on_scales,
+                       const OnUnit& on_unit) {
+  constexpr int kUnitBytes = Ahead<W>::kUnitBytes, kShares = Ahead<W>::kShares;
   const uint8_t* data = w.data;
+  Ahead<W> ahead{w.ahead, w.row_bytes};
+  typename W::Scales::Ahead scales_ahead;
+  scales_ahead.template collect<kUnitBytes>(data, w.row_bytes, blocks, 0, kRows);
+  for (int64_t left = blocks; left > 0; left -= kUnit, data += kUnitBytes, ahead.next()) {
+    const int count = W::kBlock == 32 && left < kUnit ? static_cast<int>(left) : kUnit;
+    typename W::Scales scales;
+    scales.collect(data, w.row_bytes, scales_ahead);
+    ahead.fetch_rest(count);
+    W::codes(data, w.row_bytes, count, scales, [&](int j, const auto&... codes) BEZEL_LAMBDA {
+      ahead.fetch(j);
+      scales_ahead.template collect<kUnitBytes>(data + kUnitBytes, w.row_bytes, left - kUnit, j * kRows / kShares,
+                                                (j + 1) * kRows / kShares);
+      on_codes(j, codes...);
+      if constexpr (kAtOnce) on_scales(j, scales);
+    });
+    for (int j = 0; !kAtOnce && j < count * (32 / W::kSub); ++j) on_scales(j, scales);
+    on_unit();
+  }
+}
+
+// Σ code · q of a sub-block's columns for each token of a tile, and the bias where there is one.
+template <class W, int kTokens, class... Second>
+BEZEL_INLINE void dot_products(const int8_t* q, const int32_t* bias, I* dot, const Rows& first,
+                               const Second&... second) {
+  if constexpr (kTokens == 1) {  // whose sums are turned in fewer steps than the codes
+    Rows lanes;
+    repeat<4>([&](auto i) BEZEL_LAMBDA {
+      Sum<W::kBits, W::kSub / 16> sum;
+      sum.start();
+      sum.add(0, first.v[i.value], splat16(q));
+      (sum.add(1, second.v[decltype(i)::value], splat16(q + 16)), ...);
+      lanes.v[i.value] = sum.total();
+    });
+    *dot = sum_of_words(lanes);
+    if constexpr (!W::kMinimum) *dot = add32(*dot, splat_word(bias));
+  } else {
+    Sum<W::kBits, W::kSub / 4> sum[kTokens];
+    repeat<kTokens>([&](auto t) BEZEL_LAMBDA {
+      if constexpr (W::kMinimum) sum[t.value].start();
+      else sum[t.value].start(bias + t.value);
+    });
+    const auto add = [&](auto half, const Rows& codes) BEZEL_LAMBDA {
+      const Rows turned = transposed(codes);
+      repeat<4>([&](auto i) BEZEL_LAMBDA {
+        constexpr int k = 4 * decltype(half)::value + decltype(i)::value;
+        repeat<kTokens>([&](auto t)
+                            BEZEL_LAMBDA { sum[t.value].template step<k>(turned.v[i.value], q + t.value * 32); });
+      });
+    };
+    add(Constant<0>{}, first);
+    (add(Constant<1>{}, second), ...);
+    repeat<kTokens>([&](auto t) BEZEL_LAMBDA { dot[t.value] = sum[t.value].total(); });
+  }
+}
+
+template <class W, int kTokens>
+void gemv_tile(const Group& w, int64_t blocks, const Tile& x, float* y) {
+  constexpr int kSubs = 32 / W::kSub;  // of a block
+  constexpr bool kAtOnce = W::kInOrder && kTokens > 4;  // for fewer it gains nothing, and costs AVX2 its registers
   const int8_t* q = x.q;
   const float* dx = x.d;
   const int32_t* bias = static_cast<const int32_t*>(x.bias);
   const float* moments = static_cast<const float*>(x.bias);
-  Ahead<W> ahead{w.ahead, w.row_bytes};
-  for (int64_t left = blocks; left > 0; left -= kUnit) {
-    const int count = left < kUnit ? static_cast<int>(left) : kUnit;
-    typename W::Scales scales;
-    scales.collect(data, w.row_bytes, count);
-    I dot[kUnit * kSubs];
-    const auto sink = [&](int j, const auto&... codes) BEZEL_LAMBDA {
-      ahead.fetch(j);
-      const int8_t* const xs = q + j * W::kSub;
-      Rows lanes;
-      repeat<4>([&](auto i) BEZEL_LAMBDA {
-        Sum<W::kBits, W::kSub / 16> sum;
-        sum.start();
-        int at = 0;
-        ((sum.add(at, codes.v[decltype(i)::value], splat16(xs + 16 * at)), ++at), ...);
-        lanes.v[decltype(i)::value] = sum.total();
+  F acc[kTokens];
+  repeat<kTokens>([&](auto t) BEZEL_LAMBDA { acc[t.value] = zero(); });
+  I dots[kAtOnce ? 1 : kUnit * kSubs][kTokens];
+  walk<W, kAtOnce>(
+      w, blocks,
+      [&](int j, const auto&... codes) BEZEL_LAMBDA {
+        dot_products<W, kTokens>(q + j / kSubs * kTokens * 32 + j % kSubs * W::kSub, bias + j * kTokens,
+                                 dots[kAtOnce ? 0 : j], codes...);
+      },
+      [&](int j, const auto& scales) BEZEL_LAMBDA {
+        const I* const dot = dots[kAtOnce ? 0 : j];
+        const F d = scales.d(j);
+        repeat<kTokens>([&](auto t) BEZEL_LAMBDA {
+          const F scale = mul(d, splat(dx + j / kSubs * kTokens + t.value));
+          acc[t.value] = fma(to_float(dot[t.value]), scale, acc[t.value]);
+          if constexpr (W::kMinimum)
+            acc[t.value] = fma(scales.m(j), splat(moments + j * kTokens + t.value), acc[t.value]);
+        });
+      },
+      [&]() BEZEL_LAMBDA {
+        q += kUnit * 32 * kTokens;
+        dx += kUnit * kTokens;
+        bias += kUnit * kSubs * kTokens;
+        moments += kUnit * kSubs * kTokens;
       });
-      dot[j] = sum_of_words(lanes);
-    };
-    ahead.fetch_rest(count);
-    W::codes(data, w.row_bytes, count, scales, sink);
-    for (int j = 0; j < count * kSubs; ++j) {
-      const F scale = mul(scales.d(j), splat(dx + j / kSubs));
-      if constexpr (W::kMinimum) {
-        acc = fma(to_float(dot[j]), scale, acc);
-        acc = fma(scales.m(j), splat(moments + j), acc);
-      } else {
-        acc = fma(to_float(add32(dot[j], splat_word(bias + j))), scale, acc);
-      }
-    }
-    data += Ahead<W>::kUnitBytes;
-    ahead.next();
-    q += kUnit * 32;
-    dx += kUnit;
-    bias += kUnit * kSubs;
-    moments += kUnit * kSubs;
+  repeat<kTokens>([&](auto t) BEZEL_LAMBDA { store_float(y + t.value * kRows, acc[t.value]); });
+}
+
+// Calls body with `tokens` as a constant: 1 … 4, or what else a tile may have.
+template <int kMost, class Body>
+BEZEL_INLINE void with_tokens(int tokens, const Body& body) {
+  switch (tokens) {
+    case 1: return body(Constant<1>{});
+    case 2: return body(Constant<2>{});
+    case 3: return body(Constant<3>{});
+    case 4: return body(Constant<4>{});
+    case 6:
+      if constexpr (kMost >= 6) return body(Constant<6>{});
+      break;
+    case 8:
+      if constexpr (kMost >= 8) return body(Constant<8>{});
+      break;
+    case 12:
+      if constexpr (kMost >= 12) return body(Constant<12>{});
+      break;
   }
-  store_float(y, acc);
+}
+
+template <class W>
+void gemv(const Group& w, int64_t blocks, const Tile& x, int tokens, float* y) noexcept {
+  with_tokens<kTileTokens>(tokens,
+                           [&](auto t) BEZEL_LAMBDA { gemv_tile<W, decltype(t)::value>(w, blocks, x, y); });
 }
 
 // panel.codes: [column / 4][row][4], unless 16 columns are arranged in another way. Scales and minima:
@@ -92,38 +168,30 @@ void gemv(const Group& w, int64_t blocks, const Tile& x, float* y) noexcept {
 template <class W, Rows (*kArranged)(const Rows&) = transposed>
 void unpack(const Group& w, int64_t blocks, Panel& panel) noexcept {
   constexpr int kSubs = 32 / W::kSub;
-  const uint8_t* data = w.data;
   uint8_t* out = panel.codes;
   float* d = panel.scales;
   float* m = panel.minima;
-  Ahead<W> ahead{w.ahead, w.row_bytes};
-  for (int64_t left = blocks; left > 0; left -= kUnit) {
-    const int count = left < kUnit ? static_cast<int>(left) : kUnit;
-    typename W::Scales scales;
-    scales.collect(data, w.row_bytes, count);
-    const auto sink = [&](int j, const auto&... codes) BEZEL_LAMBDA {
-      ahead.fetch(j);
-      uint8_t* to = out + j * W::kSub * kRows;
-      const auto put = [&](const Rows& rows) BEZEL_LAMBDA {
-        const Rows t = kArranged(rows);
-        repeat<4>([&](auto i)
-                      BEZEL_LAMBDA { store(to + decltype(i)::value * 4 * kRows, t.v[decltype(i)::value]); });
-        to += 16 * kRows;
-      };
-      (put(codes), ...);
-    };
-    ahead.fetch_rest(count);
-    W::codes(data, w.row_bytes, count, scales, sink);
-    for (int j = 0; j < count * kSubs; ++j) {
-      store_float(d + j * kRows, scales.d(j));
-      if constexpr (W::kMinimum) store_float(m + j * kRows, scales.m(j));
-    }
-    data += Ahead<W>::kUnitBytes;
-    ahead.next();
-    out += kUnit * 32 * kRows;
-    d += kUnit * kSubs * kRows;
-    m += kUnit * kSubs * kRows;
-  }
+  walk<W, false>(
+      w, blocks,
+      [&](int j, const auto&... codes) BEZEL_LAMBDA {
+        uint8_t* to = out + j * W::kSub * kRows;
+        const auto put = [&](const Rows& rows) BEZEL_LAMBDA {
+          const Rows t = kArranged(rows);
+          repeat<4>([&](auto i)
+                        BEZEL_LAMBDA { store(to + decltype(i)::value * 4 * kRows, t.v[decltype(i)::value]); });
+          to += 16 * kRows;
+        };
+        (put(codes), ...);
+      },
+      [&](int j, const auto& scales) BEZEL_LAMBDA {
+        store_float(d + j * kRows, scales.d(j));
+        if constexpr (W::kMinimum) store_float(m + j * kRows, scales.m(j));
+      },
+      [&]() BEZEL_LAMBDA {
+        out += kUnit * 32 * kRows;
+        d += kUnit * kSubs * kRows;
+        m += kUnit * kSubs * kRows;
+      });
 }
 
 template <int kBits, int kSub, bool kMinimum, int kTokens>
@@ -171,21 +239,9 @@ void gemm_tile(const Panel& panel, int64_t blocks, const Tile& x, float* acc) {
 
 template <int kBits, int kSub, bool kMinimum>
 void gemm(const Panel& panel, int64_t blocks, const Tile& x, int tokens, float* acc) noexcept {
-  switch (tokens) {
-    case 1: return gemm_tile<kBits, kSub, kMinimum, 1>(panel, blocks, x, acc);
-    case 2: return gemm_tile<kBits, kSub, kMinimum, 2>(panel, blocks, x, acc);
-    case 3: return gemm_tile<kBits, kSub, kMinimum, 3>(panel, blocks, x, acc);
-    case 4: return gemm_tile<kBits, kSub, kMinimum, 4>(panel, blocks, x, acc);
-    case 8:
-      if constexpr (kTileTokens >= 8) return gemm_tile<kBits, kSub, kMinimum, 8>(panel, blocks, x, acc);
-      break;
-    case 12:
-      if constexpr (kTileTokens >= 12) return gemm_tile<kBits, kSub, kMinimum, 12>(panel, blocks, x, acc);
-      break;
-    case 16:
-      if constexpr (kTileTokens >= 16) return gemm_tile<kBits, kSub, kMinimum, 16>(panel, blocks, x, acc);
-      break;
-  }
+  with_tokens<kTileTokens>(tokens, [&](auto t) BEZEL_LAMBDA {
+    gemm_tile<kBits, kSub, kMinimum, decltype(t)::value>(panel, blocks, x, acc);
+  });
 }
 
 // ---- float32 activations.
@@ -278,21 +334,8 @@ void gemm_float_tile(const float* panel, int64_t cols, const float* x, float* ac
 }
 
 void gemm_float(const float* panel, int64_t cols, const float* x, int tokens, float* acc) noexcept {
-  switch (tokens) {
-    case 1: return gemm_float_tile<1>(panel, cols, x, acc);
-    case 2: return gemm_float_tile<2>(panel, cols, x, acc);
-    case 3: return gemm_float_tile<3>(panel, cols, x, acc);
-    case 4: return gemm_float_tile<4>(panel, cols, x, acc);
-    case 8:
-      if constexpr (kTileTokens >= 8) return gemm_float_tile<8>(panel, cols, x, acc);
-      break;
-    case 12:
-      if constexpr (kTileTokens >= 12) return gemm_float_tile<12>(panel, cols, x, acc);
-      break;
-    case 16:
-      if constexpr (kTileTokens >= 16) return gemm_float_tile<16>(panel, cols, x, acc);
-      break;
-  }
+  with_tokens<kTileTokens>(tokens,
+                           [&](auto t) BEZEL_LAMBDA { gemm_float_tile<decltype(t)::value>(panel, cols, x, acc); });
 }
 
 template <class W>

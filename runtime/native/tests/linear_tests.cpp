@@ -124,7 +124,7 @@ void same_as_the_scalar_twin(ThreadPool& pool) {
         if (f.block == 1) cols = blocks * 8 + blocks % 5;
         const Weights weights(f, rows, cols, static_cast<int>(rng() % 8));
         const Matrix w(weights.data, rows, cols / f.block * f.bytes, f.type, cols);
-        for (const int64_t n : {1, 2, 3, 4, 5, 8, 9, 13, 40}) {
+        for (const int64_t n : {1, 2, 3, 4, 5, 8, 9, 12, 13, 40}) {
           if (n > 5 && rng() % 4 != 0) continue;
           const std::vector<float> x = activations_of(n, cols);
           for (const Activations a : {Activations::int8, Activations::f32}) {

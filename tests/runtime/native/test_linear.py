@@ -88,7 +88,7 @@ def parts(fmt: type[Format], data: np.ndarray) -> np.ndarray:
     return w
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 11, 40])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 11, 13, 40])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_against_numpy(fmt: type[Format], n: int, pool: ThreadPool) -> None:
     rng = np.random.default_rng(n)

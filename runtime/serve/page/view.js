@@ -35,24 +35,24 @@ function figures({ model, ended, figures: found }, several) {
     const isFull = found.prompt + found.written >= found.context;
     told.push(isFull ? "cut off: the context is full" : `cut off after ${plural(found.written, "token")}, as set`);
   }
-  if (found?.rate) told.push(`${found.rate.toFixed(1)} tokens a second`);
+  if (found?.rate) told.push(`${found.rate.toFixed(1)} tokens/s`);
   const parts = told.map((words) => element("span", {}, words));
   if (found) {
     parts.push(fullness(found.prompt + found.written, found.context));
     const { cached, prompt } = found;
-    const read = cached ? `${count(cached)} of ${plural(prompt, "token")} were read before` : `${plural(prompt, "token")} read`;
+    const read = cached ? `${count(cached)} of ${plural(prompt, "token")} read before` : `${plural(prompt, "token")} read`;
     parts.push(element("span", {}, read));
   }
   return parts;
 }
 
 function fullness(used, context) {
-  if (!context) return element("span", {}, `${plural(used, "token")} of context`);
+  if (!context) return element("span", {}, `context ${count(used)}`);
   const share = Math.min(1, used / context);
   const bar = element("i");
   bar.style.width = `${100 * share}%`;
   const gauge = element("span", { class: share > 0.9 ? "gauge full" : "gauge", "aria-hidden": "true" }, bar);
-  return element("span", {}, gauge, `${count(used)} of ${count(context)} tokens of context`);
+  return element("span", {}, gauge, `context ${count(used)} of ${count(context)}`);
 }
 
 /** An answer that is being written. */

@@ -85,7 +85,10 @@ function notify(words, acts = [], calm = false) {
 }
 
 async function drawList() {
-  const found = await store.titles();
+  const found = await store.titles().catch((error) => {
+    notify(`This browser keeps no conversations: ${error.message}`);
+    return [];
+  });
   const rows = found.map(({ id, title }) => {
     const attributes = { href: `#${id}`, "aria-current": id === shown.id && "page", class: running.has(id) && "busy" };
     return element("li", {}, element("a", attributes, title));
@@ -305,7 +308,7 @@ const editLast = () => edit(shown.messages.length - 1);
 function edit(i) {
   const conversation = shown;
   const article = byId("talk").children[i];
-  const field = element("textarea", { "aria-label": "Message" });
+  const field = element("textarea", { "aria-label": "Message", dir: "auto" });
   field.value = conversation.messages[i].text;
   const after = conversation.messages.length - 1 - i;
   const close = () => {
@@ -315,8 +318,8 @@ function edit(i) {
   const submit = (event) => {
     event.preventDefault();
     if (!field.value.trim()) return;
+    if (!i && conversation.title === titleOf(conversation.messages[0].text)) conversation.title = "";
     conversation.messages.length = i;
-    if (!i) conversation.title = "";
     send(field.value);
     toBox();
   };
@@ -487,5 +490,4 @@ for (const name of ["error", "unhandledrejection"]) {
   window.addEventListener(name, (event) => notify(`Something went wrong in this page: ${event.reason ?? event.message}`));
 }
 window.addEventListener("hashchange", show);
-await show();
-await loadModels();
+show().finally(loadModels);

@@ -29,13 +29,20 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page_of(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens the page of a server; in the end, nothing went wrong in it and nobody else was asked for anything."""
+    """Opens the page of a server, where `denied` in a browser that keeps nothing.
+
+    In the end, nothing went wrong in it and nobody else was asked for anything.
+    """
     contexts: list[BrowserContext] = []
     wrong: list[str] = []
 
-    def make(address: str, **options: Any) -> Page:
+    def make(address: str, denied: bool = False, **options: Any) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
+        if denied:
+            context.add_init_script(
+                "Object.defineProperty(window, 'indexedDB', {value: {open() { throw new Error('denied'); }}})"
+            )
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda asked: None if asked.url.startswith(address) else wrong.append(asked.url))

@@ -321,6 +321,34 @@ def test_saved_as_a_file_and_opened(scripted: str, page_of: PageOf, tmp_path: Pa
     expect(other.get_by_role("heading", level=1)).to_have_text("About foxes")
 
 
+def test_a_browser_that_keeps_nothing(scripted: str, page_of: PageOf) -> None:
+    page = page_of(scripted, denied=True)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("This browser keeps no conversations: denied")
+    expect(page.locator(".empty")).to_contain_text("8,192 tokens")
+    say(page, "Hello")
+    expect(answers(page)).to_have_text("An answer.")
+    expect(alert).to_contain_text("denied")
+
+
+def test_the_title_follows_the_first_message(scripted: str, page_of: PageOf) -> None:
+    page = page_of(scripted)
+    title = page.get_by_role("heading", level=1)
+    say(page, "About foxes")
+    for named, expected in ((None, "About kings"), ("Mine", "Mine")):
+        finished(page)
+        if named:
+            menu(page, "Rename")
+            page.get_by_label("Title").fill(named)
+            page.keyboard.press("Enter")
+            expect(title).to_have_text(named)
+        page.get_by_role("button", name="Edit").click()
+        page.locator(".edit textarea").fill("About kings")
+        page.locator(".edit textarea").press("Enter")
+        finished(page)
+        expect(title).to_have_text(expected)
+
+
 def test_two_tabs(scripted: str, page_of: PageOf) -> None:
     page = page_of(scripted)
     say(page, "One")
@@ -463,7 +491,7 @@ HUGE = {
     "quotes": ">" * 20_000 + "a",
     "deep lists": "\n".join("  " * n + "- a" for n in range(400)),
     "addresses": "http://" * 20_000,
-    "tildes": "~" * 100_000 + "`",
+    "tildes": "~" * 250_000 + "`",
     "spaces": "# a" + " " * 100_000 + "b",
     "rules": "- " * 50_000 + "a",
     "pipes": "|" * 50_000 + "\n" + "|-" * 50_000,

@@ -73,6 +73,8 @@ MARKDOWN = {
     + "]("
     + LINK.format("https://y.example/", "https://y.example")
     + ")</p>",
+    "*[a*](mailto:x)": "<p><em>[a</em>](mailto:x)</p>",
+    "[*a](mailto:x)*": "<p>" + LINK.format("mailto:x", "*a") + "*</p>",
     "[a](x) [b] array[1](2)": "<p>[a](x) [b] array[1](2)</p>",
     "a\r\n\r\n- b\r\n": "<p>a</p><ul><li>b</li></ul>",
 }

@@ -50,11 +50,15 @@ function sentence(text) {
   return text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 }
 
-/** The models: name, and the tokens of its context where it is loaded. */
-export async function models() {
+/** The models as they were last told: name, and the tokens of its context where it is loaded. */
+export const models = [];
+
+export async function askModels() {
   const { data } = await (await ask("/v1/models")).json();
-  return data.map(({ id, meta }) => ({ name: id, context: meta?.n_ctx }));
+  models.splice(0, models.length, ...data.map(({ id, meta }) => ({ name: id, context: meta?.n_ctx })));
 }
+
+export const modelOf = (name) => models.find((model) => model.name === name);
 
 /** An answer as it comes: objects with `text`, with `ended` ("stop" or "length"), with `usage` and `timings`. */
 export async function* chat(body, signal) {

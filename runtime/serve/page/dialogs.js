@@ -1,5 +1,5 @@
 // Settings, the key, a title: what is asked for in dialogs.
-import { key } from "./api.js";
+import { key, models } from "./api.js";
 import { byId, element } from "./dom.js";
 
 /** Shows a dialog; its fields, or null where it was cancelled. */
@@ -19,7 +19,7 @@ byId("forget").addEventListener("click", () => {
 });
 
 /** The settings as changed, or null. What is not set is not in them. */
-export async function askSettings(settings, models) {
+export async function askSettings(settings) {
   const dialog = byId("settings");
   dialog.querySelector("select").replaceChildren(...models.map(({ name }) => element("option", {}, name)));
   byId("models").hidden = models.length < 2;

@@ -1,5 +1,5 @@
-// Markdown → DOM nodes. What a model writes is untrusted: it becomes text nodes and elements that are made here, never
-// HTML. Every step is linear in the text, whatever the text is.
+// Markdown → DOM nodes. What a model writes is untrusted: it becomes text nodes and elements that are made here,
+// never HTML. Every step is linear in the text, whatever the text is.
 import { element, fill } from "./dom.js";
 
 const DEEPEST = 12; // lists and quotes within one another

@@ -1,14 +1,14 @@
 // The page: which conversation is shown, what is being answered, and what its buttons do.
-import { chat, key, models as askModels } from "./api.js";
+import { Answering } from "./answering.js";
+import { askModels, key, modelOf, models } from "./api.js";
+import { copy } from "./copying.js";
 import { askKey, askSettings, askTitle } from "./dialogs.js";
 import { byId, element, plural } from "./dom.js";
 import * as store from "./store.js";
 import { Writing, foot, turn } from "./view.js";
 
-const SAVE_MS = 1000; // how often an answer is kept while it is being written
 const LONGEST_TITLE = 60;
 
-let models = [];
 let shown = fresh(); // the conversation
 let following = true; // whether the end stays in view
 const running = new Map(); // by conversation: what is being answered
@@ -46,7 +46,7 @@ function draw() {
 }
 
 function empty() {
-  const model = models.find(({ name }) => name === shown.settings.model) ?? models[0];
+  const model = modelOf(shown.settings.model) ?? models[0];
   const words = model?.context ? `A context of ${plural(model.context, "token")}. ` : "";
   return element(
     "div",
@@ -65,9 +65,10 @@ function drawSend() {
 
 function drawNotice() {
   const last = shown.messages.at(-1);
-  const isOpen = last?.role === "user" && !running.has(shown.id) && !document.querySelector(".edit");
+  const isOpen = last?.role === "user" && !running.has(shown.id);
   const unanswered = { words: "There is no answer to this yet.", acts: [["Answer", answer]], calm: true };
-  const found = notices.get(shown.id) ?? (isOpen ? unanswered : null);
+  const isEdited = document.querySelector(".edit");
+  const found = isEdited ? null : (notices.get(shown.id) ?? (isOpen ? unanswered : null));
   const parts = found
     ? [
         element("p", { class: found.calm && "calm" }, found.words),
@@ -157,14 +158,6 @@ function titleOf(text) {
   return line.length > LONGEST_TITLE ? `${line.slice(0, LONGEST_TITLE).replace(/\s\S*$/, "")}…` : line;
 }
 
-function request(conversation) {
-  const { system, model, ...sampling } = conversation.settings;
-  const messages = conversation.messages.map(({ role, text }) => ({ role, content: text }));
-  if (system) messages.unshift({ role: "system", content: system });
-  const known = models.some(({ name }) => name === model);
-  return { messages, ...sampling, ...(known && { model }) };
-}
-
 /** Has the conversation that is shown answered. */
 async function answer() {
   const done = answerTo(shown);
@@ -173,13 +166,7 @@ async function answer() {
 }
 
 async function answerTo(conversation) {
-  const answering = {
-    conversation,
-    reply: { role: "assistant", text: "" },
-    stopping: new AbortController(),
-    since: performance.now(),
-    writing: null,
-  };
+  const answering = new Answering(conversation, keep);
   running.set(conversation.id, answering);
   notices.delete(conversation.id);
   conversation.changed = Date.now();
@@ -187,7 +174,15 @@ async function answerTo(conversation) {
   say("The model is answering.");
   await keep(conversation);
   drawList();
-  await write(answering);
+  try {
+    await answering.run();
+    const { text, ended } = answering.reply;
+    if (!text && ended !== "stopped") {
+      notices.set(conversation.id, { words: "The model had nothing to say.", acts: [retry] });
+    }
+  } catch (error) {
+    fail(conversation, error);
+  }
   running.delete(conversation.id);
   conversation.changed = Date.now();
   if (answering.reply.text) conversation.messages.push(answering.reply);
@@ -204,45 +199,6 @@ async function answerTo(conversation) {
   drawNotice();
 }
 
-/** Reads an answer until it ends, is stopped, or fails. */
-async function write(answering) {
-  const { conversation, reply, stopping } = answering;
-  let saved = performance.now();
-  try {
-    for await (const part of chat(request(conversation), stopping.signal)) {
-      reply.text += part.text;
-      if (part.text) answering.writing?.push(part.text);
-      reply.model ??= part.model;
-      reply.ended ??= part.ended;
-      if (part.usage) reply.figures = await figuresOf(part);
-      if (performance.now() - saved > SAVE_MS) {
-        saved = performance.now();
-        const soFar = reply.text ? [{ ...reply }] : [];
-        keep({ ...conversation, messages: [...conversation.messages, ...soFar] });
-      }
-    }
-    if (!reply.text) notices.set(conversation.id, { words: "The model had nothing to say.", acts: [retry] });
-  } catch (error) {
-    reply.ended = "stopped";
-    if (!stopping.signal.aborted) {
-      delete reply.ended;
-      await fail(conversation, error);
-    }
-  }
-}
-
-async function figuresOf({ usage, timings, model }) {
-  if (!models.find(({ name }) => name === model)?.context) models = await askModels().catch(() => models); // loaded now
-  const context = models.find(({ name }) => name === model)?.context;
-  return {
-    prompt: usage.prompt_tokens,
-    cached: usage.prompt_tokens_details.cached_tokens,
-    written: usage.completion_tokens,
-    ...(timings.predicted_per_second && { rate: timings.predicted_per_second }),
-    ...(context && { context }),
-  };
-}
-
 const retry = ["Try again", again];
 
 /** Answers the last message of the user's, once more or at last. */
@@ -253,8 +209,11 @@ function again() {
   toBox();
 }
 
-async function fail(conversation, error) {
-  const acts = { long: [["Begin a new conversation with it", moveOn], ["Edit", editLast]], key: [["Enter the key", enterKey]] };
+function fail(conversation, error) {
+  const acts = {
+    long: [["Begin a new conversation with it", moveOn], ["Edit", editLast]],
+    key: [["Enter the key", enterKey]],
+  };
   notices.set(conversation.id, { words: error.message, acts: acts[error.kind] ?? [retry] });
   if (error.kind === "key" && shown === conversation) setTimeout(enterKey);
 }
@@ -283,23 +242,6 @@ function acts(i) {
   if (role === "user") found.push(["Edit", () => edit(i), true]);
   if (role === "assistant" && i === shown.messages.length - 1) found.push(["Answer again", again, true]);
   return found;
-}
-
-async function copy(text, pressed) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    // Without https there is no clipboard for pages from another computer; what is selected can be copied nevertheless.
-    const hidden = element("textarea", { class: "unseen" });
-    document.body.append(hidden);
-    hidden.value = text;
-    hidden.select();
-    document.execCommand("copy");
-    hidden.remove();
-    pressed.focus();
-  }
-  pressed.textContent = "Copied";
-  setTimeout(() => (pressed.textContent = "Copy"), 2000);
 }
 
 const editLast = () => edit(shown.messages.length - 1);
@@ -365,7 +307,7 @@ function submitBox() {
 
 byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (running.has(shown.id)) running.get(shown.id).stopping.abort();
+  if (running.has(shown.id)) running.get(shown.id).stop();
   else submitBox();
 });
 
@@ -377,13 +319,8 @@ box.addEventListener("keydown", (event) => {
 
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open], :popover-open")) {
-    running.get(shown.id)?.stopping.abort();
+    running.get(shown.id)?.stop();
   }
-});
-
-document.addEventListener("click", (event) => {
-  const pressed = event.target.closest?.("[data-copy]");
-  if (pressed) copy(pressed.closest(".code").querySelector("code").textContent, pressed);
 });
 
 window.addEventListener("scroll", () => {
@@ -399,7 +336,7 @@ byId("down").addEventListener("click", () => {
 byId("skip").addEventListener("click", () => box.focus());
 
 byId("set").addEventListener("click", async () => {
-  const set = await askSettings(shown.settings, models);
+  const set = await askSettings(shown.settings);
   if (!set) return;
   shown.settings = set;
   localStorage.setItem("settings", JSON.stringify(set));
@@ -428,7 +365,7 @@ onMenu("rename", async () => {
 
 onMenu("delete", async () => {
   const gone = shown;
-  running.get(gone.id)?.stopping.abort();
+  running.get(gone.id)?.stop();
   await running.get(gone.id)?.done;
   await store.remove(gone.id);
   history.replaceState(null, "", "#new");
@@ -469,7 +406,7 @@ byId("file").addEventListener("change", async (event) => {
 
 async function loadModels() {
   try {
-    models = await askModels();
+    await askModels();
     if (!shown.messages.length) draw();
   } catch (error) {
     if (error.kind === "key") return enterKey();
@@ -487,7 +424,7 @@ store.onChange(async (id) => {
 });
 
 for (const name of ["error", "unhandledrejection"]) {
-  window.addEventListener(name, (event) => notify(`Something went wrong in this page: ${event.reason ?? event.message}`));
+  window.addEventListener(name, (event) => notify(`Something is wrong in this page: ${event.reason ?? event.message}`));
 }
 window.addEventListener("hashchange", show);
 show().finally(loadModels);

@@ -58,7 +58,7 @@ export async function remove(id) {
 
 export const newId = () => [...crypto.getRandomValues(new Uint8Array(12))].map((n) => n.toString(36)).join("");
 
-/** A conversation with what it must have and nothing else, or null: from a file, or from another version of the page. */
+/** A conversation with what it must have and nothing else, or null; `value` is from a file or another version. */
 export function checked(value) {
   const isText = (text) => typeof text === "string";
   if (!isText(value?.id) || !isText(value.title) || !Array.isArray(value.messages)) return null;

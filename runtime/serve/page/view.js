@@ -35,24 +35,24 @@ function figures({ model, ended, figures: found }, several) {
     const isFull = found.prompt + found.written >= found.context;
     told.push(isFull ? "cut off: the context is full" : `cut off after ${plural(found.written, "token")}, as set`);
   }
-  if (found?.rate) told.push(`${found.rate.toFixed(1)} tokens/s`);
+  if (found?.rate) told.push(`${found.rate < 100 ? found.rate.toFixed(1) : count(Math.round(found.rate))} tokens/s`);
   const parts = told.map((words) => element("span", {}, words));
   if (found) {
     parts.push(fullness(found.prompt + found.written, found.context));
     const { cached, prompt } = found;
-    const read = cached ? `${count(cached)} of ${plural(prompt, "token")} read before` : `${plural(prompt, "token")} read`;
-    parts.push(element("span", {}, read));
+    const read = `${plural(prompt, "token")} read`;
+    parts.push(element("span", {}, cached ? `${count(cached)} of ${read} before` : read));
   }
   return parts;
 }
 
 function fullness(used, context) {
   if (!context) return element("span", {}, `context ${count(used)}`);
-  const share = Math.min(1, used / context);
+  const share = Math.min(1, used / context); // the last token of all is written, not read
   const bar = element("i");
   bar.style.width = `${100 * share}%`;
   const gauge = element("span", { class: share > 0.9 ? "gauge full" : "gauge", "aria-hidden": "true" }, bar);
-  return element("span", {}, gauge, `context ${count(used)} of ${count(context)}`);
+  return element("span", {}, gauge, `context ${count(Math.min(used, context))} of ${count(context)}`);
 }
 
 /** An answer that is being written. */

@@ -518,7 +518,7 @@ def test_huge_answers(kind: str, scripted: str, script: Script, page_of: PageOf)
 def test_a_phone(scheme: str, scripted: str, script: Script, page_of: PageOf) -> None:
     page = page_of(scripted, color_scheme=scheme, **PHONE)
     script.replies = [
-        ["x" * 300 + "\n\n```\n" + "y" * 300 + "\n```\n\n" + "| z | " * 40 + "\n" + "|---|---" * 40 + "|\n"]
+        ["x" * 300 + "\n\n```\n" + "y" * 300 + "\n```\n\n" + "| zzzz " * 40 + "|\n" + "|---" * 40 + "|\n"]
     ]
     box = page.locator("#box")
     box.fill("w" * 300)
@@ -526,6 +526,8 @@ def test_a_phone(scheme: str, scripted: str, script: Script, page_of: PageOf) ->
     expect(box).to_have_value("w" * 300 + "\n")
     page.get_by_role("button", name="Send").click()
     finished(page)
+
+    expect(answers(page).get_by_role("columnheader")).to_have_count(40)
 
     def fits() -> bool:
         return bool(page.evaluate("document.documentElement.scrollWidth <= 390"))

@@ -39,10 +39,7 @@ export class Answering {
         }
       }
     } catch (error) {
-      if (!this.#stopping.signal.aborted) {
-        delete reply.ended;
-        throw error;
-      }
+      if (!this.#stopping.signal.aborted) throw error;
       reply.ended = "stopped";
     }
   }

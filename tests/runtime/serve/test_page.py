@@ -149,7 +149,8 @@ def test_stopping_before_the_first_word(scripted: str, script: Script, page_of: 
     page, hold = page_of(scripted), threading.Event()
     script.replies = [[hold]]
     say(page, "A story")
-    expect(page.locator(".assistant")).to_contain_text("Reading…")
+    expect(page.locator(".assistant")).to_contain_text(re.compile(r"Reading… \d+ s"))  # the server was asked
+    assert script.asked
     page.keyboard.press("Escape")
     expect(page.get_by_role("alert")).to_contain_text("There is no answer to this yet.")
     page.get_by_role("alert").get_by_role("button", name="Answer").click()

@@ -253,6 +253,7 @@ def test_conversations(scripted: str, script: Script, page_of: PageOf) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text("Foxes")
     expect(answers(page)).to_have_text("An answer.")
     menu(page, "Delete")
+    expect(names).to_have_text(["About kings"])
     page.reload()
     expect(names).to_have_text(["About kings"])
     page.go_back()

@@ -22,6 +22,7 @@ from .answers import Answer
 from .fields import BadRequest, Fields
 from .guard import Guard, problem
 from .models import Models, Served
+from .web import page_routes
 
 _PING_SECONDS = 15  # without a word a stream sends a comment, so that nobody takes it for dead
 _log = logging.getLogger("bezel.serve")
@@ -324,4 +325,5 @@ def make_app(
     routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get]
     routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in post]
     guard = Middleware(Guard, key=key, origins=origins, most_bytes=most_bytes)
+    routes += page_routes()
     return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)

@@ -15,7 +15,9 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_OPEN = ("/", "/health", "/page.css", "/page.js")  # without a key: nothing of anybody's is there
+from .web import FOLDER
+
+_OPEN = ("/", "/health")  # without a key, as the page's files: nothing of anybody's is there
 _BODY_SECONDS = 30  # in which a request must have arrived
 
 
@@ -66,7 +68,8 @@ class Guard:
         own = f"{scope['scheme']}://{headers.get('host', '')}"
         if origin is not None and origin not in (own, *self._origins):
             return problem(403, f"the origin {origin[:100]!r} is not allowed: see --allow-origin")
-        if self._key is None or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+        path = scope["path"]
+        if self._key is None or path in _OPEN or path.startswith(FOLDER) or scope["method"] == "OPTIONS":
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
         if hmac.compare_digest(given.encode(), self._key.encode()):

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from bezel.runtime.serve.app import make_app
 from bezel.runtime.serve.models import Models, Setting
+from starlette.types import ASGIApp
 
 
 @contextmanager
@@ -26,7 +27,14 @@ def serving(paths: Mapping[str, Path], **options: Any) -> Iterator[str]:
         Models(paths, setting),
         **{"key": None, "origins": (), "most_bytes": 1 << 20, "most_begun": 200, "drain": 5.0, **options},
     )
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    with running(app) as address:
+        yield address
+
+
+@contextmanager
+def running(app: ASGIApp, port: int = 0) -> Iterator[str]:
+    """The address of a server of an application."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:

@@ -1,5 +1,7 @@
 // What the page asks the server, and what went wrong in words.
 
+import { ofThisBrowser, ofThisTab } from "./small.js";
+
 /** `kind`: "gone" (no answer), "key" (it wants one), "long" (the context is full), "busy", or "refused". */
 export class Failure extends Error {
   constructor(kind, message) {
@@ -11,15 +13,15 @@ export class Failure extends Error {
 const GONE = "The server does not answer. Is bezel serve still running? What you wrote is kept.";
 
 export const key = {
-  get: () => sessionStorage.getItem("key") ?? localStorage.getItem("key"),
+  get: () => ofThisTab.get("key") ?? ofThisBrowser.get("key"),
   /** For as long as this tab is open, or `always`. */
   set(text, always) {
     key.forget();
-    (always ? localStorage : sessionStorage).setItem("key", text);
+    (always ? ofThisBrowser : ofThisTab).set("key", text);
   },
   forget() {
-    sessionStorage.removeItem("key");
-    localStorage.removeItem("key");
+    ofThisTab.forget("key");
+    ofThisBrowser.forget("key");
   },
 };
 

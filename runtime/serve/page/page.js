@@ -1,9 +1,11 @@
 // The page: which conversation is shown, what is being answered, and what its buttons do.
+
 import { Answering } from "./answering.js";
 import { askModels, key, modelOf, models } from "./api.js";
 import { copy } from "./copying.js";
 import { askKey, askSettings, askTitle } from "./dialogs.js";
 import { byId, element, plural } from "./dom.js";
+import { ofThisBrowser } from "./small.js";
 import * as store from "./store.js";
 import { Writing, foot, turn } from "./view.js";
 
@@ -21,7 +23,7 @@ function fresh() {
 }
 
 function lastSettings() {
-  return JSON.parse(localStorage.getItem("settings") ?? "{}");
+  return JSON.parse(ofThisBrowser.get("settings") ?? "{}");
 }
 
 // --- what is seen
@@ -339,7 +341,7 @@ byId("set").addEventListener("click", async () => {
   const set = await askSettings(shown.settings);
   if (!set) return;
   shown.settings = set;
-  localStorage.setItem("settings", JSON.stringify(set));
+  ofThisBrowser.set("settings", JSON.stringify(set));
   if (shown.messages.length) await keep(shown);
   else draw();
 });

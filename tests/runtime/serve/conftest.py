@@ -41,7 +41,9 @@ def page_of(browser: Browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         if denied:
             context.add_init_script(
-                "Object.defineProperty(window, 'indexedDB', {value: {open() { throw new Error('denied'); }}})"
+                "Object.defineProperty(window, 'indexedDB', {value: {open() { throw new Error('denied'); }}});"
+                "for (const name of ['localStorage', 'sessionStorage'])"
+                "  Object.defineProperty(window, name, {get() { throw new Error('denied'); }});"
             )
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))

@@ -145,7 +145,7 @@ def compare(model: Path, versus: bool, clients: str, tokens: int, long_tokens: i
     if not chats:
         raise click.ClickException(f"{model}: has no chat template")
     rows: dict[str, dict[str, float]] = {}
-    sides = [("bezel", ("--kv", "int8", "--parallel", "16"), False)]
+    sides: list[tuple[str, tuple[str, ...], bool]] = [("bezel", ("--kv", "int8", "--parallel", "16"), False)]
     if versus:
         sides.append(("llama.cpp", ("--n_ctx", "16384", "--n_threads", "2", "--cache", "true"), True))
     for name, options, peer in sides:

@@ -62,7 +62,10 @@ class KeptWork:
 
 def _digest(file: BinaryIO) -> bytes:
     """Of all that follows in a file."""
-    return hashlib.file_digest(file, "sha256").digest()
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.digest()
 
 
 @contextmanager

@@ -158,7 +158,11 @@ class Scheduler:
                 self._admit()
                 part = self._share_out()
             if part:
-                self._step(part)
+                try:
+                    self._step(part)
+                except Exception as error:  # a pass that failed has changed nothing; the server goes on
+                    for task in [task for task, _ in part if task in self._active]:
+                        self._fail(task, error)
 
     def _ready(self) -> bool:
         tasks = (*self._active, *self._waiting)
@@ -244,12 +248,7 @@ class Scheduler:
             ids: Ints = np.array(task.pending[:n], np.int64)
             wanted = n if task.scored is not None and task.reads else int(n == len(task.pending))
             segments.append(Segment(task.caches, ids, wanted))
-        try:
-            logits = self._backend.forward(segments)
-        except Exception as error:  # nothing has changed: the pass takes back what it has done
-            for task, _ in part:
-                self._fail(task, error)
-            return
+        logits = self._backend.forward(segments)
         now = time.monotonic()
         row = 0
         for (task, n), segment in zip(part, segments, strict=True):

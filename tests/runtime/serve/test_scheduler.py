@@ -12,7 +12,7 @@ import pytest
 from bezel.runtime import Message, Model, Sampling
 from bezel.runtime.serve.prefixes import Prefixes
 from bezel.runtime.serve.scheduler import Scheduler, Task
-from bezel.runtime.text.generation import Writer
+from bezel.runtime.text.generation import Constraint, Writer
 from bezel.runtime.text.sampling import Sampler
 
 ModelOf = Callable[..., Model]
@@ -22,11 +22,18 @@ SYSTEM = "Tell stories as a grandmother would, slowly, with every detail of the 
 class Client:
     """One request: collects what it is told."""
 
-    def __init__(self, model: Model, prompt: list[int], sampling: Sampling, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompt: list[int],
+        sampling: Sampling,
+        max_tokens: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.pieces: list[str] = []
         self.done = threading.Event()
         self.cancel_after: int | None = None
-        writer = Writer(model.tokenizer, sampling, model.stop_ids, max_tokens=max_tokens)
+        writer = Writer(model.tokenizer, sampling, model.stop_ids, max_tokens=max_tokens, constraint=constraint)
         self.task = Task(prompt, writer, self._tell)
 
     def _tell(self, text: str | None) -> None:
@@ -88,6 +95,26 @@ def test_an_answer_among_others_is_the_same(model: Model, scheduler: Scheduler) 
             assert answer == expected, i
     assert scheduler.counts.cached_tokens > 500
     assert scheduler.load == (0, 0)
+
+
+def test_a_prompt_that_ends_beside_one_that_does_not(model: Model, scheduler: Scheduler) -> None:
+    """In the same pass, behind it: each has its own logits."""
+    prompts = [model.prompt_ids(text) for text in ("A song. " * 60, "A story.")]
+    clients = [Client(model, prompt, Sampling(temperature=0), 12) for prompt in prompts]
+    with scheduler._changed:  # both are there when it looks
+        for client in clients:
+            scheduler.submit(client.task)
+    for client, prompt in zip(clients, prompts, strict=True):
+        assert client.answer() == alone(model, prompt, Sampling(temperature=0), 12)
+
+
+def test_an_answer_by_a_grammar(model: Model, scheduler: Scheduler) -> None:
+    """What is forced goes through the model, too."""
+    grammar, prompt = model.grammars.regex("The fox and the miller said: [a-z ]{30}"), model.prompt_ids("A story.")
+    expected = "".join(model.generate(prompt, sampling=Sampling(seed=1), grammar=grammar, max_tokens=60))
+    client = Client(model, prompt, Sampling(seed=1), 60, grammar.constraint())
+    scheduler.submit(client.task)
+    assert client.answer() == expected
 
 
 def test_a_turn_costs_the_turn(model: Model, scheduler: Scheduler) -> None:

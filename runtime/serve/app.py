@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -191,8 +192,13 @@ class Server:
         for metric, kind, words, value in rows:
             lines += [f"# HELP bezel_{metric} {words}", f"# TYPE bezel_{metric} {kind}"]
             lines += [
-                f'bezel_{metric}{{model="{name}"}} {value(served):g}' for name, served in self._models.loaded.items()
+                f"bezel_{metric}{{model={json.dumps(name)}}} {value(served):g}"
+                for name, served in self._models.loaded.items()
             ]
+        lines += ["# HELP bezel_answers_total Answers that ended, and how.", "# TYPE bezel_answers_total counter"]
+        for name, served in self._models.loaded.items():
+            ended = served.scheduler.counts.ended.items()
+            lines += [f'bezel_answers_total{{model={json.dumps(name)},finish="{finish}"}} {n}' for finish, n in ended]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     async def version(self, request: Request) -> Response:  # noqa: ARG002

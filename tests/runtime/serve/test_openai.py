@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 from bezel.runtime import Message, Model, Sampling, load
@@ -368,3 +370,20 @@ def test_messages(streamed: bool, address: str, model: Model) -> None:
     assert client.messages.count_tokens(model="fairy", messages=TOLD).input_tokens == len(
         model.prompt_ids("A story about a fox.")
     )
+
+
+def test_what_llama_cpp_s_server_has_too(address: str, client: openai.OpenAI, model: Model) -> None:
+    client.chat.completions.create(model="fairy", messages=TOLD, max_tokens=2)
+    text = "Once upon a time, Ä"
+    ids = httpx.post(f"{address}/tokenize", json={"content": text, "add_special": True}).json()["tokens"]
+    assert ids == model.tokenizer.encode(text, bos=True)
+    pieces = httpx.post(f"{address}/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]
+    assert [one["piece"] for one in pieces] == [model.tokenizer.piece(i) for i in ids[1:]]
+    assert httpx.post(f"{address}/detokenize", json={"tokens": ids}).json() == {"content": text}
+    assert httpx.post(f"{address}/detokenize", json={"tokens": [10**9]}).status_code == 400
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    metrics = httpx.get(f"{address}/metrics").text
+    for name in ("prompt_tokens_total", "tokens_predicted_total", "requests_processing", "prefix_bytes"):
+        assert re.search(rf'^bezel_{name}{{model="fairy"}} [0-9.e+]+$', metrics, re.MULTILINE), name
+    assert 'bezel_answers_total{model="fairy",finish="length"}' in metrics
+    assert httpx.get(f"{address}/slots").json() == []

@@ -52,11 +52,11 @@ def served(model: Path, *options: str, peer: bool = False) -> Iterator[tuple[str
             process.terminate()
 
 
-async def ask(client: httpx.AsyncClient, messages: list[Any], leave_after: int | None = None, **options: Any) -> Any:
-    """Text, seconds to the first piece and between the pieces, and the last usage; a client may leave early."""
-    body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, **options}
+async def ask(client: httpx.AsyncClient, prompt: str, leave_after: int | None = None, **options: Any) -> Any:
+    """The text after a prompt, seconds until each of its pieces, and the last usage; a client may leave early."""
+    body = {"prompt": prompt, "stream": True, "stream_options": {"include_usage": True}, **options}
     began, text, times, usage = time.perf_counter(), "", list[float](), None
-    async with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+    async with client.stream("POST", "/v1/completions", json=body) as stream:
         if stream.status_code != 200:
             raise click.ClickException((await stream.aread()).decode())
         async for line in stream.aiter_lines():
@@ -64,7 +64,7 @@ async def ask(client: httpx.AsyncClient, messages: list[Any], leave_after: int |
                 continue
             part = json.loads(line[6:])
             usage = part.get("usage") or usage
-            piece = "".join(choice["delta"].get("content") or "" for choice in part.get("choices", []))
+            piece = "".join(choice["text"] for choice in part.get("choices", []))
             if piece:
                 text += piece
                 times.append(time.perf_counter() - began)
@@ -97,16 +97,16 @@ def load_test(model: Path, clients: int, seconds: int) -> None:
         for seed in range(60):
             content = _TALE * draw.choice([0, 1, 3, 8]) + draw.choice(["A story.", "A song.", f"Number {seed}."])
             tokens = draw.choice([5, 20, 80])
-            expected = "".join(alone.generate(content, max_tokens=tokens, sampling=Sampling(seed=seed)))
-            requests.append(([{"role": "user", "content": content}], seed, tokens, expected))
+            expected = "".join(alone.generate(content, max_tokens=tokens, sampling=Sampling(seed=seed), raw=True))
+            requests.append((content, seed, tokens, expected))
     counts = {"whole": 0, "left": 0, "wrong": 0}
     sizes: list[float] = []
 
     async def one(client: httpx.AsyncClient, until: float) -> None:
         while time.monotonic() < until:
-            messages, seed, tokens, expected = draw.choice(requests)
+            prompt, seed, tokens, expected = draw.choice(requests)
             leave = draw.randrange(1, 20) if draw.random() < 1 / 3 else None
-            text, _, usage = await ask(client, messages, leave, seed=seed, max_tokens=tokens, temperature=1.0)
+            text, _, usage = await ask(client, prompt, leave, seed=seed, max_tokens=tokens, temperature=1.0)
             if usage is not None:
                 counts["whole" if text == expected else "wrong"] += 1
             else:
@@ -140,10 +140,7 @@ def compare(model: Path, versus: bool, clients: str, tokens: int, long_tokens: i
     path = find_model(model)
     sizes = [int(n) for n in clients.split(",")]
     with load(path) as alone:
-        chats = alone.is_chat_model
         repeats = max(1, long_tokens // len(alone.tokenizer.encode(_TALE)))
-    if not chats:
-        raise click.ClickException(f"{model}: has no chat template")
     rows: dict[str, dict[str, float]] = {}
     sides: list[tuple[str, tuple[str, ...], bool]] = [("bezel", ("--kv", "int8", "--parallel", "16"), False)]
     if versus:
@@ -160,33 +157,26 @@ def compare(model: Path, versus: bool, clients: str, tokens: int, long_tokens: i
 async def _measure(address: str, sizes: list[int], tokens: int, repeats: int) -> dict[str, float]:
     found: dict[str, float] = {}
     async with httpx.AsyncClient(base_url=address, timeout=3600) as client:
-        await ask(client, [{"role": "user", "content": "Hello"}], max_tokens=4)
+        await ask(client, "Hello", max_tokens=4)
         for n in sizes:
             speeds, firsts = [], []
             for again in range(3):
                 began = time.perf_counter()
-                contents = [f"{again} {i}: tell a long story of a fox and a king." for i in range(n)]
-                asked = (
-                    ask(client, [{"role": "user", "content": c}], max_tokens=tokens, seed=i, logit_bias={"1": -100})
-                    for i, c in enumerate(contents)
+                prompts = (f"{again} {i}: a long story of a fox and a king." for i in range(n))
+                answers = await asyncio.gather(
+                    *(ask(client, p, max_tokens=tokens, seed=i, logit_bias={"1": -100}) for i, p in enumerate(prompts))
                 )
-                answers = await asyncio.gather(*asked)
-                written = sum(len(times) for _, times, _ in answers)
-                speeds.append(written / (time.perf_counter() - began))
+                speeds.append(sum(len(times) for _, times, _ in answers) / (time.perf_counter() - began))
                 firsts += [times[0] for _, times, _ in answers if times]
             found[f"{n} clients, pieces/s in all"] = statistics.median(speeds)
             found[f"{n} clients, s to the first"] = statistics.median(firsts)
-        long = [{"role": "user", "content": _TALE * repeats}]
-        text, times, _ = await ask(client, long, max_tokens=8)
+        text, times, _ = await ask(client, _TALE * repeats, max_tokens=8)
         found["long prompt, s to the first"] = times[0]
-        turn = [*long, {"role": "assistant", "content": text}, {"role": "user", "content": "And then?"}]
-        _, times, _ = await ask(client, turn, max_tokens=8)
+        _, times, _ = await ask(client, f"{_TALE * repeats}{text} And then?", max_tokens=8)
         found["its second turn, s to the first"] = times[0]
-        reading = asyncio.create_task(
-            ask(client, [{"role": "user", "content": "Again. " + _TALE * repeats}], max_tokens=2)
-        )
+        reading = asyncio.create_task(ask(client, f"Again. {_TALE * repeats}", max_tokens=2))
         await asyncio.sleep(0.5)
-        _, times, _ = await ask(client, [{"role": "user", "content": "Hello"}], max_tokens=2)
+        _, times, _ = await ask(client, "Good day", max_tokens=2)
         found["short prompt meanwhile, s to the first"] = times[0]
         await reading
     return found

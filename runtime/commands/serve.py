@@ -88,14 +88,14 @@ def serve(
     import asyncio
     import socket
 
+    if api_key is not None and not api_key.strip():
+        raise InvalidRequest("--api-key: is empty; leave it out, or give one")
     if api_key is None and not is_loopback(host):
         raise InvalidRequest(f"--host {host}: others can reach it, so clients must have a key: give --api-key")
     paths = _named(models)
     registry = Models(paths, Setting(options, parallel, cache_ram, cache_folder))
     drain = 30.0
-    app = make_app(
-        registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=4 * parallel + 64, drain=drain
-    )
+    app = make_app(registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=256, drain=drain)
     config = uvicorn.Config(
         app,
         log_level="warning",

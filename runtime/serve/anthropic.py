@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -22,7 +24,7 @@ async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
     if max_tokens is None:
         raise fields.fail("max_tokens", "a whole number")
     return asks.Ask(
-        prompt=asks.prompt_of(served, talk),
+        prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
         sampling=asks.sampling_of(fields, served),
         max_tokens=max_tokens,
         stop=fields.texts("stop_sequences", asks.MOST_STOPS),
@@ -148,7 +150,13 @@ class Form:
 def _block(part: str | tools.Call) -> Json:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    return {"type": "tool_use", "id": new_id("toolu"), "name": part.name, "input": json.loads(part.arguments)}
+    arguments = json.loads(part.arguments, parse_float=_finite)
+    return {"type": "tool_use", "id": new_id("toolu"), "name": part.name, "input": arguments}
+
+
+def _finite(text: str) -> float:
+    """The number that is nearest: JSON's have no end, and floats do."""
+    return max(-sys.float_info.max, min(float(text), sys.float_info.max))
 
 
 def _event(kind: str, **values: Any) -> Json:

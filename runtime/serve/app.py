@@ -72,7 +72,7 @@ class Server:
 
     async def completions(self, request: Request) -> Response:
         fields, served = await self._read(request)
-        found = asks.completion_asks(fields, served)
+        found = await asks.completion_asks(fields, served)
         form = openai.Form(served, fields, is_chat=False)
         return await self._answer(request, fields.flag("stream"), served, found, form)
 
@@ -92,7 +92,8 @@ class Server:
 
     async def count_tokens(self, request: Request) -> Response:
         fields, served = await self._read(request)
-        return JSONResponse({"input_tokens": len(asks.prompt_of(served, anthropic.talk_of(fields)))})
+        ids = await asyncio.to_thread(asks.prompt_of, served, anthropic.talk_of(fields))
+        return JSONResponse({"input_tokens": len(ids)})
 
     async def _read(self, request: Request) -> tuple[Fields, Served]:
         fields = Fields.parse(await request.body())
@@ -114,7 +115,7 @@ class Server:
 
     def _start(self, served: Served, found: Sequence[asks.Ask]) -> list[Answer]:
         begun = sum(served.scheduler.load)
-        if begun + sum(ask.n for ask in found) > self._most_begun:
+        if begun >= self._most_begun:
             raise BadRequest(f"{begun} answers are being written or wait already; try again later", status=503)
         answers: list[Answer] = []
         try:
@@ -131,7 +132,8 @@ class Server:
     async def tokenize(self, request: Request) -> Response:
         fields, served = await self._read(request)
         tokenizer, text = served.model.tokenizer, fields.text("content", "") or ""
-        ids = tokenizer.encode(text, bos=fields.flag("add_special"))
+        asks.check_length(served, [text], "content")
+        ids = await asyncio.to_thread(tokenizer.encode, text, fields.flag("add_special"))
         if fields.flag("with_pieces"):
             return JSONResponse({"tokens": [{"id": i, "piece": tokenizer.piece(i)} for i in ids]})
         return JSONResponse({"tokens": ids})

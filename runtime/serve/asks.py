@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,8 @@ def start(served: Served, ask: Ask) -> list[Answer]:
             "messages",
             code="context_length_exceeded",
         )
+    room = model.context - len(ask.prompt) + 1  # the last token needs no position
+    most = room if ask.max_tokens is None else min(ask.max_tokens, room)
     answers = []
     for i in range(ask.n):
         sampling = ask.sampling
@@ -56,7 +59,7 @@ def start(served: Served, ask: Ask) -> list[Answer]:
             model.tokenizer,
             sampling,
             model.stop_ids,
-            max_tokens=ask.max_tokens,
+            max_tokens=most,
             stop=ask.stop,
             constraint=ask.constraint() if ask.constraint else None,
             logprobs=ask.logprobs,
@@ -85,7 +88,9 @@ def sampling_of(fields: Fields, served: Served) -> Sampling:
     }
     if chosen["top_p"] == 0:  # as others take it: the likeliest token alone
         chosen["top_p"] = 1e-9
-    if chosen["seed"] is not None:
+    if chosen["seed"] == -1:  # as on the command line: another one each time
+        chosen["seed"] = None
+    elif chosen["seed"] is not None:
         chosen["seed"] %= 1 << 64
     given = {name: value for name, value in chosen.items() if value is not None}
     return replace(served.model.default_sampling, **given)
@@ -151,6 +156,18 @@ def text_of(entry: Fields, name: str, optional: bool = False) -> str:
     return "".join(texts)
 
 
+def check_length(served: Served, texts: Sequence[str], param: str) -> None:
+    """Raises BadRequest for texts that are far too long, before they are cut into tokens, which takes a while."""
+    model, n = served.model, sum(map(len, texts))
+    if n > model.context * model.tokenizer.longest_piece or len(texts) > model.context:
+        raise BadRequest(
+            f"{param}: {n} characters in {len(texts)} texts do not fit into the context of {served.name}, "
+            f"{model.context} tokens",
+            param,
+            code="context_length_exceeded",
+        )
+
+
 def prompt_of(served: Served, talk: Talk) -> list[int]:
     """What the model sees of a chat: system messages first and as one, turns of the same side as one.
 
@@ -158,6 +175,7 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
     """
     if not served.model.is_chat_model:
         raise BadRequest(f"{served.name} has no chat template: it continues texts, by /v1/completions", "model")
+    check_length(served, [message.text for message in talk.messages], "messages")
     system = [message.text for message in talk.messages if message.role == "system"]
     if talk.may_call:
         system.insert(0, tools.instructions(talk.functions))
@@ -250,19 +268,22 @@ def completion_prompts(fields: Fields, served: Served) -> list[list[int]]:
     value = fields.get("prompt")
     many = isinstance(value, list) and value and isinstance(value[0], (str, list))
     prompts = []
-    for prompt in value if many else [value if value is not None else ""]:
+    asked = value if many else [value if value is not None else ""]
+    if len(asked) > MOST_ANSWERS:
+        raise BadRequest(f"prompt: found {len(asked)}, expected up to {MOST_ANSWERS}", "prompt")
+    vocab_size = served.model.config.vocab_size
+    for prompt in asked:
         if isinstance(prompt, str):
+            check_length(served, [prompt], "prompt")
             prompts.append(served.model.tokenizer.encode(prompt, bos=True))
-        elif isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        elif isinstance(prompt, list) and prompt and all(type(t) is int and 0 <= t < vocab_size for t in prompt):
             prompts.append(prompt)
         else:
-            raise fields.fail("prompt", "texts, or lists of token ids")
-    if len(prompts) > MOST_ANSWERS:
-        raise BadRequest(f"prompt: found {len(prompts)}, expected up to {MOST_ANSWERS}", "prompt")
+            raise fields.fail("prompt", f"texts, or lists of token ids from 0 to {vocab_size - 1}")
     return prompts
 
 
-def completion_asks(fields: Fields, served: Served) -> list[Ask]:
+async def completion_asks(fields: Fields, served: Served) -> list[Ask]:
     if "suffix" in fields:
         raise BadRequest("suffix: Gemma models cannot fill in the middle", "suffix")
     limits = limits_of(fields)
@@ -270,7 +291,8 @@ def completion_asks(fields: Fields, served: Served) -> list[Ask]:
         limits["max_tokens"] = 16  # as the API has it
     logprobs = fields.whole("logprobs", 0, MOST_LOGPROBS)
     sampling, scored = sampling_of(fields, served), logprobs if fields.flag("echo") else None
+    constraint = await constraint_of(served, Talk([]), fields.object("response_format"))
     return [
-        Ask(prompt=prompt, sampling=sampling, logprobs=logprobs, scored=scored, **limits)
-        for prompt in completion_prompts(fields, served)
+        Ask(prompt=prompt, sampling=sampling, logprobs=logprobs, scored=scored, constraint=constraint, **limits)
+        for prompt in await asyncio.to_thread(completion_prompts, fields, served)
     ]

@@ -72,7 +72,7 @@ class Guard:
         if self._key is None or path in _OPEN or path.startswith(FOLDER) or scope["method"] == "OPTIONS":
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
-        if hmac.compare_digest(given.encode(), self._key.encode()):
+        if hmac.compare_digest(given.encode("latin-1"), self._key.encode()):  # headers come as Latin-1
             return None
         return problem(401, "a key is required: Authorization: Bearer KEY", "authentication_error", "invalid_api_key")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -35,7 +36,7 @@ async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
     if top is not None and not wanted:
         raise BadRequest("top_logprobs: needs logprobs to be true", "top_logprobs")
     return asks.Ask(
-        prompt=asks.prompt_of(served, talk),
+        prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
         sampling=asks.sampling_of(fields, served),
         logprobs=(top or 0) if wanted else None,
         constraint=await asks.constraint_of(served, talk, fields.object("response_format")),

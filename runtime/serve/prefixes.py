@@ -79,7 +79,7 @@ class Stored:
 
     def __init__(self, folder: Path, model: Runnable, new_caches: Callable[[], Caches], limit: int) -> None:
         self._folder, self._model, self._new_caches, self._limit = folder, model, new_caches, limit
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people wrote can be read from it
         self._ids: dict[Path, Ints] = {}
         for path in folder.glob("*.session"):
             with suppress(InvalidSession):
@@ -106,7 +106,7 @@ class Stored:
                     self._folder / f"{digest[:32]}.session", self._model, kept.ids.tolist(), kept.caches.snapshot()
                 )
         left = self._limit
-        for path in sorted(self._folder.glob("*.session"), key=lambda path: -path.stat().st_mtime):
-            left -= path.stat().st_size
+        for path in sorted(self._folder.glob("*.session"), key=lambda path: -path.lstat().st_mtime):
+            left -= path.lstat().st_size
             if left < 0:
                 path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
     )
     text = fields.object("text")
     return asks.Ask(
-        prompt=asks.prompt_of(served, talk),
+        prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
         sampling=asks.sampling_of(fields, served),
         max_tokens=fields.whole("max_output_tokens", 1, asks.MOST_TOKENS),
         constraint=await asks.constraint_of(served, talk, text.object("format") if text else None),

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import InvalidRequest
 from ..text.grammar import Grammar, Grammars
 
 MOST_CALLS = 8  # in an answer
 _START = '{"tool_calls": ['
+_NAME, _ARGUMENTS = '{"name": ', ', "arguments": '
 _ANY_OBJECT = {"type": "object"}
 
 _WORDS = """\
@@ -63,15 +65,14 @@ def grammar(grammars: Grammars, tools: Sequence[Tool], *, required: bool, parall
 
     Raises InvalidRequest for a schema that cannot be followed.
     """
+    try:
+        parameters = {f"a{i}": _moved(tool.parameters or _ANY_OBJECT, f"#/$defs/a{i}") for i, tool in enumerate(tools)}
+    except RecursionError:
+        raise InvalidRequest("tools: a schema is nested too deeply") from None
     calls = [
         {
             "type": "object",
-            "properties": {
-                "name": {"const": tool.name},
-                "arguments": _moved(
-                    tool.parameters or _ANY_OBJECT, f"#/properties/tool_calls/items/anyOf/{i}/properties/arguments"
-                ),
-            },
+            "properties": {"name": {"const": tool.name}, "arguments": {"$ref": f"#/$defs/a{i}"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
@@ -89,6 +90,7 @@ def grammar(grammars: Grammars, tools: Sequence[Tool], *, required: bool, parall
         },
         "required": ["tool_calls"],
         "additionalProperties": False,
+        "$defs": parameters,
     }
     return grammars.json_schema(schema) if required else grammars.json_or_text(schema)
 
@@ -99,12 +101,15 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(part, place) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    return {
-        key: place + value[1:]
-        if key == "$ref" and isinstance(value, str) and value[:1] == "#"
-        else _moved(value, place)
-        for key, value in schema.items()
-    }
+    found = {}
+    for key, value in schema.items():
+        if key in ("const", "enum", "default", "examples"):  # no schemas
+            found[key] = value
+        elif key == "$ref" and isinstance(value, str) and value[:1] == "#":
+            found[key] = place + value[1:]
+        elif key != "$id":  # which would be another place for references to begin
+            found[key] = _moved(value, place)
+    return found
 
 
 class Calls:
@@ -124,8 +129,15 @@ class Calls:
             self._held = ""
         while self._begun:
             try:
-                found, end = json.JSONDecoder().raw_decode(self._held.lstrip(", "))
-            except ValueError:
+                name, arguments, self._held = _call(self._held)
+            except ValueError:  # not all of it is there
                 return
-            self._held = self._held.lstrip(", ")[end:]
-            yield Call(found["name"], json.dumps(found["arguments"], ensure_ascii=False))
+            yield Call(name, arguments)
+
+
+def _call(text: str) -> tuple[str, str, str]:
+    """The name and the arguments, as they are written, of the call that a text begins with, and what is behind it."""
+    text, decoder = text.lstrip(", "), json.JSONDecoder()
+    _, end = decoder.raw_decode(text)
+    name, at = decoder.raw_decode(text, len(_NAME))
+    return name, text[at + len(_ARGUMENTS) : end - 1], text[end:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,33 +44,36 @@ class Grammars:
         """JSON that a schema describes. Raises InvalidRequest for a schema that cannot be followed."""
         from llguidance import LLMatcher
 
-        text = json.dumps(schema)
-        return self._compiled("JSON schema", text, LLMatcher.grammar_from_json_schema(text, overrides=_COMPACT))
+        text = _json(schema)
+        return self._compiled("JSON schema", text, lambda: LLMatcher.grammar_from_json_schema(text, overrides=_COMPACT))
 
     def json_or_text(self, schema: Mapping[str, Any]) -> Grammar:
         """JSON that a schema describes, or text that does not begin with a brace."""
-        options = json.dumps({**schema, "x-guidance": _COMPACT})
+        options = _json({**schema, "x-guidance": _COMPACT})
         source = f"start: json | TEXT\njson: %json {options}\nTEXT: /([^{{](.|\\n)*)?/\n"
-        return self._compiled("JSON schema", source, source)
+        return self._compiled("JSON schema", source, lambda: source)
 
     def regex(self, expression: str) -> Grammar:
         """Text that a regular expression matches as a whole. Raises InvalidRequest for one that is none."""
         from llguidance import LLMatcher
 
-        return self._compiled("regular expression", expression, LLMatcher.grammar_from_regex(expression))
+        return self._compiled("regular expression", expression, lambda: LLMatcher.grammar_from_regex(expression))
 
     def lark(self, grammar: str) -> Grammar:
         """Text of a Lark grammar (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md)."""
         from llguidance import LLMatcher
 
-        return self._compiled("grammar", grammar, LLMatcher.grammar_from_lark(grammar))
+        return self._compiled("grammar", grammar, lambda: LLMatcher.grammar_from_lark(grammar))
 
-    def _compiled(self, what: str, source: str, grammar: str) -> Grammar:
+    def _compiled(self, what: str, source: str, grammar: Callable[[], str]) -> Grammar:
         from llguidance import LLMatcher
 
         if len(source) > MOST_BYTES:
             raise InvalidRequest(f"{what}: {len(source)} characters, expected at most {MOST_BYTES}")
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        try:
+            matcher = LLMatcher(self._tokenizer, grammar(), log_level=0)
+        except (ValueError, TypeError, RecursionError) as error:  # lone surrogates are one
+            raise InvalidRequest(f"{what}: {_first_line(str(error))}") from None
         if matcher.is_error():
             raise InvalidRequest(f"{what}: {_first_line(matcher.get_error())}")
         return Grammar(matcher, self._vocab_size)
@@ -138,5 +141,13 @@ def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
+def _json(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"JSON schema: {error}") from None
+
+
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+    """The beginning of what llguidance says, on one line."""
+    return " ".join(text.split())[:300]

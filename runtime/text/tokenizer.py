@@ -211,6 +211,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.start_of_turn_id, self.end_of_turn_id = vocabulary.turn_ids()
         self.stop_ids = frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
+        self.longest_piece = int(vocabulary.pieces.sizes().max())  # bytes
         self.special_ids = frozenset(np.flatnonzero(np.isin(self._types, (UNKNOWN, CONTROL))).tolist())
 
     def encode(self, text: str, bos: bool = False) -> list[int]:

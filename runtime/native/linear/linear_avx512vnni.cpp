@@ -14,7 +14,11 @@ namespace bezel {
 namespace {
 
 constexpr int kLanes = 4;
+#ifdef BEZEL_SMALL_TILES  // under sanitizers: compilers take minutes for the code of larger ones, which is the same
+constexpr int kTileTokens = 2;
+#else
 constexpr int kTileTokens = 12;
+#endif
 constexpr bool kSignedCodes = false;
 constexpr bool kNarrowSums = false;
 using I = __m512i;

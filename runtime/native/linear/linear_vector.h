@@ -143,8 +143,12 @@ BEZEL_INLINE void with_tokens(int tokens, const Body& body) {
   switch (tokens) {
     case 1: return body(Constant<1>{});
     case 2: return body(Constant<2>{});
-    case 3: return body(Constant<3>{});
-    case 4: return body(Constant<4>{});
+    case 3:
+      if constexpr (kMost >= 3) return body(Constant<3>{});
+      break;
+    case 4:
+      if constexpr (kMost >= 4) return body(Constant<4>{});
+      break;
     case 6:
       if constexpr (kMost >= 6) return body(Constant<6>{});
       break;

@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from bezel.runtime.commands.main import main
+from click.testing import CliRunner
 from serving import serving
 
 ASK = {"messages": [{"role": "user", "content": "A story."}], "max_tokens": 3}
@@ -82,7 +84,7 @@ def test_the_key(locked: str) -> None:
         ({"authorization": "Bearer wrong"}, False),
         ({"authorization": "Bearer secret"}, True),
         ({"x-api-key": "secret"}, True),
-        ({"authorization": "Bearer sécret".encode("latin-1").decode("latin-1")}, False),
+        ({"authorization": "Bearer sécret"}, False),
     ):
         found = httpx.post(locked + CHAT, headers={k: v.encode("latin-1") for k, v in headers.items()}, json=ASK)
         assert (found.status_code == 200) == right
@@ -236,3 +238,11 @@ def test_malformed_requests(address: str) -> None:
         ):
             assert b"200" not in raw(address, data)[:20]
         assert client.post(CHAT, json=ASK).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", "  "])
+def test_an_empty_key_is_none(key: str, file: Path) -> None:
+    done = CliRunner().invoke(main, ["serve", str(file), "--host", "0.0.0.0", "--api-key", key])
+    assert (done.exit_code, "--api-key: is empty" in done.output) == (1, True)
+    done = CliRunner().invoke(main, ["serve", str(file), "--host", "0.0.0.0"], env={"BEZEL_API_KEY": ""})
+    assert (done.exit_code, "clients must have a key" in done.output) == (1, True)

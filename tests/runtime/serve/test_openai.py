@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import httpx
 import openai
 import pytest
 from bezel.runtime import Message, Model, Sampling, load
+from bezel.runtime.serve import anthropic as messages_form
+from bezel.runtime.serve.tools import Call, Calls, told_calls
 from serving import serving
 
 TOLD = [{"role": "user", "content": "A story about a fox."}]
@@ -27,6 +30,16 @@ SCHEMA = {
     "required": ["name", "age", "kind"],
     "additionalProperties": False,
 }
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of so many levels."""
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "describe", "description": "Describe somebody.", "parameters": SCHEMA}}
 ]
@@ -387,3 +400,71 @@ def test_what_llama_cpp_s_server_has_too(address: str, client: openai.OpenAI, mo
         assert re.search(rf'^bezel_{name}{{model="fairy"}} [0-9.e+]+$', metrics, re.MULTILINE), name
     assert 'bezel_answers_total{model="fairy",finish="length"}' in metrics
     assert httpx.get(f"{address}/slots").json() == []
+
+
+def test_references_of_a_tool_s_schema_hold(client: openai.OpenAI) -> None:
+    """Where it is a part of another one; what only looks like a reference stays."""
+    schema = {
+        "$id": "https://example.com/tool",
+        "type": "object",
+        "properties": {"who": {"$ref": "#/$defs/who"}, "what": {"const": {"$ref": "#/x"}}, "far": {"type": "number"}},
+        "required": ["who", "what", "far"],
+        "additionalProperties": False,
+        "$defs": {"who": {"enum": ["fox", "king"]}},
+    }
+    tool: Any = {"type": "function", "function": {"name": "ask", "parameters": schema}}
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "tools": [tool], "tool_choice": "required"}
+    found = client.chat.completions.create(**asked, parallel_tool_calls=False, seed=1, max_tokens=300)
+    (call,) = found.choices[0].message.tool_calls or []
+    arguments = json.loads(call.function.arguments)
+    assert arguments["who"] in ("fox", "king")
+    assert arguments["what"] == {"$ref": "#/x"}
+
+
+def test_calls_are_told_as_they_are_written() -> None:
+    """Also numbers that no float holds."""
+    written = told_calls([Call("ask", '{"x": 9e999}'), Call("b", "{}")])
+    assert list(Calls().push(written)) == [Call("ask", '{"x": 9e999}'), Call("b", "{}")]
+    assert messages_form._block(Call("ask", '{"x": -9e999}'))["input"]["x"] == -sys.float_info.max
+
+
+def test_a_completion_by_a_regular_expression(client: openai.OpenAI) -> None:
+    form = {"response_format": {"type": "regex", "pattern": "[0-9]{4}"}}
+    found = client.completions.create(model="fairy", prompt="The year ", max_tokens=20, extra_body=form)
+    assert re.fullmatch("[0-9]{4}", found.choices[0].text)
+
+
+def test_what_is_forced_ends_with_the_context(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"schema": {"const": "abc " * 3000}}}
+    found = client.chat.completions.create(model="fairy", messages=TOLD, response_format=form)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage
+    assert found.usage.total_tokens <= 2048 + 1
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"response_format": {"type": "regex", "pattern": "\ud800"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "\ud800"}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": float("inf")}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": nested(300)}}},
+        {
+            "tools": [{"type": "function", "function": {"name": "a", "parameters": nested(300)}}],
+            "tool_choice": "required",
+        },
+        {"messages": [{"role": "user", "content": "word " * 40_000}]},
+        {"messages": [{"role": "user", "content": ""}] * 3000},
+    ],
+)
+def test_what_cannot_be_a_form_or_a_prompt_is_a_400(asked: dict[str, Any], address: str) -> None:
+    body = {"model": "fairy", "messages": TOLD, "max_tokens": 2, **asked}
+    found = httpx.post(f"{address}/v1/chat/completions", content=json.dumps(body), timeout=30)
+    assert found.status_code == 400, found.text
+    wrong = {"model": "fairy", "prompt": [2, 1 << 70]}
+    assert httpx.post(f"{address}/v1/completions", json=wrong).status_code == 400
+
+
+def test_more_answers_than_there_is_room_for_wait(address: str) -> None:
+    body = {"model": "fairy", "prompt": ["A"] * 16, "n": 16, "max_tokens": 1}
+    assert len(httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()["choices"]) == 256

@@ -13,7 +13,11 @@ namespace bezel {
 namespace {
 
 constexpr int kLanes = 2;
+#ifdef BEZEL_SMALL_TILES  // see linear_avx512vnni.cpp
+constexpr int kTileTokens = 2;
+#else
 constexpr int kTileTokens = 4;
+#endif
 constexpr bool kSignedCodes = !BEZEL_AVXVNNI;
 constexpr bool kNarrowSums = !BEZEL_AVXVNNI;
 using I = __m256i;

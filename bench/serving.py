@@ -144,7 +144,13 @@ def compare(model: Path, versus: bool, clients: str, tokens: int, long_tokens: i
     rows: dict[str, dict[str, float]] = {}
     sides: list[tuple[str, tuple[str, ...], bool]] = [("bezel", ("--kv", "int8", "--parallel", "16"), False)]
     if versus:
-        sides.append(("llama.cpp", ("--n_ctx", "16384", "--n_threads", "2", "--cache", "true"), True))
+        sides.append(
+            (
+                "llama.cpp",
+                ("--n_ctx", "16384", "--n_threads", "2", "--cache", "true", "--interrupt_requests", "false"),
+                True,
+            )
+        )
     for name, options, peer in sides:
         with served(path, *options, peer=peer) as (address, _):
             rows[name] = asyncio.run(_measure(address, sizes, tokens, repeats))

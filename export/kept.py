@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..runtime.arrays import Arrays
 from ..runtime.files.atomic import atomic
+from ..runtime.files.hashing import fed
 
 _DIGEST_BYTES = 32
 
@@ -36,7 +37,7 @@ class KeptWork:
         try:
             with self._path(number).open("rb") as file:
                 expected = file.read(_DIGEST_BYTES)
-                if _digest(file) != expected:
+                if fed(hashlib.sha256(), file).digest() != expected:
                     return None
                 file.seek(_DIGEST_BYTES)
                 with np.load(file, allow_pickle=False) as found:
@@ -49,7 +50,7 @@ class KeptWork:
             file.write(bytes(_DIGEST_BYTES))
             np.savez(file, allow_pickle=False, **arrays)
             file.seek(_DIGEST_BYTES)
-            digest = _digest(file)
+            digest = fed(hashlib.sha256(), file).digest()
             file.seek(0)
             file.write(digest)
 
@@ -58,14 +59,6 @@ class KeptWork:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06}.npz"
-
-
-def _digest(file: BinaryIO) -> bytes:
-    """Of all that follows in a file."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.digest()
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
@@ -69,12 +70,33 @@ def _unpack_nibble_pairs(packed: Bytes) -> tuple[Bytes, Bytes]:
     return packed & LOW, packed >> np.uint8(4)
 
 
-_TWO_BITS = AffineK(16, 3, 15, _TRIALS_Q2, _pack_nibble_pairs, _unpack_nibble_pairs)
-_FOUR_BITS = AffineK(32, 15, 63, AFFINE_TRIALS_15, _pack_six_bits, _unpack_six_bits)
-_FIVE_BITS = AffineK(32, 31, 63, AFFINE_TRIALS_31, _pack_six_bits, _unpack_six_bits)
+class _WithMinima(Format):
+    """What the formats with minima have in common. `parts` says how their blocks are cut, `codes` unpacks (b, 256)."""
+
+    parts: ClassVar[AffineK]
+
+    @classmethod
+    def codes(cls, blocks: Blocks) -> Bytes:
+        raise NotImplementedError
+
+    @classmethod
+    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
+        return cls.parts.steps(blocks)
+
+    @classmethod
+    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
+        return cls.parts.search(x, w, cls.layout)
+
+    @classmethod
+    def _encode(cls, x: F32Array, out: Blocks) -> None:
+        cls.put_codes(cls.parts.encode(x, out), out)
+
+    @classmethod
+    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+        cls.parts.decode(cls.codes(blocks), blocks, out)
 
 
-class Q2_K(Format):
+class Q2_K(_WithMinima):
     """w = d·scale·q − dmin·min: 16 sub-blocks of 16, with 4-bit scales and minima, which share a byte.
 
     Each half of a block keeps its 128 weights in 32 bytes, those that lie 32 apart in the same byte.
@@ -85,26 +107,15 @@ class Q2_K(Format):
     largest = HALF_MAX * 14
     codebook = integers(0, 3)
     span, divisions = RANGE_16, 3
-
-    @classmethod
-    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
-        return _TWO_BITS.steps(blocks)
+    parts = AffineK(16, 3, 15, _TRIALS_Q2, _pack_nibble_pairs, _unpack_nibble_pairs)
 
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["qs"] = _pack_pairs(codes)
 
     @classmethod
-    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
-        return _TWO_BITS.search(x, w, cls.layout)
-
-    @classmethod
-    def _encode(cls, x: F32Array, out: Blocks) -> None:
-        cls.put_codes(_TWO_BITS.encode(x, out), out)
-
-    @classmethod
-    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
-        _TWO_BITS.decode(_unpack_pairs(blocks["qs"]), blocks, out)
+    def codes(cls, blocks: Blocks) -> Bytes:
+        return _unpack_pairs(blocks["qs"])
 
 
 class Q3_K(Format):
@@ -165,7 +176,7 @@ class Q3_K(Format):
         return column(blocks["d"]) * (stored.astype(np.float32) - np.float32(32))
 
 
-class Q4_K(Format):
+class Q4_K(_WithMinima):
     """w = d·scale·q − dmin·min: 8 sub-blocks of 32, with 6-bit scales and minima."""
 
     name, gguf_type, file_type, block, fallback = "q4_k", 12, 14, 256, Q5_0
@@ -173,29 +184,18 @@ class Q4_K(Format):
     largest = HALF_MAX * 62
     codebook = integers(0, 15)
     span, divisions = RANGE_32, 15
-
-    @classmethod
-    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
-        return _FOUR_BITS.steps(blocks)
+    parts = AffineK(32, 15, 63, AFFINE_TRIALS_15, _pack_six_bits, _unpack_six_bits)
 
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["qs"] = pack_nibbles(codes.reshape(-1, 4, 2, 32))
 
     @classmethod
-    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
-        return _FOUR_BITS.search(x, w, cls.layout)
-
-    @classmethod
-    def _encode(cls, x: F32Array, out: Blocks) -> None:
-        cls.put_codes(_FOUR_BITS.encode(x, out), out)
-
-    @classmethod
-    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
-        _FOUR_BITS.decode(unpack_nibbles(blocks["qs"]).reshape(-1, 256), blocks, out)
+    def codes(cls, blocks: Blocks) -> Bytes:
+        return unpack_nibbles(blocks["qs"]).reshape(-1, 256)
 
 
-class Q5_K(Format):
+class Q5_K(_WithMinima):
     """As Q4_K; bit i of the bytes of qh is the fifth bit of sub-block i."""
 
     name, gguf_type, file_type, block, fallback = "q5_k", 13, 16, 256, Q5_1
@@ -203,10 +203,7 @@ class Q5_K(Format):
     largest = HALF_MAX * 62
     codebook = integers(0, 31)
     span, divisions = RANGE_32, 31
-
-    @classmethod
-    def steps(cls, blocks: Blocks) -> tuple[F32Array, F32Array]:
-        return _FIVE_BITS.steps(blocks)
+    parts = AffineK(32, 31, 63, AFFINE_TRIALS_31, _pack_six_bits, _unpack_six_bits)
 
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
@@ -214,18 +211,10 @@ class Q5_K(Format):
         out["qs"] = pack_nibbles((codes & LOW).reshape(-1, 4, 2, 32))
 
     @classmethod
-    def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:
-        return _FIVE_BITS.search(x, w, cls.layout)
-
-    @classmethod
-    def _encode(cls, x: F32Array, out: Blocks) -> None:
-        cls.put_codes(_FIVE_BITS.encode(x, out), out)
-
-    @classmethod
-    def _decode(cls, blocks: Blocks, out: F32Array) -> None:
+    def codes(cls, blocks: Blocks) -> Bytes:
         q = unpack_nibbles(blocks["qs"]).reshape(-1, 8, 32)
         q |= (blocks["qh"][:, None] >> shifts(8, 1) & 1) << 4
-        _FIVE_BITS.decode(q.reshape(-1, 256), blocks, out)
+        return q.reshape(-1, 256)
 
 
 class Q6_K(Format):

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.commands.serve": ("runtime", "click", "uvicorn"),
     "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),
     "export.hub": ("export", "quant", *CONTRACT),
-    "export.hub.client": ("runtime.errors", "runtime.version", "huggingface_hub", "httpx2"),
+    "export.hub.client": ("runtime.errors", "runtime.version", "runtime.files.hashing", "huggingface_hub", "httpx2"),
     "export.onnx": ("export", "quant", *CONTRACT, "numpy", "onnx"),
     "export.commands": (
         "export",

@@ -16,7 +16,7 @@ from ...export.commands.progress import duration
 from ...runtime.files.atomic import check_output
 from ..loss.state import state_folder
 from ..progress import Progress, silent
-from ..report.page import PAGE_BEGINS
+from ..report import PAGE_BEGINS
 
 
 class Output(click.Path):

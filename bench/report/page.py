@@ -16,7 +16,6 @@ from . import svg
 from .svg import Axis, Row, element, number
 
 KLD = "KLD, nats per token"
-PAGE_BEGINS = b'<!DOCTYPE html>\n<html lang="en"><head><meta name="generator" content="bezel">'
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 

@@ -12,6 +12,7 @@ from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.files.gguf import RECEIPT
 from ...runtime.files.gguf_model import GGUFModel
+from ...runtime.files.hashing import fed
 from .header import encode_entry
 
 _MOST = 64  # bytes of a text
@@ -69,11 +70,8 @@ def model_sha256(model: Path) -> str:
             return file.fingerprint()
     hashes = []
     for path in sorted([*model.glob("*.safetensors"), *model.glob("*.onnx*")]):
-        digest = hashlib.sha256()
         with path.open("rb") as raw:
-            while block := raw.read(1 << 20):
-                digest.update(block)
-        hashes.append(digest.hexdigest())
+            hashes.append(fed(hashlib.sha256(), raw).hexdigest())
     return _of_all(hashes)
 
 

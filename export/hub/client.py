@@ -31,10 +31,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from ...runtime.errors import HubError
+from ...runtime.files.hashing import fed
 from ...runtime.version import bezel_version
 
 MOST_FILES = 10_000
-_BLOCK = 1 << 20
 _TRIES = 5  # in a row that bring nothing
 _PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.+-]*/){0,3}[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -62,9 +62,7 @@ class HubFile:
             return False
         found = hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                found.update(block)
-        return found.hexdigest() == self.digest
+            return fed(found, file).hexdigest() == self.digest
 
 
 @dataclass(frozen=True)

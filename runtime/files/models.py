@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,6 +20,7 @@ from ..errors import BezelError, InvalidRequest
 from .atomic import claimed
 from .packaged import PACKAGED, assembled
 from .strict_json import parse_json
+from .user_cache import user_folder
 
 CHECKPOINT = "checkpoint"  # the tag of one that was kept
 NOTE = "bezel.json"
@@ -86,14 +86,7 @@ def models_folder() -> Path:
     """BEZEL_MODELS, or a folder in the place for this user's data. It need not be there."""
     if chosen := os.environ.get("BEZEL_MODELS"):
         return Path(chosen).expanduser()
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Application Support"
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
-    return base / "bezel" / "models"
+    return user_folder("Library/Application Support", "XDG_DATA_HOME", ".local/share") / "bezel" / "models"
 
 
 def named_models() -> list[NamedModel]:

@@ -29,6 +29,7 @@ from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
 from ..model.families.hf import read_hf_config
 from ..text.tokenizer import Vocabulary
+from .hashing import fed
 from .onnx_model import Initializer, OnnxModel, is_file_name, read_model
 from .onnx_tensors import OnnxTensor, dequantize, find_tensors
 from .strict_json import parse_json
@@ -148,11 +149,8 @@ class OnnxFolder:
     def check_hashes(self) -> None:
         """Raises InvalidModelFile unless every file that `bezel.json` lists has the content it had when written."""
         for name in self.files:
-            digest = hashlib.sha256()
             with os.fdopen(self._open(name)[0], "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            self._check_hash(name, digest.hexdigest())
+                self._check_hash(name, fed(hashlib.sha256(), file).hexdigest())
 
     def facts(self) -> dict[str, Any]:
         """What only a graph has. Operators are named with their domain, unless it is ONNX's own."""

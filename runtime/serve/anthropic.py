@@ -6,15 +6,13 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from ..text import chat
 from . import asks, tools
 from .answers import Answer, together
-from .asks import Json
 from .fields import BadRequest, Fields
 from .models import Served
-from .openai import new_id
+from .shapes import Json, event, new_id
 
 
 async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
@@ -115,36 +113,36 @@ class Form:
     async def whole(self, answers: Sequence[Answer]) -> Json:
         (answer,) = answers
         text = await answer.text()
-        parts: list[str | tools.Call] = list(tools.Calls().push(text)) if self._calls else [text]
+        parts = list(tools.Calls(self._calls).push(text))
         content = [_block(part) for part in parts]
         return self._message(answer, content, any(block["type"] == "tool_use" for block in content))
 
     async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
         """The events of a stream."""
         (answer,) = answers
-        yield _event("message_start", message=self._message(answer, [], False))
-        reader, index, text_open, called = tools.Calls(), -1, False, False
+        yield event("message_start", message=self._message(answer, [], False))
+        reader, index, text_open, called = tools.Calls(self._calls), -1, False, False
         async for _, text, _ in together(answers):
-            for part in reader.push(text) if self._calls else [text]:
+            for part in reader.push(text):
                 if isinstance(part, tools.Call):
                     called, index = True, index + 1
                     start = {**_block(part), "input": {}}
-                    yield _event("content_block_start", index=index, content_block=start)
+                    yield event("content_block_start", index=index, content_block=start)
                     delta = {"type": "input_json_delta", "partial_json": part.arguments}
-                    yield _event("content_block_delta", index=index, delta=delta)
-                    yield _event("content_block_stop", index=index)
+                    yield event("content_block_delta", index=index, delta=delta)
+                    yield event("content_block_stop", index=index)
                     continue
                 if not text_open:
                     text_open, index = True, index + 1
-                    yield _event("content_block_start", index=index, content_block=_block(""))
-                yield _event("content_block_delta", index=index, delta={"type": "text_delta", "text": part})
+                    yield event("content_block_start", index=index, content_block=_block(""))
+                yield event("content_block_delta", index=index, delta={"type": "text_delta", "text": part})
         if text_open:
-            yield _event("content_block_stop", index=index)
+            yield event("content_block_stop", index=index)
         reason, sequence = _reason(answer, called)
-        yield _event(
+        yield event(
             "message_delta", delta={"stop_reason": reason, "stop_sequence": sequence}, usage=self._usage(answer)
         )
-        yield _event("message_stop")
+        yield event("message_stop")
 
 
 def _block(part: str | tools.Call) -> Json:
@@ -157,10 +155,6 @@ def _block(part: str | tools.Call) -> Json:
 def _finite(text: str) -> float:
     """The number that is nearest: JSON's have no end, and floats do."""
     return max(-sys.float_info.max, min(float(text), sys.float_info.max))
-
-
-def _event(kind: str, **values: Any) -> Json:
-    return {"event": kind, "type": kind, **values}
 
 
 def problem(status: int, told: Json) -> Json:

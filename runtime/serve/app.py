@@ -23,6 +23,7 @@ from .answers import Answer
 from .fields import BadRequest, Fields
 from .guard import Guard, problem
 from .models import Models, Served
+from .shapes import dumps, error_of
 from .web import page_routes
 
 _PING_SECONDS = 15  # without a word a stream sends a comment, so that nobody takes it for dead
@@ -246,12 +247,12 @@ def events(answers: Sequence[Answer], parts: Parts, done: bool = True) -> Respon
                 finally:
                     pending = None
                 name = part.pop("event", None)  # which not every API gives
-                yield (f"event: {name}\n" if name else "") + f"data: {openai.dumps(part)}\n\n"
+                yield (f"event: {name}\n" if name else "") + f"data: {dumps(part)}\n\n"
             if done:
                 yield "data: [DONE]\n\n"
         except Exception as error:
             status, told = explain(error)
-            yield f"data: {openai.dumps({'error': {**told, 'code': status}})}\n\n"
+            yield f"data: {dumps({'error': {**told, 'code': status}})}\n\n"
         finally:
             if pending is not None:
                 pending.cancel()
@@ -266,13 +267,13 @@ def explain(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status of an error, and what its sender is told of it."""
     if isinstance(error, BadRequest):
         kind = "invalid_request_error" if error.status < 500 else "unavailable_error"
-        return error.status, {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+        return error.status, error_of(str(error), kind, error.code, error.param)
     if isinstance(error, InvalidRequest):
-        return 400, {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
+        return 400, error_of(str(error), "invalid_request_error")
     if isinstance(error, (BezelError, MemoryError, OSError)):
-        return 500, {"message": str(error) or "not enough memory", "type": "server_error", "param": None, "code": None}
+        return 500, error_of(str(error) or "not enough memory", "server_error")
     _log.error("%r", error)
-    return 500, {"message": "an error of the server's own", "type": "server_error", "param": None, "code": None}
+    return 500, error_of("an error of the server's own", "server_error")
 
 
 async def _tell(request: Request, error: Exception) -> Response:

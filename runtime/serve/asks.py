@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..errors import InvalidRequest
 from ..text import chat
@@ -17,10 +16,10 @@ from . import tools
 from .answers import Answer
 from .fields import BadRequest, Fields
 from .models import Served
+from .shapes import Json
 
 MOST_ANSWERS, MOST_STOPS, MOST_LOGPROBS, MOST_BIASED = 16, 16, 20, 1024
 MOST_TOKENS = 1 << 30
-Json = dict[str, Any]
 
 
 @dataclass

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .shapes import error_of
 from .web import FOLDER
 
 _OPEN = ("/", "/health")  # without a key, as the page's files: nothing of anybody's is there
@@ -113,7 +114,7 @@ def problem(
     param: str | None = None,
 ) -> JSONResponse:
     """An error as OpenAI's API tells it."""
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+    return JSONResponse({"error": error_of(message, kind, code, param)}, status)
 
 
 def _name(host: str) -> str:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from ..text import chat
 from ..text.generation import Chance
-from ..text.tokenizer import BYTE, SPACE, Tokenizer
+from ..text.tokenizer import Tokenizer
 from . import asks, tools
 from .answers import Answer, together
 from .fields import BadRequest, Fields
 from .models import Served
-
-Json = dict[str, Any]
+from .shapes import Json, new_id
 
 
 async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
@@ -85,10 +81,6 @@ def _messages(entries: Sequence[Fields]) -> list[chat.Message]:
     return found
 
 
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
-
-
 def finish_of(answer: Answer, called: bool) -> str:
     if answer.writer.finish == "length":
         return "length"
@@ -134,15 +126,8 @@ def timings_of(answers: Sequence[Answer]) -> Json:
     }
 
 
-def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    piece = tokenizer.piece(token)
-    if tokenizer.kind(token) == BYTE:
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace(SPACE, " ").encode()
-
-
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> Json:
-    raw = _bytes(tokenizer, token)
+    raw = tokenizer.bytes_of(token)
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
@@ -202,11 +187,9 @@ class Form:
         choices = []
         for i, answer in enumerate(answers):
             text, chances = await answer.text(), answer.writer.chances
-            calls: list[tools.Call] = []
-            if self._calls:
-                found = list(tools.Calls().push(text))
-                calls = [part for part in found if isinstance(part, tools.Call)]
-                text = "".join(part for part in found if isinstance(part, str))
+            found = list(tools.Calls(self._calls).push(text))
+            calls = [part for part in found if isinstance(part, tools.Call)]
+            text = "".join(part for part in found if isinstance(part, str))
             if self._chat:
                 message: Json = {"role": "assistant", "content": None if calls else text, "refusal": None}
                 if calls:
@@ -229,7 +212,7 @@ class Form:
     async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
         """The chunks of a stream."""
         told, offsets, calls = [0] * len(answers), [0] * len(answers), [0] * len(answers)
-        readers, begun = [tools.Calls() for _ in answers], set[int]()
+        readers, begun = [tools.Calls(self._calls) for _ in answers], set[int]()
         for i in range(len(answers) if self._chat else 0):
             yield self._part(i, {"delta": {"role": "assistant", "content": "" if not self._calls else None}})
         async for i, text, n in together(answers):
@@ -241,7 +224,7 @@ class Form:
                 begun.add(i)
             logprobs = self._logprobs(answer, chances, offsets[i])
             offsets[i] += len(text)
-            for part in readers[i].push(text) if self._calls else [text]:
+            for part in readers[i].push(text):
                 if isinstance(part, tools.Call):
                     content: Json = {"delta": {"tool_calls": [called(part, calls[i])]}}
                     calls[i] += 1
@@ -260,7 +243,3 @@ class Form:
             yield last if self._usage else {**last, "timings": timings_of(answers)}
         if self._usage:
             yield {**self._object(True), "choices": [], "usage": usage_of(answers), "timings": timings_of(answers)}
-
-
-def dumps(value: Json) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

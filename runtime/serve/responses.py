@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 from ..text import chat
 from . import asks, tools
 from .answers import Answer, together
-from .asks import Json
 from .fields import BadRequest, Fields
 from .models import Served
-from .openai import new_id
+from .shapes import Json, event, new_id
 
 
 async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
@@ -122,49 +120,51 @@ class Form:
     async def whole(self, answers: Sequence[Answer]) -> Json:
         (answer,) = answers
         text = await answer.text()
-        parts: list[str | tools.Call] = list(tools.Calls().push(text)) if self._calls else [text]
+        parts = list(tools.Calls(self._calls).push(text))
         return self._response(answer, [_item(part) for part in parts], "completed")
 
     async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
         """The events of a stream."""
-        async for number, event in _numbered(self._events(answers)):
-            yield {**event, "sequence_number": number}
+        number = 0
+        async for one in self._events(answers):
+            yield {**one, "sequence_number": number}
+            number += 1
 
     async def _events(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
         (answer,) = answers
-        yield _event("response.created", response=self._response(answer, [], "in_progress"))
-        yield _event("response.in_progress", response=self._response(answer, [], "in_progress"))
-        reader, output = tools.Calls(), list[Json]()
+        yield event("response.created", response=self._response(answer, [], "in_progress"))
+        yield event("response.in_progress", response=self._response(answer, [], "in_progress"))
+        reader, output = tools.Calls(self._calls), list[Json]()
         message: Json | None = None
         async for _, text, _ in together(answers):
-            for part in reader.push(text) if self._calls else [text]:
+            for part in reader.push(text):
                 if isinstance(part, tools.Call):
                     item = _item(part)
                     place = {"output_index": len(output), "item_id": item["id"]}
                     output.append(item)
                     begun = {**item, "arguments": "", "status": "in_progress"}
-                    yield _event("response.output_item.added", output_index=place["output_index"], item=begun)
-                    yield _event("response.function_call_arguments.delta", **place, delta=part.arguments)
-                    yield _event(
+                    yield event("response.output_item.added", output_index=place["output_index"], item=begun)
+                    yield event("response.function_call_arguments.delta", **place, delta=part.arguments)
+                    yield event(
                         "response.function_call_arguments.done", **place, arguments=part.arguments, name=part.name
                     )
-                    yield _event("response.output_item.done", output_index=place["output_index"], item=item)
+                    yield event("response.output_item.done", output_index=place["output_index"], item=item)
                     continue
                 if message is None:
                     message = _item("")
                     begun = {**message, "content": [], "status": "in_progress"}
-                    yield _event("response.output_item.added", output_index=len(output), item=begun)
+                    yield event("response.output_item.added", output_index=len(output), item=begun)
                     output.append(message)
-                    yield _event("response.content_part.added", **_place(message), part=_text(""))
+                    yield event("response.content_part.added", **_place(message), part=_text(""))
                 message["content"][0]["text"] += part
-                yield _event("response.output_text.delta", **_place(message), delta=part, logprobs=[])
+                yield event("response.output_text.delta", **_place(message), delta=part, logprobs=[])
         if message is not None:
             said = message["content"][0]["text"]
-            yield _event("response.output_text.done", **_place(message), text=said, logprobs=[])
-            yield _event("response.content_part.done", **_place(message), part=_text(said))
-            yield _event("response.output_item.done", output_index=0, item=message)
+            yield event("response.output_text.done", **_place(message), text=said, logprobs=[])
+            yield event("response.content_part.done", **_place(message), part=_text(said))
+            yield event("response.output_item.done", output_index=0, item=message)
         done = self._response(answer, output, "completed")
-        yield _event(f"response.{done['status']}", response=done)
+        yield event(f"response.{done['status']}", response=done)
 
 
 def _place(message: Json) -> Json:
@@ -192,14 +192,3 @@ def _item(part: str | tools.Call) -> Json:
         "status": "completed",
         "content": [_text(part)],
     }
-
-
-async def _numbered(events: AsyncIterator[Json]) -> AsyncIterator[tuple[int, Json]]:
-    number = 0
-    async for event in events:
-        yield number, event
-        number += 1
-
-
-def _event(kind: str, **values: Any) -> Json:
-    return {"event": kind, "type": kind, **values}

@@ -113,12 +113,15 @@ def _moved(schema: Any, place: str) -> Any:
 
 
 class Calls:
-    """Reads an answer as it comes: text, or calls, each once it is complete."""
+    """Reads an answer as it comes: text or, where these are `expected`, calls, each once it is complete."""
 
-    def __init__(self) -> None:
-        self._held, self._begun, self._is_text = "", False, False
+    def __init__(self, expected: bool) -> None:
+        self._held, self._begun, self._expected, self._is_text = "", False, expected, False
 
     def push(self, text: str) -> Iterator[str | Call]:
+        if not self._expected:
+            yield text
+            return
         self._held += text
         if not self._begun and not self._is_text:
             self._is_text = bool(self._held) and not _START.startswith(self._held[: len(_START)])
@@ -127,7 +130,7 @@ class Calls:
         if self._is_text and self._held:
             yield self._held
             self._held = ""
-        while self._begun:
+        while self._begun and "}" in text:  # what completes a call, which is not looked at in vain
             try:
                 name, arguments, self._held = _call(self._held)
             except ValueError:  # not all of it is there

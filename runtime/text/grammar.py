@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidRequest
-from .tokenizer import BYTE, CONTROL, SPACE, UNKNOWN, Tokenizer
+from .tokenizer import Tokenizer
 
 ANY_JSON = {"type": "object"}
 MOST_BYTES = 1 << 18  # of a schema, an expression or a grammar
@@ -125,20 +125,13 @@ class _Pieces:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         self.special_token_ids = sorted(tokenizer.special_ids)
-        self.tokens = [_bytes(tokenizer, i) for i in range(tokenizer.vocab_size)]
+        # The byte before a special one says that no text is meant.
+        marks = (b"\xff" * (i in tokenizer.special_ids) for i in range(tokenizer.vocab_size))
+        self.tokens = [mark + tokenizer.bytes_of(i) for i, mark in enumerate(marks)]
         self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
-
-
-def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    kind, piece = tokenizer.kind(token), tokenizer.piece(token)
-    if kind == BYTE:
-        return bytes([int(piece[3:5], 16)])
-    if kind in (CONTROL, UNKNOWN):  # the byte says so
-        return b"\xff" + piece.encode()
-    return piece.replace(SPACE, " ").encode()
 
 
 def _json(schema: Mapping[str, Any]) -> str:

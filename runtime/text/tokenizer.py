@@ -245,6 +245,11 @@ class Tokenizer:
         """The piece as the vocabulary has it, for showing. Raises InvalidRequest like `decode`."""
         return self._pieces[self._check(token)]
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a piece stands for in UTF-8; a control piece for its name. Raises InvalidRequest like `decode`."""
+        piece = self.piece(token)
+        return bytes([_BYTES[piece]]) if self.kind(token) == BYTE else piece.replace(SPACE, " ").encode()
+
     def kind(self, token: int) -> int:
         """The type of a piece: NORMAL, UNKNOWN, CONTROL, … Raises InvalidRequest like `decode`."""
         return int(self._types[self._check(token)])
@@ -270,7 +275,7 @@ class StreamDecoder:
         """The text that this id completes. Raises InvalidRequest for an id outside the vocabulary."""
         kind, piece = self._tokenizer.kind(token), self._tokenizer.piece(token)
         if kind == BYTE:
-            return self._bytes.decode(bytes([_BYTES[piece]]))
+            return self._bytes.decode(self._tokenizer.bytes_of(token))
         if kind == CONTROL:
             return self.flush()
         return self.flush() + (_UNKNOWN_TEXT if kind == UNKNOWN else piece.replace(SPACE, " "))

@@ -124,14 +124,14 @@ def test_what_is_no_name(name: str, folder: Path, tmp_path: Path) -> None:
 def test_the_folder_is_where_the_platform_has_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("BEZEL_MODELS", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(models.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     assert models_folder() == tmp_path / ".local/share/bezel/models"
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert models_folder() == tmp_path / "data/bezel/models"
-    monkeypatch.setattr(models.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     assert models_folder() == tmp_path / "Library/Application Support/bezel/models"
-    monkeypatch.setattr(models.sys, "platform", "win32")
+    monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert models_folder() == tmp_path / "local/bezel/models"
 

@@ -1,0 +1,27 @@
+"""What the APIs' JSON has in common."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def event(kind: str, **values: Any) -> Json:
+    """An event of a stream whose events have names: in their "type", and for the stream itself."""
+    return {"event": kind, "type": kind, **values}
+
+
+def error_of(message: str, kind: str, code: str | None = None, param: str | None = None) -> Json:
+    """What OpenAI's API tells of an error."""
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+def dumps(value: Json) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arguments import shown
 from ..arrays import Floats
 from ..errors import InvalidRequest
 from ..session import MakeRoom, Session
-from .sampling import Sampler, Sampling
+from .sampling import Bits, Sampler, Sampling
 from .tokenizer import Tokenizer
 
 
 class Constraint(Protocol):
     """What an answer must look like, told token by token: a grammar."""
 
-    def allowed(self) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next, (vocab,); at least one, perhaps only a stop token."""
+    def allowed(self) -> Bits:
+        """Which tokens may come next: at least one, perhaps only a stop token."""
 
     def accept(self, token: int) -> None:
         """Take a token that is allowed."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import InvalidRequest
+from .sampling import Bits
 from .tokenizer import Tokenizer
 
 ANY_JSON = {"type": "object"}
@@ -37,7 +37,8 @@ class Grammars:
             TokenizerWrapper(_Pieces(tokenizer)),
             n_vocab=tokenizer.vocab_size,
             eos_token=sorted(stop_ids),
-            slices=LLTokenizer.json_slices(),
+            # Tokens that many states allow as a whole: those of JSON's strings, and of expressions for words.
+            slices=[*LLTokenizer.json_slices(), "[a-z ]{1,10}"],
         )
 
     def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
@@ -94,14 +95,13 @@ class Matching:
     """An answer that follows a grammar: a `Constraint`."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+        self._matcher = matcher
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
 
-    def allowed(self) -> npt.NDArray[np.bool_]:
+    def allowed(self) -> Bits:
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._check()
-        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
-        return bits[: self._vocab_size].view(np.bool_)
+        return self._bits.view(np.uint8)
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)

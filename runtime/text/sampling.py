@@ -113,9 +113,9 @@ class Sampler:
         logits: Floats,
         seen: Sequence[int],
         written: Sequence[int] = (),
-        allowed: npt.NDArray[np.bool_] | None = None,
+        allowed: Bits | None = None,
     ) -> int:
-        """The next token's id, from logits (vocab,), of which those that are `allowed` (vocab,) count.
+        """The next token's id, from logits (vocab,), of which those that are `allowed` count.
 
         `seen` are the ids that the repetition penalty acts on, `written` those that the other two do.
         """
@@ -129,6 +129,15 @@ class Sampler:
         return int(
             ids[np.searchsorted(np.cumsum(p), self._random.random() * p.sum(), side="right").clip(0, len(p) - 1)]
         )
+
+
+Bits = npt.NDArray[np.uint8]
+"""A bit for each token, eight to a byte, the first one lowest."""
+
+
+def _have(bits: Bits, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether each of the ids has its bit set."""
+    return (bits[ids >> 3] >> (ids & 7) & 1).astype(np.bool_)
 
 
 Changed = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
@@ -155,7 +164,7 @@ def _changed(logits: Floats, s: Sampling, seen: Sequence[int], written: Sequence
 
 
 def candidates(
-    logits: Floats, s: Sampling, changed: Changed | None = None, allowed: npt.NDArray[np.bool_] | None = None
+    logits: Floats, s: Sampling, changed: Changed | None = None, allowed: Bits | None = None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The ids that temperature, top-k, top-p and min-p leave, likeliest first, and their probabilities (unscaled).
 
@@ -163,16 +172,13 @@ def candidates(
     """
     top_k = 1 if s.temperature == 0 else s.top_k or len(logits)
     others = logits
-    if changed is not None or allowed is not None:
+    if changed is not None:
         others = logits.copy()
-        if changed is not None:
-            others[changed[0]] = -np.inf
-        if allowed is not None:
-            np.copyto(others, np.float32(-np.inf), where=~allowed)
-    ids = _largest(others, top_k)
+        others[changed[0]] = -np.inf
+    ids = _largest(others, top_k) if allowed is None else _largest_of(allowed, others, top_k)
     x = others[ids].astype(np.float64)
     if changed is not None:
-        which = slice(None) if allowed is None else allowed[changed[0]]
+        which = slice(None) if allowed is None else _have(allowed, changed[0])
         ids, x = np.concatenate([ids, changed[0][which]]), np.concatenate([x, changed[1][which]])
     if changed is not None or allowed is not None:
         possible = x > -np.inf
@@ -187,6 +193,19 @@ def candidates(
     kept = max(1, int(np.count_nonzero(np.cumsum(p) - p < s.top_p)))
     kept = min(kept, max(1, int(np.count_nonzero(p >= s.min_p * p[0]))))
     return ids[:kept], p[:kept]
+
+
+def _largest_of(allowed: Bits, x: Floats, k: int) -> npt.NDArray[np.int64]:
+    """Indices of the k largest of those elements of x that are allowed, among a few others of them."""
+    at = np.flatnonzero(allowed)
+    if len(at) > len(allowed) // 8:  # so many that there are likely to be k of them among the largest 2 k of all
+        ids = _largest(x, 2 * k)
+        ids = ids[_have(allowed, ids)]
+        if len(ids) >= k:
+            return ids
+    found = np.flatnonzero(np.unpackbits(allowed[at], bitorder="little"))
+    ids = at[found >> 3] * 8 + (found & 7)
+    return ids[_largest(x[ids], k)]
 
 
 def _largest(x: Floats, k: int) -> npt.NDArray[np.int64]:

@@ -95,11 +95,12 @@ def test_all_filters_and_penalties_at_once(seed: int) -> None:
     seen, written = (draw.integers(0, n, m).tolist() for m in draw.integers(0, 20, 2))
     allowed = draw.random(n) < draw.choice([0.01, 0.5, 1.1])
     allowed[draw.integers(0, n)] = True
-    ids, p = candidates(logits, s, _changed(logits, s, seen, written), allowed)
+    bits = np.packbits(allowed, bitorder="little")
+    ids, p = candidates(logits, s, _changed(logits, s, seen, written), bits)
     expected, chances = plain(logits, s, seen, written, allowed)
     assert ids.tolist() == expected
     assert np.allclose(p, chances, rtol=1e-12)
-    greedy = Sampler(replace(s, temperature=0.0))(logits, seen, written, allowed)
+    greedy = Sampler(replace(s, temperature=0.0))(logits, seen, written, bits)
     assert greedy == plain(logits, replace(s, top_k=1), seen, written, allowed)[0][0]
 
 

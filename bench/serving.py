@@ -152,16 +152,19 @@ def compare(model: Path, versus: bool, clients: str, tokens: int, long_tokens: i
             )
         )
     for name, options, peer in sides:
+        rows[name] = {}
         with served(path, *options, peer=peer) as (address, _):
-            rows[name] = asyncio.run(_measure(address, sizes, tokens, repeats))
+            try:
+                asyncio.run(_measure(rows[name], address, sizes, tokens, repeats))
+            except httpx.HTTPError as error:
+                click.echo(f"{name} broke off: {error!r}")
     for what in rows["bezel"]:
         click.echo(
             f"{what:<55}" + "".join(f"{name} {row.get(what, float('nan')):>9.2f}   " for name, row in rows.items())
         )
 
 
-async def _measure(address: str, sizes: list[int], tokens: int, repeats: int) -> dict[str, float]:
-    found: dict[str, float] = {}
+async def _measure(found: dict[str, float], address: str, sizes: list[int], tokens: int, repeats: int) -> None:
     async with httpx.AsyncClient(base_url=address, timeout=3600) as client:
         await ask(client, "Hello", max_tokens=4)
         for n in sizes:
@@ -185,7 +188,6 @@ async def _measure(address: str, sizes: list[int], tokens: int, repeats: int) ->
         _, times, _ = await ask(client, "Good day", max_tokens=2)
         found["short prompt meanwhile, s to the first"] = times[0]
         await reading
-    return found
 
 
 if __name__ == "__main__":

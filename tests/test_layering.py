@@ -48,8 +48,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.package": ("runtime.version", "runtime"),
     "runtime.package_main": ("runtime",),
     "runtime": ("runtime", "quant.formats", "numpy", "sentencepiece", "threadpoolctl", "safetensors"),
-    "runtime.text.grammar": ("runtime.errors", "runtime.text.tokenizer", "llguidance", "numpy"),
+    "runtime.text.grammar": (
+        *("runtime.errors", "runtime.text.tokenizer", "runtime.text.sampling"),
+        *("llguidance", "numpy"),
+    ),
     "runtime.serve": ("runtime", "starlette", "numpy"),
+    "runtime.serve.connections": ("uvicorn", "h11"),
     "runtime.commands": ("runtime", "quant.formats", "click", "numpy"),
     "runtime.commands.serve": ("runtime", "click", "uvicorn"),
     "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),

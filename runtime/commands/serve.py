@@ -79,6 +79,7 @@ def serve(
         import uvicorn
 
         from ..serve.app import make_app
+        from ..serve.connections import Connection
         from ..serve.guard import is_loopback
         from ..serve.models import Models, Setting
     except ModuleNotFoundError as error:
@@ -98,6 +99,7 @@ def serve(
     app = make_app(registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=256, drain=drain)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -11,6 +11,7 @@ from typing import Any
 
 import uvicorn
 from bezel.runtime.serve.app import make_app
+from bezel.runtime.serve.connections import Connection
 from bezel.runtime.serve.models import Models, Setting
 from starlette.types import ASGIApp
 
@@ -34,7 +35,8 @@ def serving(paths: Mapping[str, Path], **options: Any) -> Iterator[str]:
 @contextmanager
 def running(app: ASGIApp, port: int = 0) -> Iterator[str]:
     """The address of a server of an application."""
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, http=Connection, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:

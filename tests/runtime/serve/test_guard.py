@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from bezel.runtime.commands.main import main
+from bezel.runtime.serve import connections
 from click.testing import CliRunner
 from serving import serving
 
@@ -162,6 +163,24 @@ def test_a_client_that_leaves_stops_costing(address: str) -> None:
     while httpx.get(address + "/slots").json():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])
+def test_a_head_that_does_not_end(before: bytes, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection ends, the first request on it or not; one whose answer takes longer does not."""
+    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.1)
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=4) as connection:  # less than uvicorn's own limit
+        if before:
+            connection.sendall(before)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow:")
+        while connection.recv(65536):
+            pass
+    body = {"prompt": "Once", "max_tokens": 400, "logit_bias": {"1": -100}}
+    began = time.monotonic()
+    assert httpx.post(address + "/v1/completions", json=body, timeout=60).status_code == 200
+    assert time.monotonic() - began > 0.1
 
 
 def test_a_client_that_does_not_read_waits(file: Path) -> None:

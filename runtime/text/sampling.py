@@ -137,7 +137,8 @@ Bits = npt.NDArray[np.uint8]
 
 def _have(bits: Bits, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Whether each of the ids has its bit set."""
-    return (bits[ids >> 3] >> (ids & 7) & 1).astype(np.bool_)
+    have: npt.NDArray[np.bool_] = (bits[ids >> 3] >> (ids & 7) & 1).astype(np.bool_)
+    return have
 
 
 Changed = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
@@ -205,7 +206,8 @@ def _largest_of(allowed: Bits, x: Floats, k: int) -> npt.NDArray[np.int64]:
             return ids
     found = np.flatnonzero(np.unpackbits(allowed[at], bitorder="little"))
     ids = at[found >> 3] * 8 + (found & 7)
-    return ids[_largest(x[ids], k)]
+    best: npt.NDArray[np.int64] = ids[_largest(x[ids], k)]
+    return best
 
 
 def _largest(x: Floats, k: int) -> npt.NDArray[np.int64]:

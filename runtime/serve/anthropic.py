@@ -68,7 +68,7 @@ def _content(entry: Fields, names: dict[str, str]) -> str:
         elif kind == "tool_result":
             name = names.get(block.text("tool_use_id", "") or "", "unknown")
             texts.append(tools.told_result(name, asks.text_of(block, "content", optional=True)))
-        else:
+        elif kind not in ("thinking", "redacted_thinking"):  # of earlier turns: Anthropic does not read them either
             raise BadRequest(f"content: found a block of the type {kind!r:.60}: this model reads text only", "content")
     return "\n\n".join([*texts, *([tools.told_calls(calls)] if calls else [])])
 

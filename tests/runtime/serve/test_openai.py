@@ -378,6 +378,11 @@ def test_messages(streamed: bool, address: str, model: Model) -> None:
     result = {"type": "tool_result", "tool_use_id": called.content[0].id, "content": "a red fox"}
     told = [*TOLD, {"role": "assistant", "content": called.to_dict()["content"]}, {"role": "user", "content": [result]}]
     assert answered(messages=told, system="Be brief.").content[0].text
+    thought = {"type": "thinking", "thinking": "A fox is red.", "signature": "signed elsewhere"}
+    answers = [{"role": "assistant", "content": [*t, {"type": "text", "text": "A fox."}]} for t in ([], [thought])]
+    again = {"role": "user", "content": "Tell it again."}
+    plain, thinking = (answered(messages=[*TOLD, answer, again]).content[0].text for answer in answers)
+    assert thinking == plain
     with pytest.raises(anthropic.NotFoundError, match="expected one of fairy"):
         answered(model="nobody")
     assert client.messages.count_tokens(model="fairy", messages=TOLD).input_tokens == len(

@@ -155,12 +155,3 @@ def _block(part: str | tools.Call) -> Json:
 def _finite(text: str) -> float:
     """The number that is nearest: JSON's have no end, and floats do."""
     return max(-sys.float_info.max, min(float(text), sys.float_info.max))
-
-
-def problem(status: int, told: Json) -> Json:
-    """An error as this API tells it."""
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
-    kind = kinds.get(
-        status, "invalid_request_error" if status < 500 else "api_error" if status == 500 else "overloaded_error"
-    )
-    return {"type": "error", "error": {"type": kind, "message": told["message"]}}

@@ -23,7 +23,7 @@ from .answers import Answer
 from .fields import BadRequest, Fields
 from .guard import Guard, problem
 from .models import Models, Served
-from .shapes import dumps, error_of
+from .shapes import dumps, error_of, told
 from .web import page_routes
 
 _PING_SECONDS = 15  # without a word a stream sends a comment, so that nobody takes it for dead
@@ -251,8 +251,8 @@ def events(answers: Sequence[Answer], parts: Parts, done: bool = True) -> Respon
             if done:
                 yield "data: [DONE]\n\n"
         except Exception as error:
-            status, told = explain(error)
-            yield f"data: {dumps({'error': {**told, 'code': status}})}\n\n"
+            status, found = explain(error)
+            yield f"data: {dumps({'error': {**found, 'code': status}})}\n\n"
         finally:
             if pending is not None:
                 pending.cancel()
@@ -277,10 +277,9 @@ def explain(error: Exception) -> tuple[int, dict[str, Any]]:
 
 
 async def _tell(request: Request, error: Exception) -> Response:
-    status, told = explain(error)
+    status, found = explain(error)
     headers = {"retry-after": "1"} if status == 503 else None
-    of_anthropic = request.url.path.startswith("/v1/messages")
-    return JSONResponse(anthropic.problem(status, told) if of_anthropic else {"error": told}, status, headers)
+    return JSONResponse(told(request.url.path, status, found), status, headers)
 
 
 async def _left(request: Request, error: Exception) -> Response:  # noqa: ARG001
@@ -289,7 +288,8 @@ async def _left(request: Request, error: Exception) -> Response:  # noqa: ARG001
 
 async def _unknown(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    return problem(status, f"{request.method} {request.url.path[:200]}: {getattr(error, 'detail', 'no such endpoint')}")
+    path = request.url.path
+    return problem(path, status, f"{request.method} {path[:200]}: {getattr(error, 'detail', 'no such endpoint')}")
 
 
 def make_app(

@@ -11,7 +11,10 @@ _HEAD_SECONDS = 10.0
 
 
 class Connection(H11Protocol):
-    """uvicorn's, closed where the head of a request is not whole so long after the connection or its first byte."""
+    """uvicorn's, closed where the head of a request is not whole so long after the connection or its first byte.
+
+    Where a body breaks HTTP, one answer goes out, and not the application's after it.
+    """
 
     _late: asyncio.TimerHandle | None = None
 
@@ -25,6 +28,16 @@ class Connection(H11Protocol):
             self._cancel()
         elif self._late is None:
             self._late = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def send_400_response(self, msg: str) -> None:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:  # a body is wrong whose request is being answered
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.close()
+                return
+        super().send_400_response(msg)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel()

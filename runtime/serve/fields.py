@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class Fields:
     @staticmethod
     def parse(body: bytes) -> Fields:
         try:
-            values = json.loads(body)
+            values = json.loads(body, parse_float=_finite, parse_constant=_finite)
+            json.dumps(values, ensure_ascii=False).encode()  # an answer repeats some of it: half a surrogate pair fails
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise BadRequest(f"the body is no JSON: {reason}") from None
@@ -104,3 +106,11 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return self.get(name) is not None
+
+
+def _finite(text: str) -> float:
+    """A number that JSON can tell again."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"found {text[:20]}, expected a number that float64 holds")
+    return value

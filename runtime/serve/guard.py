@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .shapes import error_of
+from .shapes import error_of, told
 from .web import FOLDER
 
 _OPEN = ("/", "/health")  # without a key, as the page's files: nothing of anybody's is there
@@ -56,26 +56,27 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *pairs]
             await send(message)
 
-        body = _Body(receive, self._most)
+        body = _Body(receive, scope["path"], self._most)
         try:
             await self._app(scope, body.receive, send_with_headers)
         except _Refused as refused:
             await refused.response(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers, origin: str | None) -> Response | None:
+        path = scope["path"]
         host = _name(headers.get("host", ""))
         if self._key is None and not is_loopback(host):
-            return problem(403, f"the host {host[:100]!r} is not this computer's: call the server by 127.0.0.1")
+            return problem(path, 403, f"the host {host[:100]!r} is not this computer's: call the server by 127.0.0.1")
         own = f"{scope['scheme']}://{headers.get('host', '')}"
         if origin is not None and origin not in (own, *self._origins):
-            return problem(403, f"the origin {origin[:100]!r} is not allowed: see --allow-origin")
-        path = scope["path"]
+            return problem(path, 403, f"the origin {origin[:100]!r} is not allowed: see --allow-origin")
         if self._key is None or path in _OPEN or path.startswith(FOLDER) or scope["method"] == "OPTIONS":
             return None
         given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
         if hmac.compare_digest(given.encode("latin-1"), self._key.encode()):  # headers come as Latin-1
             return None
-        return problem(401, "a key is required: Authorization: Bearer KEY", "authentication_error", "invalid_api_key")
+        wanted = "a key is required: Authorization: Bearer KEY"
+        return problem(path, 401, wanted, "authentication_error", "invalid_api_key")
 
 
 class _Refused(Exception):
@@ -87,8 +88,8 @@ class _Refused(Exception):
 class _Body:
     """Receives what a client sends, as far as it is not too much and does not take too long."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self._receive, self._left, self._complete = receive, most, False
+    def __init__(self, receive: Receive, path: str, most: int) -> None:
+        self._receive, self._path, self._left, self._complete = receive, path, most, False
         self._most, self._until = most, asyncio.get_running_loop().time() + _BODY_SECONDS
 
     async def receive(self) -> Message:
@@ -98,23 +99,21 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), left)
         except TimeoutError:
-            raise _Refused(problem(408, f"the request did not arrive within {_BODY_SECONDS} seconds")) from None
+            raise _Refused(
+                problem(self._path, 408, f"the request did not arrive within {_BODY_SECONDS} seconds")
+            ) from None
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise _Refused(problem(413, f"the body is larger than {self._most} bytes")) from None
+            raise _Refused(problem(self._path, 413, f"the body is larger than {self._most} bytes")) from None
         self._complete = not message.get("more_body", False)
         return message
 
 
 def problem(
-    status: int,
-    message: str,
-    kind: str = "invalid_request_error",
-    code: str | None = None,
-    param: str | None = None,
+    path: str, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None
 ) -> JSONResponse:
-    """An error as OpenAI's API tells it."""
-    return JSONResponse({"error": error_of(message, kind, code, param)}, status)
+    """An error of a request for `path`, as its API tells it."""
+    return JSONResponse(told(path, status, error_of(message, kind, code)), status)
 
 
 def _name(host: str) -> str:

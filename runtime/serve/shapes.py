@@ -23,5 +23,14 @@ def error_of(message: str, kind: str, code: str | None = None, param: str | None
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
+def told(path: str, status: int, error: Json) -> Json:
+    """An error of a request for `path`, as its API tells it."""
+    if not path.startswith("/v1/messages"):
+        return {"error": error}
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+    kind = "invalid_request_error" if status < 500 else "api_error" if status == 500 else "overloaded_error"
+    return {"type": "error", "error": {"type": kinds.get(status, kind), "message": error["message"]}}
+
+
 def dumps(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

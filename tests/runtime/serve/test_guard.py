@@ -201,8 +201,8 @@ def test_a_client_that_does_not_read_waits(file: Path) -> None:
             assert httpx.post(address + CHAT, json=ASK).status_code == 200
 
 
-def test_malformed_requests(address: str) -> None:
-    """A thousand of them: the right status each, and the server is there afterwards."""
+def test_malformed_requests(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A thousand of them: the right status each, no error of the server's own, and it is there afterwards."""
     draw = random.Random(4)
     values: list[Any] = [
         None,
@@ -226,7 +226,8 @@ def test_malformed_requests(address: str) -> None:
     fields = (
         "model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p seed stop n logprobs "
         "top_logprobs logit_bias presence_penalty frequency_penalty response_format tools tool_choice stream echo "
-        "stream_options parallel_tool_calls input instructions text max_output_tokens system stop_sequences suffix"
+        "stream_options parallel_tool_calls input instructions text max_output_tokens system stop_sequences suffix "
+        "metadata"
     ).split()
     paths = (CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize", "/v1/nothing")
     with httpx.Client(base_url=address, timeout=30) as client:
@@ -248,15 +249,20 @@ def test_malformed_requests(address: str) -> None:
             assert found.status_code in (200, 400, 404, 413), (i, path, raw_body, found.text)
             if found.status_code != 200:
                 assert found.json()["error"]["message"], raw_body
+                assert (found.json().get("type") == "error") == (path == "/v1/messages")
+        chunked = b" /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n"
         for data in (
             b"\r\n\r\n",
             b"GET\r\n\r\n",
             b"POST / HTTP/9\r\n\r\n",
             bytes(range(256)),
             b"GET /\0 HTTP/1.1\r\n\r\n",
+            b"POST" + chunked,
+            b"PUT" + chunked,
         ):
             assert b"200" not in raw(address, data)[:20]
         assert client.post(CHAT, json=ASK).status_code == 200
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("key", ["", "  "])

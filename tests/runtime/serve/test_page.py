@@ -408,7 +408,9 @@ def test_a_prompt_that_is_too_long(scripted: str, script: Script, page_of: PageO
     page = page_of(scripted)
     say(page, "Short")
     finished(page)
-    script.replies = [problem(400, "the prompt has 9000 tokens: shorten it", code="context_length_exceeded")] * 2
+    script.replies = [
+        problem("/v1/chat/completions", 400, "the prompt has 9000 tokens: shorten it", code="context_length_exceeded")
+    ] * 2
     say(page, "Long words")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("The prompt has 9000 tokens: shorten it.")
@@ -423,14 +425,16 @@ def test_a_prompt_that_is_too_long(scripted: str, script: Script, page_of: PageO
 
 def test_a_model_without_a_chat_template(scripted: str, script: Script, page_of: PageOf) -> None:
     page = page_of(scripted)
-    script.replies = [problem(400, "base has no chat template: it continues texts, by /v1/completions", param="model")]
+    script.replies = [
+        problem("/v1/chat/completions", 400, "base has no chat template: it continues texts, by /v1/completions")
+    ]
     say(page, "Hello")
     expect(page.get_by_role("alert")).to_contain_text("Base has no chat template: it continues texts")
 
 
 def test_busy(scripted: str, script: Script, page_of: PageOf) -> None:
     page = page_of(scripted)
-    script.replies = [problem(503, "64 answers are waiting already; try again later")]
+    script.replies = [problem("/v1/chat/completions", 503, "64 answers are waiting already; try again later")]
     say(page, "Hello")
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("The server is busy: 64 answers are waiting already; try again later.")

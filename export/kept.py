@@ -33,6 +33,10 @@ class KeptWork:
         with atomic(self._folder / "key.json") as file:
             file.write(text.encode())
 
+    def beside(self, key: Mapping[str, Any]) -> KeptWork:
+        """What is kept of other work on the same file."""
+        return KeptWork(self._folder.parent, key)
+
     def load(self, number: int) -> dict[str, npt.NDArray[Any]] | None:
         try:
             with self._path(number).open("rb") as file:

@@ -17,7 +17,7 @@ from ..runtime.files.model_file import ModelFile, open_model
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import NORMAL
-from .metadata import CALIBRATION
+from .metadata import CALIBRATION, TUNED
 from .sources.checkpoint import Checkpoint
 
 _CHUNK_WEIGHTS = 1 << 20
@@ -139,7 +139,7 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
         worst_chunk=max(map(_ratio, noise, chunks)),
         max_error=max_error,
         sqnr_db=-20 * math.log10(relative) if relative else math.inf,
-        tolerance=_tolerance(form, spec, source, span, CALIBRATION in file.metadata),
+        tolerance=_tolerance(form, spec, source, span, str(file.metadata.get(CALIBRATION, ""))),
     )
 
 
@@ -154,11 +154,11 @@ def _ratio(noise: float, signal: float) -> float:
     return math.sqrt(noise / signal) if signal else math.inf
 
 
-def _tolerance(form: type[Format], spec: TensorSpec, source: Checkpoint, span: float, calibrated: bool) -> float:
+def _tolerance(form: type[Format], spec: TensorSpec, source: Checkpoint, span: float, calibrated: str) -> float:
     """The format's own, or more where the source's blocks have the larger `span`, in deviations; but nothing where
     source and file hold the same kind of number."""
     same = form is source.format(spec) and spec.is_matrix
-    if calibrated and spec.role.startswith("post_"):
+    if (calibrated and spec.role.startswith("post_")) or (TUNED in calibrated and spec.is_norm):
         return _CALIBRATED_NORM
     if same:
         return 0.0

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),
     "export.hub": ("export", "quant", *CONTRACT),
     "export.hub.client": ("runtime.errors", "runtime.version", "runtime.files.hashing", "huggingface_hub", "httpx2"),
+    "export.tuning": ("export", "quant", *CONTRACT, "numpy", "torch"),
     "export.onnx": ("export", "quant", *CONTRACT, "numpy", "onnx"),
     "export.commands": (
         "export",

@@ -29,7 +29,7 @@ from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint
 from ..summary import ExportSummary
 from ..whole import ROWS, ReadRows, WholeOps, WholeSequences, run_layers
-from .moments import Calibration, CalibrationText, is_calibration, read_text, source_sha256
+from .moments import SEQUENCE, Calibration, CalibrationText, is_calibration, read_text, source_sha256
 from .noting import HEAD, Note, NotingOps, moments, site_of
 from .sweep import Sweep
 
@@ -54,24 +54,57 @@ def export_calibrated(
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
     tokens: int | None = None,
+    tune_steps: int = 0,
 ) -> ExportSummary:
     """As `export_gguf`, with matrices rounded for a `calibration`: a text, or a file that `calibrate` wrote.
 
     A text, of which `tokens` are used or `default_tokens`, takes longest and serves best; broken off, the same call
-    goes on from the last whole layer. Raises InvalidRequest for a calibration that does not fit, too.
+    goes on from the last whole layer. `tune_steps` of tuning follow, on as much of the text as they go through, which
+    takes the extra `tune`. Raises InvalidRequest for a calibration that does not fit, too.
     """
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
     formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.config, recipe)}
     if is_calibration(calibration):
+        if tune_steps:
+            raise InvalidRequest(f"{calibration}: holds moments, and tuning reads a text; give --calibration TEXT")
         if tokens is not None:
             raise InvalidRequest(f"{calibration}: has read its text already; leave --calibration-tokens out")
         from_moments = FromMoments(checkpoint, Calibration(calibration, checkpoint), formats)
         return export_gguf(checkpoint, out, recipe, None, progress, force, from_moments)
     text = read_text(checkpoint, calibration, tokens)
-    with work_on(out, Sequential.key(checkpoint, text, formats)) as kept:
-        sequential = Sequential(checkpoint, text, formats, kept, progress)
-        return export_gguf(checkpoint, out, recipe, None, None, force, sequential)
+    key = Sequential.key(checkpoint, text, formats)
+    if not tune_steps:
+        with work_on(out, key) as kept:
+            sequential = Sequential(checkpoint, text, formats, kept, progress)
+            return export_gguf(checkpoint, out, recipe, None, None, force, sequential)
+    try:
+        from ..tuning.tuned import BATCH, Tuned
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise InvalidRequest("tuning needs the package torch: pip install 'bezel-lm[tune]'") from None
+    more = read_text(checkpoint, calibration, tune_steps * BATCH * SEQUENCE)
+    part = _Parts(progress, Tuned.products(checkpoint, more, tune_steps))
+    with work_on(out, key) as kept:
+        sequential = Sequential(checkpoint, text, formats, kept, part.first)
+        beside = kept.beside(Tuned.key(key, tune_steps, more))
+        tuned = Tuned(checkpoint, sequential, more, formats, beside, tune_steps, part.second)
+        return export_gguf(checkpoint, out, recipe, None, None, force, tuned)
+
+
+class _Parts:
+    """Two parts of a work, told as one; the second is thought to be `expected` until it says itself."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, expected: int) -> None:
+        self._progress, self._expected, self._behind = progress or (lambda _done, _total: None), expected, 0
+
+    def first(self, done: int, total: int) -> None:
+        self._behind = total
+        self._progress(done, total + self._expected)
+
+    def second(self, done: int, total: int) -> None:
+        self._progress(self._behind + done, self._behind + total)
 
 
 class Feedback:

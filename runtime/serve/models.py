@@ -13,6 +13,7 @@ from typing import Any
 from ..api import Model, load
 from ..cache.caches import bytes_for, default_chunk
 from ..engines import bytes_for as stores_of
+from ..files.memory import available_memory
 from ..text.grammar import Grammar, Grammars
 from .fields import BadRequest
 from .scheduler import Scheduler
@@ -97,12 +98,3 @@ def memory(model: Model, setting: Setting) -> int:
     store, chunk = stores_of("native"), default_chunk(model.config.layers)
     one = sum(bytes_for(x, model.context, model.kv, chunk, True, model.context, store) for x in model.config.layers)
     return model.file.path.stat().st_size + setting.parallel * one + setting.cache_bytes
-
-
-def available_memory() -> int | None:
-    """Bytes that programs can have without others being swapped out; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None

@@ -31,6 +31,7 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model import ops
 from bezel.runtime.model.families.hf import read_hf_config
 from click.testing import CliRunner
+from logits import divergence, logits
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIGS, DEMO, checkpoint_folder, export
 
@@ -288,18 +289,6 @@ def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):
     queries = np.arange(9 * 4 * 16, dtype=np.float32).reshape(9, 4, 16)
     rows.append(0, queries, queries)
     assert np.array_equal(rows.attend(0, queries, 1.0, None), queries)
-
-
-def logits(path: Path, ids: np.ndarray) -> np.ndarray:
-    with GGUFModel(path) as file:
-        backend = ReferenceBackend(file, file.config(), None)
-        engine = backend.engine(len(ids), "f32", len(ids), True)
-        return engine.forward(ids, len(ids)).astype(np.float64)
-
-
-def divergence(reference: np.ndarray, candidate: np.ndarray) -> float:
-    p, q = (z - np.log(np.exp(z).sum(axis=1, keepdims=True)) for z in (reference, candidate))
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
 def test_calibration_loses_less_than_plain_export(tmp_path):

@@ -1,0 +1,99 @@
+"""The forward pass on PyTorch, which gives gradients: `forward.layer` on tensors, over a batch of whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...runtime.model.config import ModelConfig
+from ...runtime.model.forward import Ops, Weights, layer
+
+
+def value(weight: Any) -> Tensor:
+    """A weight's numbers: it is a tensor, or makes one."""
+    made: Tensor = weight if isinstance(weight, Tensor) else weight()
+    return made
+
+
+class TorchOps:
+    """`forward.Ops` on float32 tensors, as `ops.py` has them."""
+
+    def embed(self, weight: Any, ids: Tensor, scale: float) -> Tensor:
+        return value(weight)[ids] * scale
+
+    def rms_norm(self, x: Tensor, weight: Any, eps: float) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * value(weight)
+
+    def linear(self, x: Tensor, *weights: Any) -> list[Tensor]:
+        return [functional.linear(x, value(weight)) for weight in weights]
+
+    def split_heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, -1))
+
+    def join_heads(self, x: Tensor) -> Tensor:
+        return x.flatten(-2)
+
+    def rope(self, x: Tensor, positions: Tensor, base: float, factor: float) -> Tensor:
+        half = x.shape[-1] // 2
+        frequency = torch.tensor([base ** -(i / half) / factor for i in range(half)], dtype=x.dtype, device=x.device)
+        angle = positions[:, None, None] * frequency
+        first, second = x[..., :half], x[..., half:]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    def add_norm(self, x: Tensor, h: Tensor, post_weight: Any, next_weight: Any, eps: float) -> tuple[Tensor, Tensor]:
+        x = x + (h if post_weight is None else self.rms_norm(h, post_weight, eps))
+        return x, self.rms_norm(x, next_weight, eps)
+
+    def feed_forward(self, x: Tensor, gate: Any, up: Any, down: Any) -> Tensor:
+        opened, upped = self.linear(x, gate, up)
+        return self.linear(functional.gelu(opened, approximate="tanh") * upped, down)[0]
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x / cap)
+
+
+class Batch:
+    """`forward.Rows` of sequences of equal length, ids (sequences, length), that are seen whole."""
+
+    def __init__(self, config: ModelConfig, ids: Tensor) -> None:
+        self._config, self._ids = config, ids
+        length = ids.shape[1]
+        self.positions = torch.arange(length, device=ids.device).repeat(len(ids))
+        place = torch.arange(length, device=ids.device)
+        self._behind = place[:, None] - place  # how far behind a query each key lies
+
+    def embed(self, ops: Ops, weight: Any, scale: float) -> Any:
+        return ops.embed(weight, self._ids.flatten(), scale)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:  # noqa: ARG002
+        self._keys, self._values = keys, values
+
+    def attend(self, layer: int, queries: Tensor, scale: float, softcap: float | None) -> Tensor:
+        n, heads, window = len(self._ids), queries.shape[1], self._config.layers[layer].window
+        q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in (queries, self._keys, self._values))
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * scale  # (sequences, heads, queries, keys)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        seen = (self._behind >= 0) & (self._behind < (window or len(self._behind)))
+        out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def wanted(self, x: Tensor) -> Tensor:
+        return x
+
+
+def run_layers(config: ModelConfig, weights: Weights, rows: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the residual stream (n, hidden) behind each layer, and that normed for what is next, which is the head."""
+    ops = TorchOps()
+    norms = [*(w["attn_norm"] for w in weights.layers), weights.shared["output_norm"]]
+    x = rows.embed(ops, weights.shared["token_embd"], config.embedding_scale)
+    h = ops.rms_norm(x, norms[0], config.rms_eps)
+    for i, w in enumerate(weights.layers):
+        x, h = layer(config, ops, i, w, norms[i + 1], x, h, rows)
+        yield x, h

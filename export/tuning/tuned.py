@@ -1,0 +1,185 @@
+"""Blocks for the writer that were rounded for a text, then tuned on more of it: Adam on the divergence, end to end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...quant.formats import Format
+from ...runtime.arrays import Arrays
+from ...runtime.errors import InvalidRequest
+from ...runtime.files.memory import available_memory
+from ...runtime.model.tensors import TensorSpec
+from ..calibration.moments import CalibrationText
+from ..gguf.writer import Calibrated
+from ..kept import KeptWork
+from ..metadata import TUNED
+from ..sources.checkpoint import Checkpoint
+from .student import Student
+
+BATCH = 6  # sequences in a step
+RATES = {"place": 0.003, "factors": 0.003, "norm": 0.003}  # of codes, scales and norms, where the schedule is highest
+_BETAS = 0.9, 0.999
+_TINY = 1e-12  # gradients of one code are small, and their size says nothing
+_WARM_UP = 0.05  # of the steps
+_PASSES = 4  # through the layers in a step: the exact model's, and what is tuned forwards and twice as long backwards
+_HEAD_PASSES = 6  # through the head: its logits are made again for going back
+_KEEP_SECONDS = 300.0  # between states that an interrupted run goes on from
+_STATE = 0  # its number among what is kept
+_BYTES = 48  # of memory for each weight of a layer, measured
+
+
+class Tuned:
+    """What `begun` rounded, tuned in so many steps on sequences of `text`, which takes torch.
+
+    A state is kept every few minutes. With as many threads an interrupted tuning comes to the same blocks as one that
+    was not. Raises InvalidRequest for a model that takes more memory than there is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        begun: Calibrated,
+        text: CalibrationText,
+        formats: Mapping[str, type[Format]],
+        kept: KeptWork,
+        steps: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`progress` is called with (done, in all), in products of a weight and a token."""
+        _check_memory(checkpoint)
+        self._checkpoint, self._begun, self._text, self._formats = checkpoint, begun, text, formats
+        self._kept, self._steps, self._progress = kept, steps, progress
+        self.method = f"{begun.method}, then {steps} {TUNED}"
+        self.text_sha256, self.tokens = text.sha256, max(begun.tokens, text.tokens)
+        self._found: dict[str, NDArray[np.uint8]] | None = None
+
+    @staticmethod
+    def key(begun: Mapping[str, object], steps: int, text: CalibrationText) -> dict[str, object]:
+        """All that the blocks depend on, where those before depend on `begun`."""
+        return {**begun, "tuning": 1, "steps": steps, "tuning_tokens": text.tokens, "rates": RATES, "batch": BATCH}
+
+    @staticmethod
+    def products(checkpoint: Checkpoint, text: CalibrationText, steps: int) -> int:
+        """Of a weight and a token, in so many steps."""
+        passes = {True: _PASSES, False: _HEAD_PASSES}
+        weights = sum(
+            math.prod(spec.shape) * passes[spec.layer is not None] for spec in checkpoint.specs if spec.is_matrix
+        )
+        return steps * BATCH * len(text.sequences[0]) * weights
+
+    def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
+        if self._found is None:
+            self._found = self._tune()
+        return self._found[spec.gguf]
+
+    def _rounded(self, spec: TensorSpec) -> tuple[type[Format], NDArray[np.uint8]]:
+        form, blocks = self._formats[spec.gguf], self._begun.blocks(spec)
+        return form, form.quantize(self._checkpoint.rows(spec, 0, _rows(spec))) if blocks is None else blocks
+
+    def _tune(self) -> dict[str, NDArray[np.uint8]]:
+        found: dict[str, NDArray[np.uint8]] = {}
+
+        def rounded(spec: TensorSpec) -> tuple[type[Format], NDArray[np.uint8]]:
+            form, found[spec.gguf] = self._rounded(spec)
+            return form, found[spec.gguf]
+
+        def exact(spec: TensorSpec) -> NDArray[np.float32]:
+            rows = self._checkpoint.rows(spec, 0, _rows(spec))
+            return rows[0] if spec.is_norm else rows
+
+        student = Student(self._checkpoint.config, exact, rounded)
+        descent = Descent(student, self._steps)
+        state = self._kept.load(_STATE)
+        if state is not None:
+            descent.restore(state)
+        first, saved = descent.step, time.monotonic()
+        ids = torch.from_numpy(np.stack(self._text.sequences))
+        for chosen in islice(_order(len(ids), self._steps), first, None):
+            descent.take(ids[chosen])
+            if self._progress:
+                done, total = (
+                    self.products(self._checkpoint, self._text, n - first) for n in (descent.step, self._steps)
+                )
+                self._progress(done, total)
+            if time.monotonic() - saved > _KEEP_SECONDS:
+                self._kept.save(_STATE, descent.state())
+                saved = time.monotonic()
+        return found | {name: weight.blocks() for name, weight in student.moving.items()}
+
+
+class Descent:
+    """Adam on a student's divergence, with rates that rise for a while and then fall to nothing along a cosine."""
+
+    def __init__(self, student: Student, steps: int) -> None:
+        self._student, self._steps, self.step = student, steps, 0
+        self._groups = {kind: list(student.parameters(kind)) for kind in RATES}
+        groups = [{"params": found, "lr": 0.0} for found in self._groups.values()]
+        self._adam = torch.optim.Adam(groups, betas=_BETAS, eps=_TINY)
+
+    def take(self, ids: Tensor) -> float:
+        """A step on sequences (n, length), from what the divergence was, which comes back."""
+        for group, rate in zip(self._adam.param_groups, RATES.values(), strict=True):
+            group["lr"] = rate * self._height()
+        self._adam.zero_grad(set_to_none=True)
+        divergence = self._student.divergence(ids)
+        divergence.backward()
+        self._adam.step()
+        self.step += 1
+        return float(divergence.detach())
+
+    def _height(self) -> float:
+        warm_up = max(1, round(_WARM_UP * self._steps))
+        if self.step < warm_up:
+            return (self.step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (self.step - warm_up) / max(1, self._steps - warm_up)))
+
+    def state(self) -> Arrays:
+        found = {"step": np.array(self.step)}
+        for i, (p, kept) in enumerate(self._numbers()):
+            found |= {f"{i}.{name}": tensor.detach().numpy() for name, tensor in {"value": p, **kept}.items()}
+        return found
+
+    def restore(self, state: Arrays) -> None:
+        self.step = int(state["step"])
+        for i, (p, kept) in enumerate(self._numbers()):
+            p.detach().copy_(torch.from_numpy(state[f"{i}.value"]))
+            kept |= {name: torch.from_numpy(state[f"{i}.{name}"]) for name in ("step", "exp_avg", "exp_avg_sq")}
+
+    def _numbers(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Each parameter, and what Adam knows of it."""
+        for found in self._groups.values():
+            yield from ((p, self._adam.state[p]) for p in found)
+
+
+def _order(n: int, steps: int) -> Iterator[list[int]]:
+    """Which of n sequences each step takes: all before any again."""
+    random, left = np.random.default_rng(0), list[int]()
+    for _ in range(steps):
+        while len(left) < BATCH:
+            left += random.permutation(n).tolist()
+        yield left[:BATCH]
+        left = left[BATCH:]
+
+
+def _rows(spec: TensorSpec) -> int:
+    return 1 if spec.is_norm else spec.shape[0]
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    weights = dict.fromkeys((True, False), 0)
+    for spec in checkpoint.specs:
+        weights[spec.layer is not None] += math.prod(spec.shape)
+    need, free = _BYTES * weights[True] + 16 * weights[False], available_memory()
+    if free is not None and need > free:
+        raise InvalidRequest(
+            f"{checkpoint.path}: tuning takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+            "leave --tune out"
+        )

@@ -1,0 +1,199 @@
+"""Tuned exports: what moves, that the divergence is the one that the file then has, and work that was broken off."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from bezel.export.calibration.rounding import export_calibrated
+from bezel.export.sources.opening import open_checkpoint
+from bezel.export.verify import verify
+from bezel.quant.formats import FORMATS, Format
+from bezel.runtime.commands.main import main
+from bezel.runtime.files.gguf_model import GGUFModel
+from bezel.runtime.model.tensors import TensorSpec
+from click.testing import CliRunner
+from logits import divergence, logits
+from tiny import CONFIGS, DEMO, TEXT, checkpoint_folder, export
+
+torch = pytest.importorskip("torch")
+from bezel.export.tuning import tuned as module  # noqa: E402
+from bezel.export.tuning.latent import Latent  # noqa: E402
+from bezel.export.tuning.student import Student  # noqa: E402
+from bezel.export.tuning.tuned import Descent  # noqa: E402
+
+BLOCKS = [form for form in FORMATS.values() if form.block > 1]
+IDS = np.random.default_rng(3).integers(4, 1000, (2, 40))
+
+
+def matrix(form: type[Format]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (8, 2 blocks), the last one's nothing but zeros, and their blocks."""
+    exact = np.random.default_rng(1).normal(0, 0.05, (8, 2 * form.block)).astype(np.float32)
+    exact[-1, form.block :] = 0
+    return exact, form.quantize(exact)
+
+
+@pytest.mark.parametrize("form", BLOCKS, ids=lambda form: form.name)
+def test_blocks_that_did_not_move_come_back(form: type[Format]) -> None:
+    exact, blocks = matrix(form)
+    latent = Latent(form, blocks, exact)
+    np.testing.assert_array_equal(latent.blocks()[:-1], blocks[:-1])  # where all is zero, many codes say so
+    np.testing.assert_allclose(latent().detach().numpy(), form.dequantize(blocks), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", BLOCKS, ids=lambda form: form.name)
+def test_blocks_say_what_the_matrix_has_moved_to(form: type[Format]) -> None:
+    exact, blocks = matrix(form)
+    latent = Latent(form, blocks, exact)
+    with torch.no_grad():
+        latent.place += torch.from_numpy(np.random.default_rng(2).normal(0, 2, latent.place.shape))
+        latent.factors += torch.from_numpy(np.random.default_rng(2).normal(0, 0.1, latent.factors.shape))
+    found = form.dequantize(latent.blocks())
+    assert np.abs(found - form.dequantize(blocks)).max() > 0.01
+    np.testing.assert_allclose(latent().detach().numpy(), found, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", BLOCKS, ids=lambda form: form.name)
+def test_gradients(form: type[Format]) -> None:
+    """Of scales against small steps, beside the rounding to float16; of codes the scale times the weight's own."""
+    exact, blocks = matrix(form)
+    latent = Latent(form, blocks, exact)
+    toward = torch.from_numpy(np.random.default_rng(2).normal(0, 1, exact.shape).astype(np.float32))
+    (latent() * toward).sum().backward()
+    scale = np.broadcast_to(form.steps(blocks.reshape(-1).view(form.layout))[0], latent.place.shape)
+    np.testing.assert_allclose(latent.place.grad, scale * toward.reshape(scale.shape).numpy(), rtol=1e-5, atol=1e-9)
+    latent._new_halves = lambda: latent._halves * latent.factors.exp()  # type: ignore[method-assign]
+    for name in range(len(latent.factors)):
+        with torch.no_grad():
+            values = []
+            for step in (0.01, -0.01):
+                latent.factors[name, 3] += step
+                values.append((latent().double() * toward).sum())
+                latent.factors[name, 3] -= step
+        expected = float(values[0] - values[1]) / 0.02
+        assert float(latent.factors.grad[name, 3]) == pytest.approx(expected, rel=0.01, abs=1e-4)
+
+
+def student_of(folder: Path, rounded: Path) -> Student:
+    def exact(spec: TensorSpec) -> np.ndarray:
+        return source.rows(spec, 0, 1)[0] if spec.is_norm else source.rows(spec, 0, spec.shape[0])
+
+    def blocks(spec: TensorSpec) -> tuple[type[Format], np.ndarray]:
+        rows = 1 if spec.is_norm else spec.shape[0]
+        return FORMATS[file.tensors[spec.gguf].format.name], file.data(spec.gguf).reshape(rows, -1).copy()
+
+    with open_checkpoint(folder) as source, GGUFModel(rounded) as file:
+        return Student(source.config, exact, blocks)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "demo"])
+def test_the_divergence_is_the_file_s(name: str, tmp_path: Path) -> None:
+    """Of several sequences at once, beyond windows, with every family's norms, soft-caps and RoPE."""
+    folder = checkpoint_folder(name, tmp_path)
+    exact, rounded = export(folder, tmp_path / "f32.gguf"), export(folder, tmp_path / "q8_0.gguf", "q8_0")
+    expected = np.mean([divergence(logits(exact, ids), logits(rounded, ids)) for ids in IDS])
+    found = float(student_of(folder, rounded).divergence(torch.from_numpy(IDS)).detach())
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_steps_bring_the_whole_model_closer(tmp_path: Path) -> None:
+    student = student_of(DEMO, export(DEMO, tmp_path / "q4_0.gguf", "q4_0"))
+    descent, ids = Descent(student, 40), torch.from_numpy(IDS)
+    before = descent.take(ids)
+    for _ in range(39):
+        descent.take(ids)
+    assert float(student.divergence(ids).detach()) < 0.7 * before
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT.read_text()[:12000])
+    return path
+
+
+def tuned(text: Path, out: Path, steps: int = 3, progress: Callable[[int, int], None] | None = None) -> Path:
+    with open_checkpoint(DEMO) as source:
+        export_calibrated(source, out, "q4_0", None, text, progress, True, 1024, steps)
+    return out
+
+
+def test_what_is_written_is_what_was_tuned(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gguf, which is not ours, reads the student's last weights; `verify` lets them pass, and the file says all."""
+    students: list[Student] = []
+
+    class Kept(Student):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            students.append(self)
+
+    monkeypatch.setattr(module, "Student", Kept)
+    told: list[tuple[int, int]] = []
+    path = tuned(text, tmp_path / "a.gguf", progress=lambda *parts: told.append(parts))
+    reader = gguf.GGUFReader(path)
+    moved = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    for name, weight in students[0].moving.items():
+        np.testing.assert_allclose(moved[name], weight().detach().numpy(), rtol=1e-5, atol=1e-9)
+    field = reader.get_field("bezel.provenance.calibration")
+    assert field is not None
+    assert field.contents() == "error feedback on the quantized model's inputs, then 3 steps of tuning"
+    with open_checkpoint(DEMO) as source:
+        assert all(report.ok for report in verify(path, source))
+        plain = tmp_path / "plain.gguf"
+        export_calibrated(source, plain, "q4_0", None, text, tokens=1024)
+    changed = [t.name for t in gguf.GGUFReader(plain).tensors if not np.array_equal(data_of(path, t.name), t.data)]
+    assert set(changed) == set(students[0].moving)
+    assert all(0 <= done <= total for done, total in told)
+    assert told[-1][0] == told[-1][1]
+
+
+def data_of(path: Path, name: str) -> np.ndarray:
+    return next(t.data for t in gguf.GGUFReader(path).tensors if t.name == name)
+
+
+def test_a_broken_off_tuning_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same file as one that was not; and nothing of the work is left."""
+    monkeypatch.setattr(module, "_KEEP_SECONDS", 0.0)
+    whole = tuned(text, tmp_path / "whole.gguf", 4).read_bytes()
+    steps: list[int] = []
+    take = Descent.take
+
+    def broken_off(self: Descent, ids: Any) -> float:
+        if self.step == 2 and not any(step > 2 for step in steps) and steps.count(2) == 0:
+            steps.append(2)
+            raise KeyboardInterrupt
+        steps.append(self.step)
+        return take(self, ids)
+
+    monkeypatch.setattr(Descent, "take", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(text, tmp_path / "again.gguf", 4)
+    assert not (tmp_path / "again.gguf").exists()
+    assert tuned(text, tmp_path / "again.gguf", 4).read_bytes() == whole
+    assert steps == [0, 1, 2, 2, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "whole.gguf", "again.gguf"}
+
+
+def test_what_tuning_needs(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(*options: str) -> str:
+        found = CliRunner().invoke(main, ["export", str(DEMO), str(tmp_path / "o.gguf"), "--quant", "q4_0", *options])
+        assert found.exit_code
+        assert {path.name for path in tmp_path.iterdir()} <= {"text.txt", "m.safetensors", ".o.gguf.work"}
+        return found.output
+
+    assert "--tune goes with --calibration TEXT" in said("--tune")
+    assert "--tune-steps goes with --tune" in said("--calibration", str(text), "--tune-steps", "3")
+    monkeypatch.setattr(module, "available_memory", lambda: 10**6)
+    assert "tuning takes about 0.2 GB of memory, and 0.0 GB are free" in said("--calibration", str(text), "--tune")
+    monkeypatch.setitem(sys.modules, "bezel.export.tuning.tuned", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "bezel.export.tuning.tuned")
+    assert "pip install 'bezel-lm[tune]'" in said("--calibration", str(text), "--tune")
+    moments = ["calibrate", str(DEMO), "--text", str(text), "-o", str(tmp_path / "m.safetensors")]
+    assert CliRunner().invoke(main, moments).exit_code == 0
+    assert "give --calibration TEXT" in said("--calibration", str(tmp_path / "m.safetensors"), "--tune")

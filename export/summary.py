@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs."""
+    """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs.
+
+    `kept_exactly` is the share of the Q4_0 blocks that give the bfloat16 weights of the source again, to the bit.
+    """
 
     path: str
     file_bytes: int
@@ -18,6 +21,7 @@ class ExportSummary:
     fallbacks: list[str]
     warnings: list[str]
     seconds: float
+    kept_exactly: float = 0.0
 
 
 def of_vanished(weights: Mapping[str, int]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quant import lattice
 from ..quant.formats import Format
 from ..runtime.errors import InvalidModelFile, InvalidRequest
 from ..runtime.files.model_file import ModelFile, open_model
@@ -31,7 +32,8 @@ class TensorReport:
 
     `error` is the relative RMS error ‖x − y‖ / ‖x‖, `worst_chunk` the same over the worst run of about a
     million weights, so that a displaced part cannot hide in a large tensor (where ‖x‖ of the run is below the
-    tensor's average, the average counts). Both may be `tolerance` at most: 0 where the format loses nothing.
+    tensor's average, the average counts). Both may be `tolerance` at most: 0 where the format loses nothing. `equal` is
+    the share of weights that are the source's; rounded to bfloat16, where the source's are such numbers.
     """
 
     name: str
@@ -41,6 +43,7 @@ class TensorReport:
     worst_chunk: float
     max_error: float
     sqnr_db: float
+    equal: float
     tolerance: float
 
     @property
@@ -116,12 +119,14 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
         )
     n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
     step = max(1, _CHUNK_WEIGHTS // columns)
-    noise, signal, spans, sizes, max_error = [], [], [], [], 0.0
+    noise, signal, spans, sizes, max_error, equal = [], [], [], [], 0.0, 0
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
         rows = source.rows(spec, start, stop)
         with np.errstate(all="ignore"):  # a damaged file may hold any number; it shows in the figures
-            error = file.dequantize(spec.gguf, slice(start, stop)) - rows
+            found = file.dequantize(spec.gguf, slice(start, stop))
+            equal += int(np.count_nonzero(lattice.same_bf16(rows, found) if lattice.is_bf16(rows) else found == rows))
+            error = found - rows
             noise.append(_energy(error))
             max_error = float(np.maximum(max_error, np.abs(error).max()))
         signal.append(_energy(rows))
@@ -139,6 +144,7 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
         worst_chunk=max(map(_ratio, noise, chunks)),
         max_error=max_error,
         sqnr_db=-20 * math.log10(relative) if relative else math.inf,
+        equal=equal / (n_rows * columns),
         tolerance=_tolerance(form, spec, source, span, str(file.metadata.get(CALIBRATION, ""))),
     )
 

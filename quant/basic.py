@@ -27,6 +27,7 @@ from .base import (
     signed_peak,
     unpack_nibbles,
 )
+from .lattice import to_lattice
 from .search import AFFINE_TRIALS_15, AFFINE_TRIALS_31, normalized, search_affine
 
 _TRIALS_Q8 = (-127.0, -126.5, 126.5, 126.0, -125.5)
@@ -124,6 +125,14 @@ class Q4_0(Format):
     @classmethod
     def put_codes(cls, codes: Bytes, out: Blocks) -> None:
         out["qs"] = pack_nibbles(codes.reshape(-1, 2, 16))
+
+    @classmethod
+    def fit(cls, x: F32Array, weights: F32Array | None) -> Blocks:
+        """As `Format.fit`; weights that training put on a lattice of such blocks come back exactly."""
+        blocks = super().fit(x, weights)
+        if weights is not None:
+            to_lattice(cls, x, blocks)
+        return blocks
 
     @classmethod
     def _search(cls, x: F32Array, w: F32Array) -> Iterator[Blocks]:

@@ -75,11 +75,11 @@ def _as_json(report: TensorReport) -> dict[str, object]:
 
 def _show_tensors(reports: Sequence[TensorReport]) -> None:
     width = max(len(report.name) for report in reports)
-    click.echo(f"{'tensor':{width}}  format  rel. RMS error  allowed   max. error  SQNR dB")
+    click.echo(f"{'tensor':{width}}  format  rel. RMS error  allowed   max. error  SQNR dB    equal")
     for r in reports:
         click.echo(
             f"{r.name:{width}}  {r.format:6}  {r.error:14.2e}  {r.tolerance:.1e}  {r.max_error:.2e}  "
-            f"{r.sqnr_db:7.1f}{'' if r.ok else '  OFF'}"
+            f"{r.sqnr_db:7.1f}  {r.equal:7.2%}{'' if r.ok else '  OFF'}"
         )
     off = sum(not report.ok for report in reports)
     click.echo(f"{len(reports)} tensors, {off} off" if off else f"{len(reports)} tensors, all as expected")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...quant import lattice
 from ...quant.feedback import feedback_factor, quantize_with_feedback, retargeted
 from ...quant.formats import EVEN, F32, Format
 from ...quant.recipes import Recipe
@@ -117,12 +118,17 @@ class Feedback:
         self._factor, self._drift = feedback_factor(inputs, damping), drift
 
     def quantize(self, form: type[Format], spec: TensorSpec, read: ReadRows) -> NDArray[np.uint8]:
-        """The blocks (rows, row_bytes) of a matrix, which need not be in memory as a whole."""
+        """The blocks (rows, row_bytes) of a matrix, which need not be in memory as a whole.
+
+        Rows that the format keeps exactly stay what they are.
+        """
 
         def piece(start: int) -> NDArray[np.uint8]:
             rows = read(spec, start, min(start + _OUTPUTS, spec.shape[0]))
             if form.block == 1:
                 return form.quantize(rows)
+            if (kept := lattice.quantized(form, rows)) is not None:
+                return kept
             if self._drift is not None:
                 rows = retargeted(rows, self._drift, self._factor)
             return quantize_with_feedback(form, rows, self._factor)

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import FORMATS, Format
+from ...quant.formats import FORMATS, Q4_0, Format
 from ...quant.recipes import PRESETS, Recipe
 from ...runtime.cache.store import LARGEST_HEAD
 from ...runtime.errors import InvalidRequest
@@ -58,6 +58,19 @@ class PlannedTensor:
     @property
     def row_bytes(self) -> int:
         return self.format.row_bytes(self.spec.shape[-1])
+
+
+class Piece(NamedTuple):
+    """Some rows of a tensor from `row` on in its format, uint8 (rows, row_bytes).
+
+    So many of their weights `vanished`, and so many Q4_0 blocks are `kept` exactly.
+    """
+
+    planned: PlannedTensor
+    row: int
+    blocks: NDArray[np.uint8]
+    vanished: int
+    kept: int
 
 
 class Calibrated(Protocol):
@@ -103,13 +116,14 @@ def export_gguf(
             "free some space or choose a smaller format"
         )
 
-    done, total, vanished = 0, sum(p.n_weights for p in plan), Counter[str]()
+    done, total, vanished, kept = 0, sum(p.n_weights for p in plan), Counter[str](), 0
     with atomic(out) as file, checkpoint.unchanged(), background_hashes(checkpoint.files) as hashes:
-        for planned, row, block, lost in _quantized(checkpoint, plan, calibrated):
-            vanished[planned.spec.gguf] += lost
-            file.seek(len(header) + planned.offset + row * planned.row_bytes)
-            file.write(block.data)
-            done += len(block) * planned.spec.shape[-1]
+        for piece in _quantized(checkpoint, plan, calibrated):
+            vanished[piece.planned.spec.gguf] += piece.vanished
+            kept += piece.kept
+            file.seek(len(header) + piece.planned.offset + piece.row * piece.planned.row_bytes)
+            file.write(piece.blocks.data)
+            done += len(piece.blocks) * piece.planned.spec.shape[-1]
             if progress:
                 progress(done, total)
         file.truncate(size)
@@ -130,6 +144,7 @@ def export_gguf(
             *_warnings(checkpoint.config, metadata),
         ],
         seconds=time.monotonic() - start,
+        kept_exactly=kept * Q4_0.block / max(1, sum(p.n_weights for p in plan if p.format is Q4_0)),
     )
 
 
@@ -183,10 +198,8 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _quantized(
-    checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated: Calibrated | None
-) -> Iterator[tuple[PlannedTensor, int, NDArray[np.uint8], int]]:
-    """(tensor, first row, quantized rows, how many of their weights vanished) in order."""
+def _quantized(checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated: Calibrated | None) -> Iterator[Piece]:
+    """All rows, in the order of the plan."""
 
     def pieces() -> Iterator[tuple[PlannedTensor, slice, NDArray[np.uint8] | None]]:
         for planned in plan:
@@ -195,13 +208,12 @@ def _quantized(
             for start in range(0, planned.n_rows, step):
                 yield planned, slice(start, min(start + step, planned.n_rows)), whole
 
-    def quantize(
-        piece: tuple[PlannedTensor, slice, NDArray[np.uint8] | None],
-    ) -> tuple[PlannedTensor, int, NDArray[np.uint8], int]:
+    def quantize(piece: tuple[PlannedTensor, slice, NDArray[np.uint8] | None]) -> Piece:
         planned, rows, whole = piece
         what = planned.spec, rows.start, rows.stop, planned.format
         blocks = checkpoint.blocks(*what) if whole is None else whole[rows]
-        return planned, rows.start, blocks, checkpoint.vanished(*what, blocks)
+        kept = checkpoint.kept_exactly(*what, blocks) if planned.format is Q4_0 else 0
+        return Piece(planned, rows.start, blocks, checkpoint.vanished(*what, blocks), kept)
 
     return ordered(quantize, pieces())
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...quant import lattice
 from ...quant.formats import EVEN, F32, Format, Readable
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.model.config import ModelConfig
@@ -142,6 +143,14 @@ class Checkpoint:
         if form is self.format(spec):
             return 0
         return form.vanished(self.rows(spec, start, stop), blocks)
+
+    def kept_exactly(
+        self, spec: TensorSpec, start: int, stop: int, form: type[Format], blocks: NDArray[np.uint8]
+    ) -> int:
+        """How many blocks (rows, bytes) give the bfloat16 weights of these rows again; 0 if the first row has none."""
+        if form is self.format(spec) or not lattice.exact(form, self.rows(spec, start, start + 1), blocks[:1]):
+            return 0
+        return lattice.exact(form, self.rows(spec, start, stop), blocks)
 
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's vocabulary, which has one piece for each row of the embedding."""

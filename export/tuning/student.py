@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...quant import lattice
 from ...quant.base import Format
 from ...quant.formats import F32
 from ...runtime.arrays import Floats
@@ -43,8 +44,9 @@ class Student:
     """A rounded model, and `teacher`, the exact one that it is to follow.
 
     `exact` gives a tensor's numbers, (rows, inputs) or those of a norm; `rounded` its format and blocks (rows,
-    row_bytes). Both are asked in the order of the model's tensors. The embedding stays as it is rounded, and so does
-    the head: what they learn from one text does not hold for another.
+    row_bytes). Both are asked in the order of the model's tensors. What the format keeps
+    exactly stays. So do embedding and head, as they are rounded: what they learn from one text does not hold for
+    another.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Student:
             weight: Tensor | Latent | Factors
             if spec.is_norm:
                 weight = self.moving[spec.gguf] = Factors(form.dequantize(blocks)[0])
-            elif form.block > 1 and spec.layer is not None:
+            elif form.block > 1 and spec.layer is not None and not _kept(form, numbers, blocks):
                 weight = self.moving[spec.gguf] = Latent(form, blocks, numbers)
             else:
                 weight = torch.from_numpy(form.dequantize(blocks))
@@ -101,3 +103,7 @@ class Student:
         (logits,) = TorchOps().linear(h, head)
         cap = self.config.final_softcap
         return logits if cap is None else TorchOps().softcap(logits, cap)
+
+
+def _kept(form: type[Format], numbers: Floats, blocks: NDArray[np.uint8]) -> bool:
+    return lattice.exact(form, numbers, blocks) > 0.9 * numbers.size / form.block

@@ -22,6 +22,7 @@ from ..gguf.writer import Calibrated
 from ..kept import KeptWork
 from ..metadata import TUNED
 from ..sources.checkpoint import Checkpoint
+from .latent import Latent
 from .student import Student
 
 BATCH = 6  # sequences in a step
@@ -96,6 +97,10 @@ class Tuned:
             return rows[0] if spec.is_norm else rows
 
         student = Student(self._checkpoint.config, exact, rounded)
+        if not any(isinstance(weight, Latent) for weight in student.moving.values()):
+            raise InvalidRequest(
+                f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
+            )
         descent = Descent(student, self._steps)
         state = self._kept.load(_STATE)
         if state is not None:

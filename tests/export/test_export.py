@@ -22,7 +22,7 @@ from bezel.export.onnx.writer import export_onnx
 from bezel.export.recipe import find_recipe
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
-from bezel.quant.formats import FORMATS
+from bezel.quant.formats import BF16, FORMATS
 from bezel.quant.recipes import PRESETS
 from bezel.runtime.commands.inspect import inspect
 from bezel.runtime.commands.main import main
@@ -31,7 +31,7 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceProcessor
-from tiny import DEMO
+from tiny import DEMO, write_tiny
 
 
 def export(folder: Path, out: Path, preset: str = "q8_0", **options: Any) -> ExportSummary:
@@ -575,3 +575,36 @@ def test_options_that_make_no_sense(
     assert result.exit_code != 0
     assert message in " ".join(result.output.replace("│", " ").split())
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Plain or calibrated; what can be seen in the summary and by `verify`, and the bytes that gguf reads."""
+    folder = write_tiny(tmp_path / "trained", "gemma3-gqa")
+    weights = load_file(folder / "model.safetensors")
+    for name, x in weights.items():
+        if x.ndim == 2:
+            blocks = x.reshape(-1, 32)
+            step = rounded(np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7.5))
+            weights[name] = rounded(np.clip(np.rint(blocks / step), -8, 7) * step).reshape(x.shape)
+    save_file(weights, folder / "model.safetensors")
+    (tmp_path / "text.txt").write_text(
+        "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
+    )
+    for name, options in (("plain", ()), ("calibrated", ("--calibration", tmp_path / "text.txt"))):
+        out = tmp_path / f"{name}.gguf"
+        result = run(cli.export, folder, out, "--quant", "q4_0", "--embedding", "q4_0", *options)
+        assert "100.00% of the q4_0 blocks lie on a lattice" in result.output, result.output
+        found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(out).tensors}
+        with open_checkpoint(folder) as source:
+            for spec in source.specs:
+                if spec.is_matrix:
+                    np.testing.assert_array_equal(rounded(found[spec.gguf]), weights[spec.hf])
+            assert {report.equal for report in verify(out, source) if not report.name.endswith("norm.weight")} == {1.0}
+        assert "100.00%" in run(main, "verify", out, "--source", folder).output
+    plain = run(cli.export, DEMO, tmp_path / "other.gguf", "--quant", "q4_0", "--json")
+    assert json.loads(plain.stdout)["kept_exactly"] < 0.01
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """To bfloat16."""
+    return BF16.dequantize(BF16.quantize(x.astype(np.float32).reshape(1, -1))).reshape(x.shape)

@@ -13,12 +13,14 @@ import pytest
 from bezel.export.calibration.rounding import export_calibrated
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
-from bezel.quant.formats import FORMATS, Format
+from bezel.quant.formats import BF16, FORMATS, Q4_0, Format
 from bezel.runtime.commands.main import main
+from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.tensors import TensorSpec
 from click.testing import CliRunner
 from logits import divergence, logits
+from safetensors.numpy import load_file, save_file
 from tiny import CONFIGS, DEMO, TEXT, checkpoint_folder, export
 
 torch = pytest.importorskip("torch")
@@ -197,3 +199,18 @@ def test_what_tuning_needs(text: Path, tmp_path: Path, monkeypatch: pytest.Monke
     moments = ["calibrate", str(DEMO), "--text", str(text), "-o", str(tmp_path / "m.safetensors")]
     assert CliRunner().invoke(main, moments).exit_code == 0
     assert "give --calibration TEXT" in said("--calibration", str(tmp_path / "m.safetensors"), "--tune")
+
+
+def test_what_is_exact_is_not_tuned(tmp_path: Path) -> None:
+    """Of a checkpoint whose weights are those of a Q4_0 file, rounded to bfloat16, nothing but norms could move."""
+    folder = checkpoint_folder("gemma2-gqa", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    for name, x in weights.items():
+        if x.ndim == 2:
+            weights[name] = BF16.dequantize(
+                BF16.quantize(Q4_0.dequantize(Q4_0.quantize(BF16.dequantize(BF16.quantize(x)))))
+            )
+    save_file(weights, folder / "model.safetensors")
+    (tmp_path / "text.txt").write_text(TEXT.read_text()[:4000])
+    with open_checkpoint(folder) as source, pytest.raises(InvalidRequest, match="every matrix is kept exactly"):
+        export_calibrated(source, tmp_path / "o.gguf", "q4_0", None, tmp_path / "text.txt", tune_steps=2)

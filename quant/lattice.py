@@ -1,0 +1,88 @@
+"""Weights that training has put on a lattice: bfloat16 numbers that are a whole number of steps each, a step a block.
+
+Quantization-aware training leaves them so. A search for the least squared error comes close to the step, and most often
+not so close that every product, rounded to bfloat16, is the weight again; this finds the float16 with which they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import EVEN, Blocks, Bytes, F32Array, Format, column, inverse
+
+_NEARLY_ALL = 0.9
+_NEAR = np.float32(2.0**-7)  # of a weight: more than rounding the products and the step makes them differ
+_FIRST = 8  # weights that are looked at first: blocks that are on no lattice are many, and few get past these
+
+
+def same_bf16(x: F32Array, y: F32Array) -> NDArray[np.bool_]:
+    """Where y rounds to the bfloat16 numbers x."""
+    bits = y.view(np.uint32)
+    rounded = (bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16
+    same: NDArray[np.bool_] = (rounded == x.view(np.uint32) >> 16) | (x == y)  # zeros have two signs
+    return same
+
+
+def is_bf16(x: F32Array) -> bool:
+    return not (x.view(np.uint32) & np.uint32(0xFFFF)).any()
+
+
+def to_lattice(form: type[Format], x: F32Array, blocks: Blocks) -> None:
+    """Move the scales "d" of blocks (b,) whose bfloat16 numbers x (b, block) are almost on a lattice onto it."""
+    if not is_bf16(x):
+        return
+    found = np.flatnonzero(blocks["d"])
+    for columns in (slice(_FIRST), slice(None)):
+        part, d = x[found][:, columns], column(blocks["d"][found])
+        off = np.abs(form.snap(part * inverse(d)) * d - part) <= _NEAR * np.abs(part)
+        found = found[off.all(1)]
+        if not len(found):
+            return
+    x, d = x[found], column(blocks["d"][found])
+    codes = form.snap(x * inverse(d))
+    low, high = _steps(x, codes)
+    best, most = blocks["d"][found], _hits(x, codes, blocks["d"][found])
+    middle = ((low + high) / 2).astype(np.float16)
+    for trial in (middle, *(np.nextafter(middle, np.float16(end)) for end in (-np.inf, np.inf))):
+        hits = _hits(x, codes, trial)
+        better = (hits > most) & np.isfinite(trial)
+        best[better], most[better] = trial[better], hits[better]
+    blocks["d"][found] = best
+
+
+def _steps(x: F32Array, codes: F32Array) -> tuple[F32Array, F32Array]:
+    """Between which steps (b,) every product with the codes rounds to x, both (b, n); of their magnitude, low > high
+    where there are none."""
+    bits = np.abs(x).view(np.uint32)
+    sizes = np.abs(codes)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = ((edge.view(np.float32) / sizes) for edge in (bits - np.uint32(0x8000), bits + np.uint32(0x8000)))
+    zero = codes == 0
+    sign = np.where((x * codes).sum(1) < 0, np.float32(-1), np.float32(1))
+    return sign * np.where(zero, -np.inf, low).max(1), sign * np.where(zero, np.inf, high).min(1)
+
+
+def _hits(x: F32Array, codes: F32Array, d: NDArray[Any]) -> NDArray[np.int64]:
+    """How many products with the scales d (b,) round to x, of each block."""
+    hits: NDArray[np.int64] = np.count_nonzero(same_bf16(x, codes * column(d)), axis=1)
+    return hits
+
+
+def quantized(form: type[Format], rows: F32Array) -> Bytes | None:
+    """The blocks of float32 rows (m, n), uint8 (m, row_bytes(n)), if nearly all of them give the rows again exactly."""
+    for some in (rows[:4], rows):
+        data = form.quantize(some, EVEN)
+        if exact(form, some, data) < _NEARLY_ALL * some.size // form.block:
+            return None
+    return data
+
+
+def exact(form: type[Format], rows: F32Array, data: Bytes) -> int:
+    """How many of the blocks `data` (..., bytes) give the bfloat16 numbers `rows` (..., n) again, rounded to that."""
+    if not is_bf16(rows):
+        return 0
+    same = same_bf16(rows, form.dequantize(data)).reshape(-1, form.block)
+    return int(np.count_nonzero(same.all(axis=1)))

@@ -1,0 +1,74 @@
+"""Weights as quantization-aware training leaves them: a lattice of 16 values a block, rounded to bfloat16."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bezel.quant import lattice
+from bezel.quant.formats import BF16, EVEN, IQ4_NL, Q4_0
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    return BF16.dequantize(BF16.quantize(x.astype(np.float32).reshape(1, -1))).reshape(x.shape)
+
+
+def trained(top: float, clip: float = 1.0, *, bf16_steps: bool = True, n: int = 512, scale: float = 0.03) -> np.ndarray:
+    """(n, 256) weights whose block's largest, clipped, is `top` steps; or −8, whatever its sign, for a `top` of −8."""
+    x = np.random.default_rng(7).normal(0, scale, (n * 8, 32))
+    peak = np.abs(x).max(axis=1, keepdims=True)
+    if top < 0:
+        peak = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    step = bf16(peak * clip / top) if bf16_steps else (peak * clip / top).astype(np.float32)
+    return bf16(np.clip(np.rint(x / step), -8, 7) * step).reshape(n, 256)
+
+
+@pytest.mark.parametrize("scale", [0.03, 30.0, 0.001])
+@pytest.mark.parametrize(("top", "clip"), [(7, 1), (7.5, 1), (8, 1), (-8, 1), (7, 0.8), (7.5, 0.6)])
+def test_lattices_come_back_to_the_bit(top: float, clip: float, scale: float) -> None:
+    rows = trained(top, clip, scale=scale)
+    data = Q4_0.quantize(rows, EVEN)
+    np.testing.assert_array_equal(bf16(Q4_0.dequantize(data)), rows)
+    assert lattice.exact(Q4_0, rows, data) == rows.size // 32
+    np.testing.assert_array_equal(lattice.quantized(Q4_0, rows), data)
+
+
+def test_steps_that_float16_does_not_have() -> None:
+    """Float32 steps: as many weights as the best float16 gives, which trying all near ones finds."""
+    rows = trained(7, bf16_steps=False, n=16)
+    x = rows.reshape(-1, 32)
+    blocks = Q4_0.quantize(rows, EVEN).reshape(-1).view(Q4_0.layout)
+    found = lattice._hits(
+        x, Q4_0.dequantize(blocks.view(np.uint8).reshape(len(x), -1)) / blocks["d"][:, None], blocks["d"]
+    )
+    near = blocks["d"].view(np.uint16)[None] + np.arange(-4, 5).astype(np.uint16)[:, None]
+    codes = np.rint(x / blocks["d"].astype(np.float32)[:, None])
+    best = np.max([lattice._hits(x, codes, d.view(np.float16)) for d in near], axis=0)
+    np.testing.assert_array_equal(found, best)
+    assert found.sum() > 0.995 * x.size
+
+
+def test_other_weights_are_left_alone() -> None:
+    random = np.random.default_rng(1).normal(0, 0.03, (64, 256)).astype(np.float32)
+    for rows in (random, bf16(random)):
+        x = rows.reshape(-1, 32)
+        blocks = Q4_0.fit(x, EVEN)
+        before = blocks.copy()
+        lattice.to_lattice(Q4_0, x, blocks)
+        np.testing.assert_array_equal(blocks, before)
+        assert lattice.quantized(Q4_0, rows) is None
+    assert lattice.quantized(IQ4_NL, trained(7)) is None
+
+
+def test_one_block_of_another_kind_does_not_hide_the_rest() -> None:
+    rows = trained(7)
+    rows[3, :32] = bf16(np.random.default_rng(1).normal(0, 0.03, 32))
+    data = Q4_0.quantize(rows, EVEN)
+    assert lattice.exact(Q4_0, rows, data) == rows.size // 32 - 1
+    assert lattice.quantized(Q4_0, rows) is not None
+
+
+def test_zeros_have_two_signs() -> None:
+    rows = trained(7)
+    rows[rows == 0] = -0.0
+    rows[5] = 0
+    assert lattice.exact(Q4_0, rows, Q4_0.quantize(rows, EVEN)) == rows.size // 32

@@ -20,6 +20,7 @@ from bezel.bench.loss.result import (
     Reference,
     Sensitivity,
     SensitivityEntry,
+    TextLoss,
     WorstToken,
 )
 
@@ -65,6 +66,7 @@ def candidate(name: str, times: float = 1.0, file_bytes: int = 1_500_000_000) ->
         bits_per_weight=4.5625,
         formats={"q4_0": 182, "q6_k": 1},
         metrics=metrics(times),
+        by_text=[text_loss("/texts/tales.txt", times)],
         by_position=ByPosition(
             [256, 320, 384, 512], [*klds], [0.01 * times] * 3, [0.016 * times] * 3, [640, 640, 1280]
         ),
@@ -73,6 +75,13 @@ def candidate(name: str, times: float = 1.0, file_bytes: int = 1_500_000_000) ->
         worst=[WorstToken(1.5 * times, "/texts/tales.txt", 1234, before, " sons", expected, found)],
         by_layer=[LayerError(i, 0.01 * times * (i + 1)) for i in range(4)],
     )
+
+
+def text_loss(path: str, times: float = 1.0) -> TextLoss:
+    found = metrics(times)
+    names = ("kld_mean", "kld_p999", "top1", "perplexity_ratio")
+    bits = [Interval(x, x * 0.9, x * 1.1) for x in (0.91, 0.9)]
+    return TextLoss(path, 2560, *(getattr(found, name) for name in names), *bits)
 
 
 def effect(cause: str, kld: float) -> Effect:

@@ -50,7 +50,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
     help="chunks: each read afresh, its second half scored. long: read across windows, every position scored.",
 )
 @click.option("--chunk", type=int, help=f"Tokens in a chunk.  [default: {CHUNK}; long: all that the models take]")
-@click.option("--chunks", "limit", type=click.IntRange(min=1), help="Read so many chunks only.  [default: all]")
+@click.option("--chunks", "limit", type=click.IntRange(min=1), help="Read so many of each text only.  [default: all]")
 @click.option("--effects", is_flag=True, help="Measure weights, activations and keys and values apart, too.")
 @threads_option
 @state_option

@@ -30,7 +30,12 @@ _FILE = Output(b'{\n "bezel_sensitivity": 1')
 @click.option("--by", type=click.Choice(BY), default=BY[0], show_default=True, help="What is rounded at a time.")
 @click.option("--chunk", type=int, help=f"Tokens in a chunk, whose second half is scored.  [default: {CHUNK}]")
 @click.option(
-    "--chunks", "limit", type=click.IntRange(min=1), default=CHUNKS, show_default=True, help="Read so many chunks."
+    "--chunks",
+    "limit",
+    type=click.IntRange(min=1),
+    default=CHUNKS,
+    show_default=True,
+    help="Of each text.",
 )
 @state_option
 @click.option("-o", "--out", type=_FILE, help="Write the file for an export; an earlier one is replaced.")

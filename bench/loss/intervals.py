@@ -46,9 +46,19 @@ class Bootstrap:
         # How often each draw has each unit.
         self._draws = random.multinomial(n, np.full(n, 1 / n), resamples).astype(np.float64)
 
-    def mean(self, values: Values, units: Units, least: float = -np.inf, most: float = np.inf) -> Interval:
-        """The mean of all values, which belong to the units 0 … n−1; it is known to be from `least` to `most`."""
-        count = np.bincount(units, minlength=self.n).astype(np.float64)
+    def mean(
+        self,
+        values: Values,
+        units: Units,
+        least: float = -np.inf,
+        most: float = np.inf,
+        sizes: NDArray[np.integer[Any]] | None = None,
+    ) -> Interval:
+        """The mean of all values, which belong to the units 0 … n−1; it is known to be from `least` to `most`.
+
+        With `sizes` it is Σ values / Σ sizes.
+        """
+        count = np.bincount(units, sizes, minlength=self.n).astype(np.float64)
         total = np.bincount(units, values, minlength=self.n)
         mean = float(total.sum() / count.sum())
         off = total - mean * count  # a unit's share of the mean's error; they sum to 0

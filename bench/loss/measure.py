@@ -22,7 +22,7 @@ from ...runtime.text.tokenizer import SPACE
 from ...runtime.version import bezel_version
 from ..progress import Progress, silent
 from .metrics import NotFinite, Records, compare
-from .passages import Passage, cut, read_texts, sequence_length
+from .passages import Passage, cut, first_of_each, read_texts, sequence_length
 from .result import Effect, MeasuredText, Measurement, Reference
 from .state import Arrays, KeptResults
 from .subjects import Opener, Spec, Subject, key_of, unique_names
@@ -59,8 +59,8 @@ def measure(
     """Compare every candidate, of which there is at least one, with the reference over the texts.
 
     `chunk` is the tokens in a sequence (default: 512, or for "long" as many as every model takes) and `limit` the
-    most sequences. `effects` also measures weights, activations and keys and values apart. What has been computed is
-    kept in the folder `states`, and not computed again.
+    most sequences of each text. `effects` also measures weights, activations and keys and values apart. What has been
+    computed is kept in the folder `states`, and not computed again.
     Raises InvalidRequest, and what opening the models raises.
     """
     work = _Subjects(candidates, reference, effects, Opener(threads))
@@ -73,8 +73,8 @@ def measure(
         "chunk": chunk,
         "passages": [(passage.text, passage.start, len(passage.ids)) for passage in passages],
     }
-    passages = passages[:limit]
-    found = _compute(work, passages, key, states, progress)
+    chosen = first_of_each(passages, limit)
+    found, passages = _compute(work, chosen, key, states, progress), list(chosen.values())
     pooled = [Pooled(arrays, passages, protocol, confidence) for arrays in found]
     compared = list(zip(work.comparisons, pooled, strict=True))
     # The result takes its candidates in the order of the command line.
@@ -154,17 +154,17 @@ def _check_same_model(reference: Subject, candidate: Subject) -> None:
 
 
 def _compute(
-    work: _Subjects, passages: Sequence[Passage], key: Mapping[str, Any], folder: Path, progress: Progress
+    work: _Subjects, passages: Mapping[int, Passage], key: Mapping[str, Any], folder: Path, progress: Progress
 ) -> list[list[Arrays]]:
-    """For each comparison the arrays of each passage, computed or loaded."""
+    """For each comparison the arrays of each passage, by its number among all, computed or loaded."""
     keys = [key_of(subject.spec) for subject in work.subjects]
     states = [
         KeptResults(folder, {**key, "reference": keys[c.reference], "candidate": keys[c.candidate]})
         for c in work.comparisons
     ]
     out: list[list[Arrays]] = [[] for _ in work.comparisons]
-    for number, passage in enumerate(passages):
-        progress(number, len(passages), _so_far(work, out))
+    for done, (number, passage) in enumerate(passages.items()):
+        progress(done, len(passages), _so_far(work, out))
         found: dict[int, Arrays] = {i: a for i, state in enumerate(states) if (a := state.load(number)) is not None}
         missing = [i for i in range(len(states)) if i not in found]
         computed = _score(work.subjects, [work.comparisons[i] for i in missing], passage) if missing else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def sequence_length(asked: int | None, protocol: str, context: int) -> int:
 
 
 def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = None) -> list[Passage]:
-    """The passages of the texts, at most `limit` of them.
+    """The passages of the texts, at most `limit` of each.
 
     "chunks", as llama.cpp's perplexity tool: whole chunks of `chunk` tokens, the first token of each replaced by
     <bos>, of which chunk/2 … chunk−2 are scored. "long": sequences of up to `chunk` tokens, scored from the first.
@@ -95,4 +96,15 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
             f"{longest.path}: found {len(longest.ids)} tokens, expected at least {chunk}; give more text or a smaller "
             "--chunk"
         )
-    return passages[:limit]
+    return list(first_of_each(passages, limit).values())
+
+
+def first_of_each(passages: Sequence[Passage], limit: int | None) -> dict[int, Passage]:
+    """At most `limit` passages of each text, by their place among all."""
+    seen = Counter[int]()
+    chosen = {}
+    for number, passage in enumerate(passages):
+        if limit is None or seen[passage.text] < limit:
+            chosen[number] = passage
+        seen[passage.text] += 1
+    return chosen

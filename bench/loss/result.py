@@ -5,6 +5,7 @@ Intervals are confidence intervals; KLD is in nats per token, of the reference f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,28 @@ class WorstToken:
 
 
 @dataclass(frozen=True)
+class TextLoss:
+    """What a candidate lost on the `scored` positions of one text. Bits a byte are what a model takes to say the text,
+    in UTF-8: unlike perplexity, they compare where tokens are of other lengths.
+    """
+
+    text: str
+    scored: int
+    kld_mean: Interval
+    kld_p999: Interval
+    top1: Interval
+    perplexity_ratio: Interval
+    bits_per_byte: Interval
+    reference_bits_per_byte: Interval
+
+
+def text_names(losses: Sequence[TextLoss]) -> list[str]:
+    """The texts' file names, or their paths where those are not different."""
+    names = [Path(loss.text).name for loss in losses]
+    return names if len(set(names)) == len(names) else [loss.text for loss in losses]
+
+
+@dataclass(frozen=True)
 class LayerError:
     """RMS of the residual stream's difference behind a layer, over the reference's RMS; None where that is 0."""
 
@@ -108,9 +131,12 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Candidate(MeasuredModel):
-    """`by_layer` is None where an engine does not tell, or where the models have other layers."""
+    """`by_text` has the texts of which something was scored, in order. `by_layer` is None where an engine does not
+    tell, or where the models have other layers.
+    """
 
     metrics: Metrics
+    by_text: list[TextLoss]
     by_position: ByPosition
     histogram: Histogram
     quantiles: Quantiles

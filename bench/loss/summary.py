@@ -24,6 +24,7 @@ from .result import (
     Metrics,
     Pair,
     Quantiles,
+    TextLoss,
     WorstToken,
 )
 from .state import Arrays
@@ -53,6 +54,35 @@ class Pooled:
 
     def mean(self, values: NDArray[Any], least: float = -math.inf, most: float = math.inf) -> Interval:
         return self.bootstrap.mean(values, self.units, least, most)
+
+    def by_text(self, passages: Sequence[Passage], texts: Sequence[Text], tokenizer: Tokenizer) -> list[TextLoss]:
+        """The loss on each text alone."""
+        text = np.array([passage.text for passage in passages])[self.passage]
+        following = np.concatenate([p.ids[p.first + 1 :] for p in passages])
+        length_of = {int(token): len(tokenizer.bytes_of(int(token))) for token in np.unique(following)}
+        lengths = np.array([length_of[int(token)] for token in following])
+        out = []
+        for index in np.unique(text):
+            inside = text == index
+            r, sizes = self.records[inside], lengths[inside]
+            numbers, units = np.unique(self.units[inside], return_inverse=True)
+            drawn = Bootstrap(len(numbers), self.bootstrap.confidence)
+            own, theirs = (
+                drawn.mean(-r[name] / math.log(2), units, 0, sizes=sizes) for name in ("logp", "reference_logp")
+            )
+            out.append(
+                TextLoss(
+                    text=str(texts[index].path),
+                    scored=len(r),
+                    kld_mean=drawn.mean(r["kld"], units, 0),
+                    kld_p999=drawn.quantiles(r["kld"], units, [0.999])[0][0],
+                    top1=drawn.mean(same_top(r), units, 0, 1),
+                    perplexity_ratio=drawn.mean(r["reference_logp"] - r["logp"], units).map(math.exp),
+                    bits_per_byte=own,
+                    reference_bits_per_byte=theirs,
+                )
+            )
+        return out
 
     def drawn(self, metric: str) -> tuple[float, NDArray[Any]]:
         """A quantile of the KLD, and what it was in each draw of the bootstrap."""
@@ -112,6 +142,7 @@ def describe(
     return Candidate(
         **vars(model),
         metrics=pooled.metrics(),
+        by_text=pooled.by_text(passages, texts, tokenizer),
         by_position=_by_position(pooled, 0 if protocol == "long" else chunk // 2, chunk),
         histogram=Histogram(_LOG10_EDGES.tolist(), counts.tolist()),
         quantiles=Quantiles(levels, np.quantile(kld, levels, method="inverted_cdf").tolist()),

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .intervals import Interval
-from .result import Measurement, Metrics, Sensitivity
+from .result import Measurement, Metrics, Sensitivity, text_names
 
 _MOST = 20  # entries of a ranking shown
 
@@ -29,6 +29,7 @@ def show(result: Measurement) -> None:
         [c.name, f"{c.file_bytes / 1e6:,.1f}", f"{c.bits_per_weight:.2f}", *_figures(c.metrics)] for c in result.ranked
     ]
     _table(["candidate", "MB", "bits", *heads], rows)
+    _show_texts(result)
     _show_pairs(result)
     if result.effects:
         click.echo("\neach effect alone")
@@ -59,6 +60,29 @@ def _figures(metrics: Metrics) -> list[str]:
         _value(metrics.rms_dp, "{:.3f}", 100),
         _value(metrics.perplexity_ratio, "{:.4f}"),
     ]
+
+
+def _show_texts(result: Measurement) -> None:
+    """Each text alone, where there are several."""
+    if len(result.ranked[0].by_text) < 2:
+        return
+    rows = []
+    for c in result.ranked:
+        for name, found in zip(text_names(c.by_text), c.by_text, strict=True):
+            rows.append(
+                [
+                    f"{c.name}, {name}",
+                    _value(found.kld_mean, "{:.5f}"),
+                    _value(found.kld_p999, "{:.4f}"),
+                    _value(found.top1, "{:.2f}", 100),
+                    _value(found.perplexity_ratio, "{:.4f}"),
+                    f"{found.bits_per_byte.value:.4f}",
+                    f"{found.reference_bits_per_byte.value:.4f}",
+                ]
+            )
+    click.echo("\neach text alone")
+    heads = ["mean KLD", "99.9 %", "same top, %", "perplexity ratio", "bits a byte", "reference's"]
+    _table(["candidate, text", *heads], rows)
 
 
 def _show_pairs(result: Measurement) -> None:

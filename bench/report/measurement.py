@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..loss.intervals import Interval
-from ..loss.result import Candidate, MeasuredModel, Measurement, Pair, WorstToken
+from ..loss.result import Candidate, MeasuredModel, Measurement, Pair, WorstToken, text_names
 from . import figures, svg
 from .page import file_size, joined, percent, section, table, value, write_page
 from .svg import element, number
@@ -35,6 +35,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "perplexity": ("perplexity", "how many tokens the model hesitates between, so to speak; less is better"),
     "perplexity_ratio": ("perplexity ratio", "the candidate's over the reference's; 1 means no loss"),
 }
+_OF_TEXTS = {m: METRICS[m][0] for m in ("kld_mean", "kld_p999", "top1", "perplexity_ratio")}
+_OF_TEXTS["bits_per_byte"] = "bits a byte"
 _SHARES = ("top1", "flips", "top5", "rms_dp")
 _MAIN = ("kld_mean", "kld_p999", "top1", "rms_dp", "perplexity_ratio")
 _PROTOCOLS = {
@@ -48,7 +50,7 @@ def write_report(result: Measurement, path: str | Path) -> None:
     names = [c.name for c in result.candidates]
     title = f"What quantization cost: {joined(names) if len(names) <= 3 else f'{len(names)} candidates'}"
     subtitle = f"Against the reference {result.reference.name}. {result.tool}, {result.time}"
-    parts = [*_overview(result), *_plots(result), *_worst(result), *_method(result)]
+    parts = [*_overview(result), *_texts(result), *_plots(result), *_worst(result), *_method(result)]
     write_page(path, title, subtitle, parts)
 
 
@@ -171,6 +173,26 @@ def _comparison(pair: Pair) -> str:
     low, high = sorted((abs(pair.low), abs(pair.high)))
     gain = f"{number(abs(pair.difference))} ({number(low)} to {number(high)})"
     return f"{better} is better than {worse}, by {gain} nats per token."
+
+
+def _texts(result: Measurement) -> list[Element]:
+    """A row for each text and candidate, where there are several texts."""
+    losses = result.ranked[0].by_text
+    if len(losses) < 2:
+        return []
+    rows = []
+    for i, name in enumerate(text_names(losses)):
+        for c in result.ranked:
+            cells = (element("td", *_figure(getattr(c.by_text[i], m), m)) for m in _OF_TEXTS)
+            rows.append([element("th", name, element("span.sub", c.name), scope="row"), *cells])
+    each = zip(text_names(losses), losses, strict=True)
+    says = (f"{number(loss.reference_bits_per_byte.value)} for {name}" for name, loss in each)
+    words = (
+        "Bits a byte are what a model takes to say the text: less is better, and they compare across languages and "
+        f"tokenizers. The reference takes {joined(list(says))}."
+    )
+    found = table(["text", *_OF_TEXTS.values()], rows)
+    return [element("h2", "Text by text"), found, element("p.soft", words)]
 
 
 def _plots(result: Measurement) -> list[Element]:

@@ -13,7 +13,7 @@ from bezel.bench.loss import measure as driver
 from bezel.bench.loss.measure import measure
 from bezel.bench.loss.metrics import NotFinite, compare
 from bezel.bench.loss.passages import BLOCK, Passage, cut, read_texts
-from bezel.bench.loss.result import Measurement
+from bezel.bench.loss.result import Candidate, Measurement
 from bezel.bench.loss.subjects import Opener, Spec, parse_spec
 from bezel.bench.loss.summary import Pooled
 from bezel.runtime import Model
@@ -421,6 +421,38 @@ def test_a_model_whose_logits_are_broken_is_named(
         run([str(tmp_path / "broken.gguf")], str(original), chunk=64)
 
 
+def test_each_text_is_measured_as_if_alone(
+    gguf_of: Callable[..., Path], model_of: Callable[..., Model], text: Path, tmp_path: Path
+) -> None:
+    """With as many chunks of each as were asked for, whatever was kept of fewer; and bits a byte by hand."""
+    other = tmp_path / "other.txt"
+    other.write_text("Größe, Güte und Gähnen: 12 Käse für 345 Euro. " * 80, encoding="utf-8")
+    exact, rounded = (Spec(gguf_of(TINY, preset), "native", "f32", "f32") for preset in ("f32", "q4_0"))
+
+    def found(*texts: Path, limit: int = 7) -> Candidate:
+        return measure([rounded], exact, texts, chunk=64, limit=limit, states=tmp_path / "states").candidates[0]
+
+    found(text, other, limit=3)
+    both = found(text, other)
+    assert [loss.text for loss in both.by_text] == [str(text), str(other)]
+    model = model_of(TINY, "q4_0", engine="native", activations="f32")
+    for loss, path in zip(both.by_text, (text, other), strict=True):
+        alone = found(path)
+        for name in ("kld_mean", "kld_p999", "top1", "perplexity_ratio"):
+            assert getattr(loss, name) == getattr(alone.metrics, name), name
+        assert alone.by_text == [loss]
+        bits = n_bytes = 0.0
+        for passage in cut(read_texts([path], model.tokenizer), "chunks", 64, 7):
+            logits = model.logits(passage.ids.tolist())[passage.first : -1].astype(np.float64)
+            following = passage.ids[passage.first + 1 :]
+            logp = logits[np.arange(len(following)), following] - np.log(np.exp(logits).sum(axis=1))
+            bits -= logp.sum() / np.log(2)
+            n_bytes += sum(len(model.tokenizer.bytes_of(token)) for token in following.tolist())
+        assert loss.bits_per_byte.value == pytest.approx(bits / n_bytes, rel=1e-6)
+        nats = (loss.bits_per_byte.value - loss.reference_bits_per_byte.value) * n_bytes * np.log(2)
+        assert np.exp(nats / loss.scored) == pytest.approx(loss.perplexity_ratio.value)
+
+
 def test_the_command(gguf_of: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     files = [str(gguf_of(TINY, preset)) for preset in ("q8_0", "q4_0")]
     command = ["measure", *files, "--reference", str(gguf_of(TINY)), "--text", str(text), "--chunk", "64"]
@@ -431,6 +463,11 @@ def test_the_command(gguf_of: Callable[..., Path], text: Path, tmp_path: Path) -
     assert "What causes the loss?" in (tmp_path / "report.html").read_text("utf-8")
     assert f"{Path(files[0]).stem} is better than {Path(files[1]).stem} by" in shown.output
     assert "kv int8" in shown.output
+    assert "each text alone" not in shown.output
+    other = tmp_path / "other.txt"
+    other.write_bytes(text.read_bytes()[3000:])
+    shown = runner.invoke(main, [*command, "--text", str(other), "--chunks", "6"])
+    assert f"{Path(files[0]).stem}, other.txt" in shown.output, shown.output
     result = json.loads(runner.invoke(main, [*command, "--json", "--chunks", "5"]).stdout)
     assert result["bezel_measure"] == 1
     assert result["warnings"][0].startswith("only 5 chunks: there are no confidence intervals")

@@ -20,7 +20,7 @@ from bezel.bench.report.svg import Axis, Plot, number
 from bezel.bench.tasks.tasks import Accuracy, Answers, Flips
 from bezel.runtime.commands.main import main
 from click.testing import CliRunner
-from measured import candidate, result, sensitivity, without_intervals
+from measured import candidate, result, sensitivity, text_loss, without_intervals
 
 VOID = ("meta", "br")
 HOSTILE = (
@@ -103,6 +103,24 @@ def test_every_figure_of_the_table_is_the_measurement_s(tmp_path: Path) -> None:
         step = scale * 10.0 ** -len(digits.partition(".")[2])
         assert abs(float(digits) * scale - float(value)) <= 0.5001 * step
         assert len(digits.replace(".", "").lstrip("0")) >= 2
+
+
+def test_texts_apart(tmp_path: Path) -> None:
+    """Every figure of every text and candidate, the least loss first; two texts of one name go by their paths."""
+    paths = ["/a/tales.txt", "/b/tales.txt"]
+    candidates = [
+        replace(c, by_text=[text_loss(path, times * (i + 1)) for i, path in enumerate(paths)])
+        for c, times in zip(result().candidates, (1.0, 0.1), strict=True)
+    ]
+    measured = result(candidates=candidates)
+    page, _ = report(measured, tmp_path)
+    names = ("kld_mean", "kld_p999", "top1", "perplexity_ratio", "bits_per_byte")
+    expected = [getattr(c.by_text[i], m).value for i in range(2) for c in measured.ranked for m in names]
+    found = [float(value) for _, value in page.data]
+    assert any(found[i : i + len(expected)] == expected for i in range(len(found)))
+    assert "Text by text" in page.text
+    assert "0.900 for /a/tales.txt and 0.900 for /b/tales.txt" in page.text
+    assert "Text by text" not in report(result(), tmp_path)[0].text
 
 
 @pytest.mark.parametrize("where", ["name", "token", "before", "text", "path", "formats", "command"])

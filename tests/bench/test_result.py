@@ -32,6 +32,7 @@ MODEL = {
 def test_the_json_of_a_measurement() -> None:
     found = json.loads(json.dumps(result().to_json(), allow_nan=False))
     metrics = dict.fromkeys(METRICS, INTERVAL)
+    of_texts = ["kld_mean", "kld_p999", "top1", "perplexity_ratio", "bits_per_byte", "reference_bits_per_byte"]
     assert shape(found) == {
         "bezel_measure": "int",
         "time": "str",
@@ -49,6 +50,7 @@ def test_the_json_of_a_measurement() -> None:
             | {
                 "formats": {"q4_0": "int", "q6_k": "int"},
                 "metrics": metrics,
+                "by_text": [{"text": "str", "scored": "int", **dict.fromkeys(of_texts, INTERVAL)}],
                 "by_position": {
                     "edges": ["int"],
                     "kld_mean": ["float"],

@@ -191,7 +191,7 @@ def test_what_tuning_needs(text: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert "--tune goes with --calibration TEXT" in said("--tune")
     assert "--tune-steps goes with --tune" in said("--calibration", str(text), "--tune-steps", "3")
     monkeypatch.setattr(module, "available_memory", lambda: 10**6)
-    assert "tuning takes about 0.2 GB of memory, and 0.0 GB are free" in said("--calibration", str(text), "--tune")
+    assert "tuning takes about 2.0 GB of memory, and 0.0 GB are free" in said("--calibration", str(text), "--tune")
     monkeypatch.setitem(sys.modules, "bezel.export.tuning.tuned", None)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "bezel.export.tuning.tuned")

@@ -174,6 +174,8 @@ def run(
             "seconds": ended - started,
         }
         click.echo(json.dumps(figures, ensure_ascii=False))
+    elif form and generation.finish == "length":
+        note(f"cut off after {len(generation.ids)} tokens, before the form was complete: --max-tokens or --context")
     if generation.finish == "cancelled":
         raise SystemExit(130)
 

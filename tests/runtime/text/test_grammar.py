@@ -112,6 +112,9 @@ def test_the_command(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     schema.write_text(json.dumps(SCHEMA))
     done = CliRunner().invoke(main, ["run", file, "A story.", "--json-schema", str(schema), "--seed", "1"])
     assert json.loads(done.stdout).keys() == SCHEMA["properties"].keys()
+    assert "cut off" not in done.stderr
+    cut = CliRunner().invoke(main, ["run", file, "A story.", "--json-schema", str(schema), "--max-tokens", "2"])
+    assert "cut off after 2 tokens, before the form was complete" in cut.stderr
     done = CliRunner().invoke(main, ["run", file, "A story.", "--regex", "[0-9]{4}", "--seed", "1"])
     assert re.fullmatch("[0-9]{4}\n", done.stdout)
     schema.write_text("[]")

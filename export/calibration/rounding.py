@@ -185,7 +185,7 @@ class Sequential:
     def key(checkpoint: Checkpoint, text: CalibrationText, formats: Formats) -> dict[str, object]:
         """All that the blocks depend on."""
         return {
-            "sequential": 3,
+            "sequential": 4,
             "text": text.sha256,
             "tokens": text.tokens,
             "source": source_sha256(checkpoint),

@@ -1,7 +1,7 @@
 """Whole texts through a model, layer by layer and with all their rows at once, to see what goes on in it.
 
-`forward.layer` runs on ops that read weights when they use them: a model of any size takes the memory of its rows and
-of a few matrices. Row-wise work is done some rows at a time, so that what it makes on the way stays small.
+`forward.run_layers` runs on ops that read weights when they use them: a model of any size takes the memory of its rows
+and of a few matrices. Row-wise work is done some rows at a time, so that what it makes on the way stays small.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 from ..runtime.arrays import Floats, Ints
 from ..runtime.cache.caches import first_visible
 from ..runtime.cache.numpy_store import attention
+from ..runtime.model import forward
 from ..runtime.model import ops as plain
 from ..runtime.model.config import LayerConfig, ModelConfig
-from ..runtime.model.forward import Ops, layer
+from ..runtime.model.forward import Ops
 from ..runtime.model.tensors import TensorSpec, tensor_specs
 from .ordered import ordered
 
@@ -115,19 +116,10 @@ class WholeOps:
 def run_layers(
     config: ModelConfig, ops: WholeOps, rows: WholeSequences, start: int = 0, x: Floats | None = None
 ) -> Iterator[tuple[Floats, Floats]]:
-    """Yields the residual stream (n, hidden) behind each layer, and that normed for what is next, which is the head.
-
-    Those from `start` on, before which the stream is `x`, or the embedded rows.
-    """
+    """`forward.run_layers` with the model's tensors as weights."""
     shared = {spec.role: spec for spec in tensor_specs(config) if spec.layer is None}
     layers = [{spec.role: spec for spec in tensor_specs(config) if spec.layer == i} for i in range(config.n_layers)]
-    norms = [*(weights["attn_norm"] for weights in layers), shared["output_norm"]]
-    if x is None:
-        x = rows.embed(ops, shared["token_embd"], config.embedding_scale)
-    h = ops.rms_norm(x, norms[start], config.rms_eps)
-    for i in range(start, config.n_layers):
-        x, h = layer(config, ops, i, layers[i], norms[i + 1], x, h, rows)
-        yield x, h
+    return forward.run_layers(config, ops, forward.Weights(shared, layers), rows, start, x)
 
 
 def by_rows(work: Callable[..., tuple[Floats, ...]], *inputs: Floats | Ints) -> tuple[Floats, ...]:

@@ -327,6 +327,13 @@ def half_up(d: NDArray[np.floating[Any]]) -> F32Array:
     return half.astype(np.float32)
 
 
+def bf16_bits(x: F32Array) -> NDArray[np.uint32]:
+    """Of finite x, rounded to the nearest bfloat16, halves to even: the 16 bits that it has."""
+    bits, one, upper = x.view(np.uint32), np.uint32(1), np.uint32(16)
+    rounded: NDArray[np.uint32] = (bits + ((bits >> upper) & one) + np.uint32(0x7FFF)) >> upper  # no carry is lost
+    return rounded
+
+
 def signed_peak(x: F32Array) -> F32Array:
     """Of the last axis, the value of largest magnitude, the first of equals."""
     high, low = x.max(axis=-1), x.min(axis=-1)

@@ -19,6 +19,7 @@ from .base import (
     Bytes,
     F32Array,
     Format,
+    bf16_bits,
     column,
     integers,
     inverse,
@@ -67,8 +68,7 @@ class BF16(Format):
 
     @classmethod
     def _encode(cls, x: F32Array, out: Blocks) -> None:
-        bits = x[:, 0].view(np.uint32)
-        out[:] = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16  # weights are finite: no carry leaves the word
+        out[:] = bf16_bits(x[:, 0])
 
     @classmethod
     def _decode(cls, blocks: Blocks, out: F32Array) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import EVEN, Blocks, Bytes, F32Array, Format, column, inverse
+from .base import EVEN, Blocks, Bytes, F32Array, Format, bf16_bits, column, inverse
 
 _NEARLY_ALL = 0.9
 _NEAR = np.float32(2.0**-7)  # of a weight: more than rounding the products and the step makes them differ
@@ -20,9 +20,7 @@ _FIRST = 8  # weights that are looked at first: blocks that are on no lattice ar
 
 def same_bf16(x: F32Array, y: F32Array) -> NDArray[np.bool_]:
     """Where y rounds to the bfloat16 numbers x."""
-    bits = y.view(np.uint32)
-    rounded = (bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16
-    same: NDArray[np.bool_] = (rounded == x.view(np.uint32) >> 16) | (x == y)  # zeros have two signs
+    same: NDArray[np.bool_] = (bf16_bits(y) == x.view(np.uint32) >> 16) | (x == y)  # zeros have two signs
     return same
 
 
@@ -75,9 +73,14 @@ def quantized(form: type[Format], rows: F32Array) -> Bytes | None:
     """The blocks of float32 rows (m, n), uint8 (m, row_bytes(n)), if nearly all of them give the rows again exactly."""
     for some in (rows[:4], rows):
         data = form.quantize(some, EVEN)
-        if exact(form, some, data) < _NEARLY_ALL * some.size // form.block:
+        if not is_kept(form, some, data):
             return None
     return data
+
+
+def is_kept(form: type[Format], rows: F32Array, data: Bytes) -> bool:
+    """Whether nearly all blocks `data` (..., bytes) give the rows (..., n) again exactly."""
+    return exact(form, rows, data) > _NEARLY_ALL * (rows.size // form.block)
 
 
 def exact(form: type[Format], rows: F32Array, data: Bytes) -> int:

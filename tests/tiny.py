@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.opening import open_checkpoint
+from bezel.quant.formats import BF16
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from safetensors.numpy import save_file
@@ -104,3 +105,8 @@ def token_ids(name: str) -> list[int]:
     window = 64 if name == "demo" else CONFIGS[name].get("sliding_window", 8)
     n = 4 * max(window, 8) + 3
     return [2, *np.random.default_rng(n).integers(6, 4096, n - 1).tolist()]
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16, as float32."""
+    return BF16.dequantize(BF16.quantize(x.astype(np.float32).reshape(1, -1))).reshape(x.shape)

@@ -35,7 +35,7 @@ _FILE = Output(b'{\n "bezel_sensitivity": 1')
     type=click.IntRange(min=1),
     default=CHUNKS,
     show_default=True,
-    help="Of each text.",
+    help="Read so many of each text.",
 )
 @state_option
 @click.option("-o", "--out", type=_FILE, help="Write the file for an export; an earlier one is replaced.")

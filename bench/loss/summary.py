@@ -36,17 +36,13 @@ _WORST, _BEFORE = 20, 60  # positions shown, and tokens before each
 _BINS = 16  # of positions, at most
 
 
-class Pooled:
-    """All records of one comparison, and the bootstrap unit of each."""
+class Sample:
+    """Positions of one comparison, and the bootstrap unit of each."""
 
-    def __init__(self, arrays: Sequence[Arrays], passages: Sequence[Passage], protocol: str, confidence: float) -> None:
-        self.records: Records = np.concatenate([a["records"] for a in arrays])
-        self.layers: NDArray[np.float64] = np.sum([a["layers"] for a in arrays], axis=0)
-        self.passage = np.repeat(np.arange(len(passages)), [p.scored for p in passages])
-        own = [p.units(protocol) for p in passages]
-        starts = np.cumsum([0, *(int(u[-1]) + 1 for u in own)])
-        self.units = np.concatenate([u + start for u, start in zip(own, starts, strict=False)])
-        self.bootstrap = Bootstrap(int(starts[-1]), confidence)
+    def __init__(self, records: Records, units: NDArray[np.int64], confidence: float) -> None:
+        """`units` number from 0 on, and leave no number out."""
+        self.records, self.units = records, units
+        self.bootstrap = Bootstrap(int(units.max()) + 1, confidence)
 
     @cached_property
     def _quantiles(self) -> tuple[list[Interval], NDArray[Any]]:
@@ -55,34 +51,9 @@ class Pooled:
     def mean(self, values: NDArray[Any], least: float = -math.inf, most: float = math.inf) -> Interval:
         return self.bootstrap.mean(values, self.units, least, most)
 
-    def by_text(self, passages: Sequence[Passage], texts: Sequence[Text], tokenizer: Tokenizer) -> list[TextLoss]:
-        """The loss on each text alone."""
-        text = np.array([passage.text for passage in passages])[self.passage]
-        following = np.concatenate([p.ids[p.first + 1 :] for p in passages])
-        length_of = {int(token): len(tokenizer.bytes_of(int(token))) for token in np.unique(following)}
-        lengths = np.array([length_of[int(token)] for token in following])
-        out = []
-        for index in np.unique(text):
-            inside = text == index
-            r, sizes = self.records[inside], lengths[inside]
-            numbers, units = np.unique(self.units[inside], return_inverse=True)
-            drawn = Bootstrap(len(numbers), self.bootstrap.confidence)
-            own, theirs = (
-                drawn.mean(-r[name] / math.log(2), units, 0, sizes=sizes) for name in ("logp", "reference_logp")
-            )
-            out.append(
-                TextLoss(
-                    text=str(texts[index].path),
-                    scored=len(r),
-                    kld_mean=drawn.mean(r["kld"], units, 0),
-                    kld_p999=drawn.quantiles(r["kld"], units, [0.999])[0][0],
-                    top1=drawn.mean(same_top(r), units, 0, 1),
-                    perplexity_ratio=drawn.mean(r["reference_logp"] - r["logp"], units).map(math.exp),
-                    bits_per_byte=own,
-                    reference_bits_per_byte=theirs,
-                )
-            )
-        return out
+    def bits_a_byte(self, logp: str, lengths: NDArray[np.int64]) -> Interval:
+        """What `logp` or `reference_logp` say that the tokens take which followed, `lengths` bytes long."""
+        return self.bootstrap.mean(-self.records[logp] / math.log(2), self.units, 0, sizes=lengths)
 
     def drawn(self, metric: str) -> tuple[float, NDArray[Any]]:
         """A quantile of the KLD, and what it was in each draw of the bootstrap."""
@@ -123,6 +94,36 @@ class Pooled:
         if beyond < 10:
             out.append(f"the 99.9 % KLD rests on {beyond} of {len(self.records)} positions: take it as a rough figure")
         return out
+
+
+class Pooled(Sample):
+    """All records of one comparison, and the passage of each."""
+
+    def __init__(self, arrays: Sequence[Arrays], passages: Sequence[Passage], protocol: str, confidence: float) -> None:
+        self.layers: NDArray[np.float64] = np.sum([a["layers"] for a in arrays], axis=0)
+        self.passage = np.repeat(np.arange(len(passages)), [p.scored for p in passages])
+        own = [p.units(protocol) for p in passages]
+        starts = np.cumsum([0, *(int(u[-1]) + 1 for u in own)])
+        units = np.concatenate([u + start for u, start in zip(own, starts, strict=False)])
+        super().__init__(np.concatenate([a["records"] for a in arrays]), units, confidence)
+
+    def by_text(self, passages: Sequence[Passage], texts: Sequence[Text], tokenizer: Tokenizer) -> list[TextLoss]:
+        """The loss on each text alone."""
+        text = np.array([passage.text for passage in passages])[self.passage]
+        following, places = np.unique(np.concatenate([p.ids[p.first + 1 :] for p in passages]), return_inverse=True)
+        lengths = np.array([len(tokenizer.bytes_of(int(token))) for token in following])[places]
+        out = []
+        for index in np.unique(text):
+            inside = text == index
+            part = self if inside.all() else self._part(inside)
+            metrics, bits = part.metrics(), [part.bits_a_byte(x, lengths[inside]) for x in ("logp", "reference_logp")]
+            figures = metrics.kld_mean, metrics.kld_p999, metrics.top1, metrics.perplexity_ratio
+            out.append(TextLoss(str(texts[index].path), len(part.records), *figures, *bits))
+        return out
+
+    def _part(self, inside: NDArray[np.bool_]) -> Sample:
+        _, units = np.unique(self.units[inside], return_inverse=True)
+        return Sample(self.records[inside], units, self.bootstrap.confidence)
 
 
 def describe(

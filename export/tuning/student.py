@@ -16,10 +16,10 @@ from ...quant.base import Format
 from ...quant.formats import F32
 from ...runtime.arrays import Floats
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Weights
+from ...runtime.model.forward import Weights, head_of, logits, run_layers
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from .latent import Latent
-from .torch_model import Batch, TorchOps, run_layers, value
+from .torch_model import Batch, TorchOps, value
 
 _HEAD_NUMBERS = 1 << 24  # logits that are there at a time
 
@@ -63,7 +63,7 @@ class Student:
             weight: Tensor | Latent | Factors
             if spec.is_norm:
                 weight = self.moving[spec.gguf] = Factors(form.dequantize(blocks)[0])
-            elif form.block > 1 and spec.layer is not None and not _kept(form, numbers, blocks):
+            elif form.block > 1 and spec.layer is not None and not lattice.is_kept(form, numbers, blocks):
                 weight = self.moving[spec.gguf] = Latent(form, blocks, numbers)
             else:
                 weight = torch.from_numpy(form.dequantize(blocks))
@@ -79,8 +79,7 @@ class Student:
         with torch.no_grad():
             exact = self._answer(self.teacher, ids)
         found = self._answer(self.weights, ids)
-        head = "token_embd" if self.config.tied_head else "output"
-        heads = self.teacher.shared[head], value(self.weights.shared[head])
+        heads = head_of(self.config, self.teacher), value(head_of(self.config, self.weights))
         step = max(1, _HEAD_NUMBERS // self.config.vocab_size)
         total = found.new_zeros(())
         for start in range(0, len(found), step):
@@ -89,21 +88,11 @@ class Student:
         return total / len(found)
 
     def _answer(self, weights: Weights, ids: Tensor) -> Tensor:
-        [(_, h)] = deque(run_layers(self.config, weights, Batch(self.config, ids)), maxlen=1)
+        [(_, h)] = deque(run_layers(self.config, TorchOps(), weights, Batch(self.config, ids)), maxlen=1)
         return h
 
     def _piece(self, exact: Tensor, found: Tensor, exact_head: Tensor, head: Tensor) -> Tensor:
         with torch.no_grad():
-            p = self.logits(exact, exact_head).log_softmax(-1)
-        q = self.logits(found, head).log_softmax(-1)
+            p = logits(self.config, TorchOps(), exact_head, exact).log_softmax(-1)
+        q = logits(self.config, TorchOps(), head, found).log_softmax(-1)
         return (p.exp() * (p - q)).sum()
-
-    def logits(self, h: Tensor, head: Tensor) -> Tensor:
-        """(n, vocab) of what the last norm made, (n, hidden)."""
-        (logits,) = TorchOps().linear(h, head)
-        cap = self.config.final_softcap
-        return logits if cap is None else TorchOps().softcap(logits, cap)
-
-
-def _kept(form: type[Format], numbers: Floats, blocks: NDArray[np.uint8]) -> bool:
-    return lattice.exact(form, numbers, blocks) > 0.9 * numbers.size / form.block

@@ -1,8 +1,7 @@
-"""The forward pass on PyTorch, which gives gradients: `forward.layer` on tensors, over a batch of whole sequences."""
+"""The forward pass on PyTorch, which gives gradients: `forward.Ops` on tensors, and a batch of whole sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Ops, Weights, layer
+from ...runtime.model.forward import Ops
 
 
 def value(weight: Any) -> Tensor:
@@ -86,14 +85,3 @@ class Batch:
 
     def wanted(self, x: Tensor) -> Tensor:
         return x
-
-
-def run_layers(config: ModelConfig, weights: Weights, rows: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the residual stream (n, hidden) behind each layer, and that normed for what is next, which is the head."""
-    ops = TorchOps()
-    norms = [*(w["attn_norm"] for w in weights.layers), weights.shared["output_norm"]]
-    x = rows.embed(ops, weights.shared["token_embd"], config.embedding_scale)
-    h = ops.rms_norm(x, norms[0], config.rms_eps)
-    for i, w in enumerate(weights.layers):
-        x, h = layer(config, ops, i, w, norms[i + 1], x, h, rows)
-        yield x, h

@@ -72,9 +72,10 @@ class Tuned:
     @staticmethod
     def products(checkpoint: Checkpoint, text: CalibrationText, steps: int) -> int:
         """Of a weight and a token, in so many steps."""
-        passes = {True: _PASSES, False: _HEAD_PASSES}
         weights = sum(
-            math.prod(spec.shape) * passes[spec.layer is not None] for spec in checkpoint.specs if spec.is_matrix
+            math.prod(spec.shape) * (_HEAD_PASSES if spec.layer is None else _PASSES)
+            for spec in checkpoint.specs
+            if spec.is_matrix
         )
         return steps * BATCH * len(text.sequences[0]) * weights
 
@@ -108,14 +109,11 @@ class Tuned:
         if state is not None:
             descent.restore(state)
         first, saved = descent.step, time.monotonic()
-        ids = torch.from_numpy(np.stack(self._text.sequences))
+        ids, one = torch.from_numpy(np.stack(self._text.sequences)), self.products(self._checkpoint, self._text, 1)
         for chosen in islice(_order(len(ids), self._steps), first, None):
             descent.take(ids[chosen])
             if self._progress:
-                done, total = (
-                    self.products(self._checkpoint, self._text, n - first) for n in (descent.step, self._steps)
-                )
-                self._progress(done, total)
+                self._progress(one * (descent.step - first), one * (self._steps - first))
             if time.monotonic() - saved > _KEEP_SECONDS:
                 self._kept.save(_STATE, descent.state())
                 saved = time.monotonic()

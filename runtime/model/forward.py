@@ -6,7 +6,7 @@ Shapes: n rows, H query heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,16 +63,37 @@ def forward(config: ModelConfig, ops: Ops, weights: Weights, rows: Rows, streams
 
     `streams` receives the residual stream behind each layer, (n, hidden); behind the last one, of the wanted rows.
     """
-    shared, last = weights.shared, config.n_layers - 1
-    x = rows.embed(ops, shared["token_embd"], config.embedding_scale)  # (n, hidden)
-    h = ops.rms_norm(x, weights.layers[0]["attn_norm"], config.rms_eps)
-    for i, w in enumerate(weights.layers):
-        next_norm = shared["output_norm"] if i == last else weights.layers[i + 1]["attn_norm"]
-        x, h = layer(config, ops, i, w, next_norm, x, h, rows)
+    for x, h in run_layers(config, ops, weights, rows):  # noqa: B007 - of h only the last is wanted
         if streams is not None:
             streams.append(x)
-    (logits,) = ops.linear(h, shared["token_embd" if config.tied_head else "output"])
-    return logits if config.final_softcap is None else ops.softcap(logits, config.final_softcap)
+    return logits(config, ops, head_of(config, weights), h)
+
+
+def run_layers(
+    config: ModelConfig, ops: Ops, weights: Weights, rows: Rows, start: int = 0, x: Any = None
+) -> Iterator[tuple[Any, Any]]:
+    """Yields the residual stream (n, hidden) behind each layer, and that normed for what is next, which is the head.
+
+    Those from `start` on, before which the stream is `x`, or the embedded rows.
+    """
+    shared, last = weights.shared, config.n_layers - 1
+    if x is None:
+        x = rows.embed(ops, shared["token_embd"], config.embedding_scale)
+    h = ops.rms_norm(x, weights.layers[start]["attn_norm"], config.rms_eps)
+    for i in range(start, config.n_layers):
+        next_norm = shared["output_norm"] if i == last else weights.layers[i + 1]["attn_norm"]
+        x, h = layer(config, ops, i, weights.layers[i], next_norm, x, h, rows)
+        yield x, h
+
+
+def head_of(config: ModelConfig, weights: Weights) -> Any:
+    return weights.shared["token_embd" if config.tied_head else "output"]
+
+
+def logits(config: ModelConfig, ops: Ops, head: Any, h: Any) -> Any:
+    """(n, vocab) of what the last norm made, (n, hidden)."""
+    (found,) = ops.linear(h, head)
+    return found if config.final_softcap is None else ops.softcap(found, config.final_softcap)
 
 
 def layer(

@@ -22,7 +22,7 @@ from bezel.export.onnx.writer import export_onnx
 from bezel.export.recipe import find_recipe
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
-from bezel.quant.formats import BF16, FORMATS
+from bezel.quant.formats import FORMATS
 from bezel.quant.recipes import PRESETS
 from bezel.runtime.commands.inspect import inspect
 from bezel.runtime.commands.main import main
@@ -31,7 +31,7 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceProcessor
-from tiny import DEMO, write_tiny
+from tiny import DEMO, bf16, write_tiny
 
 
 def export(folder: Path, out: Path, preset: str = "q8_0", **options: Any) -> ExportSummary:
@@ -584,8 +584,8 @@ def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Call
     for name, x in weights.items():
         if x.ndim == 2:
             blocks = x.reshape(-1, 32)
-            step = rounded(np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7.5))
-            weights[name] = rounded(np.clip(np.rint(blocks / step), -8, 7) * step).reshape(x.shape)
+            step = bf16(np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7.5))
+            weights[name] = bf16(np.clip(np.rint(blocks / step), -8, 7) * step).reshape(x.shape)
     save_file(weights, folder / "model.safetensors")
     (tmp_path / "text.txt").write_text(
         "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
@@ -598,13 +598,8 @@ def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Call
         with open_checkpoint(folder) as source:
             for spec in source.specs:
                 if spec.is_matrix:
-                    np.testing.assert_array_equal(rounded(found[spec.gguf]), weights[spec.hf])
+                    np.testing.assert_array_equal(bf16(found[spec.gguf]), weights[spec.hf])
             assert {report.equal for report in verify(out, source) if not report.name.endswith("norm.weight")} == {1.0}
         assert "100.00%" in run(main, "verify", out, "--source", folder).output
     plain = run(cli.export, DEMO, tmp_path / "other.gguf", "--quant", "q4_0", "--json")
     assert json.loads(plain.stdout)["kept_exactly"] < 0.01
-
-
-def rounded(x: np.ndarray) -> np.ndarray:
-    """To bfloat16."""
-    return BF16.dequantize(BF16.quantize(x.astype(np.float32).reshape(1, -1))).reshape(x.shape)

@@ -13,7 +13,7 @@ import pytest
 from bezel.export.calibration.rounding import export_calibrated
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
-from bezel.quant.formats import BF16, FORMATS, Q4_0, Format
+from bezel.quant.formats import FORMATS, Q4_0, Format
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
@@ -21,7 +21,7 @@ from bezel.runtime.model.tensors import TensorSpec
 from click.testing import CliRunner
 from logits import divergence, logits
 from safetensors.numpy import load_file, save_file
-from tiny import CONFIGS, DEMO, TEXT, checkpoint_folder, export
+from tiny import CONFIGS, DEMO, TEXT, bf16, checkpoint_folder, export
 
 torch = pytest.importorskip("torch")
 from bezel.export.tuning import tuned as module  # noqa: E402
@@ -207,9 +207,7 @@ def test_what_is_exact_is_not_tuned(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     for name, x in weights.items():
         if x.ndim == 2:
-            weights[name] = BF16.dequantize(
-                BF16.quantize(Q4_0.dequantize(Q4_0.quantize(BF16.dequantize(BF16.quantize(x)))))
-            )
+            weights[name] = bf16(Q4_0.dequantize(Q4_0.quantize(bf16(x))))
     save_file(weights, folder / "model.safetensors")
     (tmp_path / "text.txt").write_text(TEXT.read_text()[:4000])
     with open_checkpoint(folder) as source, pytest.raises(InvalidRequest, match="every matrix is kept exactly"):

@@ -5,11 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from bezel.quant import lattice
-from bezel.quant.formats import BF16, EVEN, IQ4_NL, Q4_0
-
-
-def bf16(x: np.ndarray) -> np.ndarray:
-    return BF16.dequantize(BF16.quantize(x.astype(np.float32).reshape(1, -1))).reshape(x.shape)
+from bezel.quant.formats import EVEN, IQ4_NL, Q4_0
+from tiny import bf16
 
 
 def trained(top: float, clip: float = 1.0, *, bf16_steps: bool = True, n: int = 512, scale: float = 0.03) -> np.ndarray:

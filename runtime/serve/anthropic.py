@@ -26,7 +26,7 @@ async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
         sampling=asks.sampling_of(fields, served),
         max_tokens=max_tokens,
         stop=fields.texts("stop_sequences", asks.MOST_STOPS),
-        constraint=await asks.constraint_of(served, talk, None),
+        constraint=await asks.constraint_of(served, talk),
         calls=talk.may_call,
     )
 

@@ -6,11 +6,12 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..errors import InvalidRequest
 from ..text import chat
 from ..text.generation import Constraint, Writer
-from ..text.grammar import ANY_JSON
+from ..text.grammar import ANY_JSON, Grammar, Grammars
 from ..text.sampling import Sampling
 from . import tools
 from .answers import Answer
@@ -122,7 +123,7 @@ def limits_of(fields: Fields) -> Json:
 
 @dataclass(frozen=True)
 class Talk:
-    """A chat to be answered, with functions that the answer may call.
+    """A chat to be answered, with functions that the answer may call, and the form that it has where it is no call.
 
     `choice` is "none", "auto", "required", or "call NAME".
     """
@@ -131,6 +132,7 @@ class Talk:
     functions: list[tools.Tool] = field(default_factory=list)
     choice: str = "auto"
     parallel: bool = True
+    form: Fields | None = None
 
     @property
     def may_call(self) -> bool:
@@ -177,7 +179,8 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
     check_length(served, [message.text for message in talk.messages], "messages")
     system = [message.text for message in talk.messages if message.role == "system"]
     if talk.may_call:
-        system.insert(0, tools.instructions(talk.functions))
+        in_json = talk.form is not None and talk.form.text("type") not in (None, "text")
+        system.insert(0, tools.instructions(talk.functions, in_json))
     turns: list[chat.Message] = []
     for message in talk.messages:
         if message.role == "system":
@@ -197,38 +200,64 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
         raise BadRequest(str(error), "messages") from None
 
 
-async def constraint_of(served: Served, talk: Talk, form: Fields | None) -> Callable[[], Constraint] | None:
-    """What an answer must look like, by the functions that it may call or by a `response_format`."""
-    if talk.may_call:
-        named = [tool for tool in talk.functions if talk.choice == f"call {tool.name}"]
-        made = await served.compiled(
+async def constraint_of(served: Served, talk: Talk) -> Callable[[], Constraint] | None:
+    """What an answer must look like, by the functions that it may call and by its form.
+
+    Raises BadRequest for what no answer can look like.
+    """
+    kind, source = _form_of(talk.form)
+    form = talk.form.path if talk.form is not None else ""
+    try:
+        if talk.may_call:
+            if kind not in ("text", "json"):
+                raise BadRequest(f"{form}.type: found {kind!r}, expected a JSON schema beside tools", f"{form}.type")
+            if kind == "json":  # by itself first: its faults are its own
+                await served.compiled(lambda grammars: grammars.json_schema(source))
+            return (await _calls(served, talk, source if kind == "json" else None)).constraint
+        if kind == "text":
+            return None
+        made = {"json": Grammars.json_schema, "regex": Grammars.regex, "grammar": Grammars.lark}[kind]
+        return (await served.compiled(lambda grammars: made(grammars, source))).constraint
+    except InvalidRequest as error:
+        raise BadRequest(f"{form}: {error}", form) from None
+
+
+async def _calls(served: Served, talk: Talk, form: Json | None) -> Grammar:
+    named = [tool for tool in talk.functions if talk.choice == f"call {tool.name}"]
+    try:
+        return await served.compiled(
             lambda grammars: tools.grammar(
                 grammars,
                 named or talk.functions,
                 required=talk.choice != "auto",
                 parallel=talk.parallel and not named,
+                form=form,
             )
         )
-        return made.constraint
-    if form is None:
-        return None
-    kind = form.choice("type", ("text", "json_object", "json_schema", "regex", "grammar"))
-    if kind in (None, "text"):
-        return None
+    except InvalidRequest as error:
+        raise BadRequest(f"tools: {error}", "tools") from None
+
+
+def _form_of(form: Fields | None) -> tuple[str, Any]:
+    """What a `response_format` asks for: "text", "json" by a schema, "regex" or "grammar", and the source of it."""
+    kind = form.choice("type", ("text", "json_object", "json_schema", "regex", "grammar")) if form is not None else None
+    if form is None or kind in (None, "text"):
+        return "text", None
+    if kind == "json_object":
+        return "json", ANY_JSON
     if kind == "json_schema":
-        within = form.object("json_schema") or form
+        within = form if "schema" in form else form.object("json_schema")
+        if within is None:
+            raise form.fail("json_schema", "an object with a schema")
         schema = within.get("schema")
         if not isinstance(schema, dict):
             raise within.fail("schema", "a JSON schema, an object")
-        made = await served.compiled(lambda grammars: grammars.json_schema(schema))
-    elif kind == "json_object":
-        made = await served.compiled(lambda grammars: grammars.json_schema(ANY_JSON))
-    else:
-        source = form.text("pattern" if kind == "regex" else "grammar")
-        if source is None:
-            raise form.fail("pattern" if kind == "regex" else "grammar", "a text")
-        made = await served.compiled(lambda g: g.regex(source) if kind == "regex" else g.lark(source))
-    return made.constraint
+        return "json", schema
+    name = "pattern" if kind == "regex" else "grammar"
+    source = form.text(name)
+    if source is None:
+        raise form.fail(name, "a text")
+    return kind, source
 
 
 def json_text(entry: Fields, name: str, text: str) -> str:
@@ -248,7 +277,7 @@ def functions_of(entries: Sequence[Fields], schema: str = "parameters") -> list[
             raise entry.fail("name", "a name")
         if parameters is not None and not isinstance(parameters, dict):
             raise entry.fail(schema, "a JSON schema, an object")
-        found.append(tools.Tool(name, entry.text("description", "") or "", parameters or {}))
+        found.append(tools.Tool(name, entry.text("description", "") or "", parameters or {}, entry.flag("strict")))
     if len({tool.name for tool in found}) < len(found):
         raise BadRequest("tools: two functions of the same name", "tools")
     return found
@@ -290,7 +319,7 @@ async def completion_asks(fields: Fields, served: Served) -> list[Ask]:
         limits["max_tokens"] = 16  # as the API has it
     logprobs = fields.whole("logprobs", 0, MOST_LOGPROBS)
     sampling, scored = sampling_of(fields, served), logprobs if fields.flag("echo") else None
-    constraint = await constraint_of(served, Talk([]), fields.object("response_format"))
+    constraint = await constraint_of(served, Talk([], form=fields.object("response_format")))
     return [
         Ask(prompt=prompt, sampling=sampling, logprobs=logprobs, scored=scored, constraint=constraint, **limits)
         for prompt in await asyncio.to_thread(completion_prompts, fields, served)

@@ -36,6 +36,11 @@ class Fields:
             raise BadRequest(f"the body is a JSON {type(values).__name__}, expected an object")
         return Fields(values)
 
+    @property
+    def path(self) -> str:
+        """Where in the request this object is."""
+        return self._where.rstrip(".")
+
     def get(self, name: str) -> Any:
         return self._values.get(name)
 

@@ -24,6 +24,7 @@ async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
         functions,
         asks.check_choice(_choice(fields), functions),
         parallel=fields.get("parallel_tool_calls") is not False,
+        form=fields.object("response_format"),
     )
     limits = asks.limits_of(fields)
     if "max_completion_tokens" in fields:
@@ -35,7 +36,7 @@ async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
         prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
         sampling=asks.sampling_of(fields, served),
         logprobs=(top or 0) if wanted else None,
-        constraint=await asks.constraint_of(served, talk, fields.object("response_format")),
+        constraint=await asks.constraint_of(served, talk),
         calls=talk.may_call,
         **limits,
     )

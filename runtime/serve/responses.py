@@ -20,18 +20,19 @@ async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
         if name in fields:
             raise BadRequest(f"{name}: nothing of earlier responses is kept: send the whole conversation", name)
     functions = asks.functions_of([tool for tool in fields.objects("tools") if _is_function(tool)])
+    text = fields.object("text")
     talk = asks.Talk(
         _messages(fields),
         functions,
         asks.check_choice(_choice(fields), functions),
         parallel=fields.get("parallel_tool_calls") is not False,
+        form=text.object("format") if text is not None else None,
     )
-    text = fields.object("text")
     return asks.Ask(
         prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
         sampling=asks.sampling_of(fields, served),
         max_tokens=fields.whole("max_output_tokens", 1, asks.MOST_TOKENS),
-        constraint=await asks.constraint_of(served, talk, text.object("format") if text else None),
+        constraint=await asks.constraint_of(served, talk),
         calls=talk.may_call,
     )
 

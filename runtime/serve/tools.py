@@ -3,7 +3,7 @@
 Gemma 3 was trained on no form for them, so this is bezel's own, in JSON: the system text names the functions and says
 that a call is `{"tool_calls": [{"name": NAME, "arguments": {…}}]}` and nothing else; what came of it is told in a user
 turn, `{"tool_results": […]}`. A grammar sees to it that an answer which begins with a brace is such a call of a
-function that there is, with arguments that its schema describes.
+function that there is, with arguments that its schema describes; or an answer in the form that the request wants of it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ You can call these functions, whose parameters JSON schemas describe:
 {functions}
 To call functions, answer with JSON alone, without any other text, in this form:
 {{"tool_calls": [{{"name": "the function's name", "arguments": {{"parameter": "value"}}}}]}}
-What they give is told to you as {{"tool_results": [...]}}. Otherwise answer in plain text."""
+What they give is told to you as {{"tool_results": [...]}}. Otherwise answer in {otherwise}."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function of the client's; `parameters` is a JSON schema of its arguments, an object."""
+    """A function of the client's; `parameters` is a JSON schema of its arguments, an object.
+
+    A `strict` one takes no arguments but those of its schema; for others, keywords that no grammar can see to
+    (`uniqueItems`, `not` …) are told to the model only.
+    """
 
     name: str
     description: str
     parameters: dict[str, Any]
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,11 @@ class Call:
     arguments: str  # JSON
 
 
-def instructions(tools: Sequence[Tool]) -> str:
-    """What the system text says of the functions."""
+def instructions(tools: Sequence[Tool], in_json: bool = False) -> str:
+    """What the system text says of the functions, and that other answers are text, or else JSON."""
     functions = ({"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools)
-    return _WORDS.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
+    told = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+    return _WORDS.format(functions=told, otherwise="JSON" if in_json else "plain text")
 
 
 def told_calls(calls: Sequence[Call]) -> str:
@@ -60,15 +66,40 @@ def told_result(name: str, content: str) -> str:
     return json.dumps({"tool_results": [{"name": name, "content": content}]}, ensure_ascii=False)
 
 
-def grammar(grammars: Grammars, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Grammar:
-    """What an answer may be: calls of these functions or, unless `required`, a text.
+def grammar(
+    grammars: Grammars, tools: Sequence[Tool], *, required: bool, parallel: bool, form: dict[str, Any] | None = None
+) -> Grammar:
+    """What an answer may be: calls of these functions or, unless `required`, JSON of the schema `form`, or a text.
 
-    Raises InvalidRequest for a schema that cannot be followed.
+    Raises InvalidRequest for a schema that cannot be followed, with the name of its function.
     """
+    for tool in tools:
+        if tool.strict:
+            _check(grammars, tool)
     try:
-        parameters = {f"a{i}": _moved(tool.parameters or _ANY_OBJECT, f"#/$defs/a{i}") for i, tool in enumerate(tools)}
+        schema = _calls_schema(tools, parallel)
+        if required:
+            return grammars.json_schema(schema, lenient=True)
+        # What begins as calls do is calls: so an answer in the form has no such key.
+        not_calls = form and {"allOf": [_moved(form, "#/allOf/0"), {"properties": {"tool_calls": False}}]}
+        return grammars.json_or(schema, not_calls)
     except RecursionError:
-        raise InvalidRequest("tools: a schema is nested too deeply") from None
+        raise InvalidRequest("a schema is nested too deeply") from None
+    except InvalidRequest:
+        for tool in tools:
+            _check(grammars, tool)
+        raise
+
+
+def _check(grammars: Grammars, tool: Tool) -> None:
+    try:
+        grammars.json_schema(tool.parameters or _ANY_OBJECT, lenient=not tool.strict)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{tool.name}{', which is strict' if tool.strict else ''}: {error}") from None
+
+
+def _calls_schema(tools: Sequence[Tool], parallel: bool) -> dict[str, Any]:
+    parameters = {f"a{i}": _moved(tool.parameters or _ANY_OBJECT, f"#/$defs/a{i}") for i, tool in enumerate(tools)}
     calls = [
         {
             "type": "object",
@@ -78,7 +109,7 @@ def grammar(grammars: Grammars, tools: Sequence[Tool], *, required: bool, parall
         }
         for i, tool in enumerate(tools)
     ]
-    schema = {
+    return {
         "type": "object",
         "properties": {
             "tool_calls": {
@@ -92,7 +123,6 @@ def grammar(grammars: Grammars, tools: Sequence[Tool], *, required: bool, parall
         "additionalProperties": False,
         "$defs": parameters,
     }
-    return grammars.json_schema(schema) if required else grammars.json_or_text(schema)
 
 
 def _moved(schema: Any, place: str) -> Any:

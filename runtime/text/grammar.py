@@ -41,17 +41,22 @@ class Grammars:
             slices=[*LLTokenizer.json_slices(), "[a-z ]{1,10}"],
         )
 
-    def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
-        """JSON that a schema describes. Raises InvalidRequest for a schema that cannot be followed."""
+    def json_schema(self, schema: Mapping[str, Any], *, lenient: bool = False) -> Grammar:
+        """JSON that a schema describes.
+
+        Raises InvalidRequest for a schema that cannot be followed; where that is for a keyword of it that no grammar
+        can see to, a `lenient` one does without.
+        """
         from llguidance import LLMatcher
 
-        text = _json(schema)
-        return self._compiled("JSON schema", text, lambda: LLMatcher.grammar_from_json_schema(text, overrides=_COMPACT))
+        text, options = _json(schema), {**_COMPACT, "lenient": lenient}
+        return self._compiled("JSON schema", text, lambda: LLMatcher.grammar_from_json_schema(text, overrides=options))
 
-    def json_or_text(self, schema: Mapping[str, Any]) -> Grammar:
-        """JSON that a schema describes, or text that does not begin with a brace."""
-        options = _json({**schema, "x-guidance": _COMPACT})
-        source = f"start: json | TEXT\njson: %json {options}\nTEXT: /([^{{](.|\\n)*)?/\n"
+    def json_or(self, schema: Mapping[str, Any], other: Mapping[str, Any] | None) -> Grammar:
+        """JSON of a schema, taken leniently, or of another one; where that is None, or text without a brace first."""
+        first = _json({**schema, "x-guidance": {**_COMPACT, "lenient": True}})
+        second = "TEXT" if other is None else f"%json {_json({**other, 'x-guidance': _COMPACT})}"
+        source = f"start: first | second\nfirst: %json {first}\nsecond: {second}\nTEXT: /([^{{](.|\\n)*)?/\n"
         return self._compiled("JSON schema", source, lambda: source)
 
     def regex(self, expression: str) -> Grammar:
@@ -77,7 +82,12 @@ class Grammars:
             raise InvalidRequest(f"{what}: {_first_line(str(error))}") from None
         if matcher.is_error():
             raise InvalidRequest(f"{what}: {_first_line(matcher.get_error())}")
-        return Grammar(matcher, self._vocab_size)
+        made = Grammar(matcher, self._vocab_size)
+        try:
+            made.constraint().allowed()  # some faults show here only, and nobody shall wait for an answer until then
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{what}: {error}") from None
+        return made
 
 
 class Grammar:
@@ -116,7 +126,7 @@ class Matching:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InvalidRequest(f"the answer cannot follow its form: {_first_line(self._matcher.get_error())}")
+            raise InvalidRequest(f"an answer cannot go on in this form: {_first_line(self._matcher.get_error())}")
 
 
 class _Pieces:
@@ -142,5 +152,6 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 def _first_line(text: str) -> str:
-    """The beginning of what llguidance says, on one line."""
-    return " ".join(text.split())[:300]
+    """The beginning of what llguidance says, on one line, without the state that it is in."""
+    said = " ".join(text.partition("<state>")[0].split())[:300]
+    return {"NoExtensionBias": "nothing may come next"}.get(said, said)

@@ -264,6 +264,61 @@ def test_tools(client: openai.OpenAI) -> None:
         assert bool(free.message.content) != bool(free.message.tool_calls)
 
 
+@pytest.mark.parametrize("form", ["json_schema", "json_object"])
+def test_tools_beside_a_form(form: str, client: openai.OpenAI) -> None:
+    """What is no call has the form, and what has the form is no call, whatever keys it allows."""
+    one = {"type": "object", "properties": {"a": {"$ref": "#/$defs/one"}}, "$defs": {"one": {"const": 1}}}
+    one["additionalProperties"] = False
+    kinds: dict[str, Any] = {"json_schema": {"json_schema": {"name": "one", "schema": one}}, "json_object": {}}
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "tools": TOOLS, "temperature": 2}
+    asked |= {"max_tokens": 400, "response_format": {"type": form, **kinds[form]}, "parallel_tool_calls": False}
+    told = set()
+    for seed in range(12):
+        found = client.chat.completions.create(**asked, seed=seed).choices[0]
+        streamed = list(client.chat.completions.create(**asked, seed=seed, stream=True))
+        if found.finish_reason == "length":
+            continue
+        if found.message.tool_calls:
+            (call,) = found.message.tool_calls
+            assert call.type == "function"
+            assert call.function.name == "describe"
+            assert json.loads(call.function.arguments).keys() == SCHEMA["properties"].keys()
+        else:
+            assert "tool_calls" not in json.loads(found.message.content or "")
+            assert "".join(x.choices[0].delta.content or "" for x in streamed) == found.message.content
+        told.add(found.finish_reason)
+    assert "stop" in told
+    assert form == "json_object" or "tool_calls" in told  # a free object's keys are many
+    assert client.chat.completions.create(**asked, tool_choice="required", seed=1).choices[0].message.tool_calls
+
+
+def test_a_response_with_tools_has_its_form(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", **TOOLS[0]["function"]}
+    form: Any = {"format": {"type": "json_schema", "name": "one", "schema": SCHEMA}}
+    for seed in range(4):
+        found = client.responses.create(
+            model="fairy", input="A story.", tools=[tool], text=form, extra_body={"seed": seed}, max_output_tokens=400
+        )
+        assert (
+            found.output[0].type == "function_call"
+            or json.loads(found.output_text).keys() == SCHEMA["properties"].keys()
+        )
+
+
+def test_a_tool_s_keywords_that_no_grammar_sees_to(client: openai.OpenAI) -> None:
+    """They do not stand in the way, but where the arguments must be those of the schema."""
+    many = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True, "items": {"enum": [1]}}}}
+    function: dict[str, Any] = {"name": "count", "parameters": many | {"required": ["a"]}}
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "max_tokens": 100, "seed": 1}
+    tools: list[Any] = [*TOOLS, {"type": "function", "function": function}]
+    for choice in ("auto", {"type": "function", "function": {"name": "count"}}):
+        client.chat.completions.create(**asked, tools=tools, tool_choice=choice)
+    tools[1] = {"type": "function", "function": {**function, "strict": True}}
+    with pytest.raises(openai.BadRequestError, match=r"count, which is strict: JSON schema: .*uniqueItems") as caught:
+        client.chat.completions.create(**asked, tools=tools)
+    assert caught.value.param == "tools"
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
@@ -284,7 +339,17 @@ def test_tools(client: openai.OpenAI) -> None:
         ({"stop": [1]}, openai.BadRequestError, "stop: found list"),
         ({"stream": "yes"}, openai.BadRequestError, "stream: found str 'yes'"),
         ({"tool_choice": "required"}, openai.BadRequestError, "asks for a call, and tools has none"),
-        ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "schema: found NoneType None"),
+        ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "response_format.json_schema: found"),
+        (
+            {"response_format": {"type": "grammar", "grammar": "start: start"}, "stream": True},
+            openai.BadRequestError,
+            "response_format: grammar: an answer cannot",
+        ),
+        (
+            {"response_format": {"type": "regex", "pattern": "a"}, "tools": TOOLS},
+            openai.BadRequestError,
+            "beside tools",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}},
             openai.BadRequestError,

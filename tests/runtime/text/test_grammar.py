@@ -61,9 +61,22 @@ def test_a_grammar(model: Model) -> None:
 
 
 def test_json_or_text(model: Model) -> None:
-    grammar = model.grammars.json_or_text(SCHEMA)
+    grammar = model.grammars.json_or(SCHEMA, None)
     texts = [answer(model, grammar, seed=seed) for seed in range(6)]
     assert not any(text.startswith("{") and json.loads(text).keys() != SCHEMA["properties"].keys() for text in texts)
+
+
+@pytest.mark.parametrize("source", ["start: start", "start: /[^\\s\\S]/", "start: FOO\nFOO: /a/ & /b/"])
+def test_a_grammar_that_no_answer_can_follow(source: str, model: Model) -> None:
+    with pytest.raises(InvalidRequest, match=r"^grammar: an answer cannot go on in this form: nothing may come next$"):
+        model.grammars.lark(source)
+
+
+def test_keywords_that_no_grammar_sees_to(model: Model) -> None:
+    schema = {"type": "array", "items": {"enum": ["a"]}, "minItems": 2, "maxItems": 2, "uniqueItems": True}
+    with pytest.raises(InvalidRequest, match="uniqueItems"):
+        model.grammars.json_schema(schema)
+    assert json.loads(answer(model, model.grammars.json_schema(schema, lenient=True))) == ["a", "a"]
 
 
 def test_what_is_forced_takes_one_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import click
 from ..errors import InvalidRequest
 from .model_path import MODEL_SPEC
 
+_DRAIN_SECONDS = 30.0  # in which answers on their way may end
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -79,7 +81,7 @@ def serve(
         import uvicorn
 
         from ..serve.app import make_app
-        from ..serve.connections import Connection
+        from ..serve.connections import Connection, Server
         from ..serve.guard import is_loopback
         from ..serve.models import Models, Setting
     except ModuleNotFoundError as error:
@@ -95,8 +97,7 @@ def serve(
         raise InvalidRequest(f"--host {host}: others can reach it, so clients must have a key: give --api-key")
     paths = _named(models)
     registry = Models(paths, Setting(options, parallel, cache_ram, cache_folder))
-    drain = 30.0
-    app = make_app(registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=256, drain=drain)
+    app = make_app(registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=256)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -104,7 +105,6 @@ def serve(
         access_log=False,
         server_header=False,
         limit_concurrency=1024,
-        timeout_graceful_shutdown=int(drain),
     )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
@@ -121,9 +121,12 @@ def serve(
             click.echo(
                 f"serving {', '.join(paths)} at http://{where}:{listener.getsockname()[1]} (Ctrl-C stops)", err=True
             )
-            await uvicorn.Server(config).serve([listener])
+            await Server(config, registry, _DRAIN_SECONDS).serve([listener])
 
-        asyncio.run(run())
+        try:
+            asyncio.run(run())
+        except KeyboardInterrupt:  # as the line above said
+            sys.exit(130)
 
 
 def _named(models: Sequence[str]) -> dict[str, Path]:

@@ -23,7 +23,7 @@ from .answers import Answer
 from .fields import BadRequest, Fields
 from .guard import Guard, problem
 from .models import Models, Served
-from .shapes import dumps, error_of, told
+from .shapes import Json, dumps, error_of, told, told_in_stream
 from .web import page_routes
 
 _PING_SECONDS = 15  # without a word a stream sends a comment, so that nobody takes it for dead
@@ -111,7 +111,7 @@ class Server:
     ) -> Response:
         answers = self._start(served, found)
         if streamed:
-            return events(answers, form.parts(answers), done)
+            return events(request.url.path, answers, form.parts(answers), done)
         return JSONResponse(await attended(request, answers, form.whole(answers)))
 
     def _start(self, served: Served, found: Sequence[asks.Ask]) -> list[Answer]:
@@ -159,7 +159,7 @@ class Server:
                         "id": i,
                         "model": name,
                         "n_ctx": served.model.context,
-                        "is_processing": True,
+                        "is_processing": not task.paused,  # but waits for its client to read
                         "prompt_tokens": figures.prompt_tokens,
                         "cached_tokens": figures.cached_tokens,
                         "read_tokens": len(task.held),
@@ -228,7 +228,7 @@ async def attended(request: Request, answers: Sequence[Answer], work: Awaitable[
             answer.cancel()
 
 
-def events(answers: Sequence[Answer], parts: Parts, done: bool = True) -> Response:
+def events(path: str, answers: Sequence[Answer], parts: Parts, done: bool = True) -> Response:
     """A stream of server-sent events; the answers end when the client leaves."""
 
     async def lines() -> AsyncIterator[str]:
@@ -246,13 +246,11 @@ def events(answers: Sequence[Answer], parts: Parts, done: bool = True) -> Respon
                     break
                 finally:
                     pending = None
-                name = part.pop("event", None)  # which not every API gives
-                yield (f"event: {name}\n" if name else "") + f"data: {dumps(part)}\n\n"
+                yield _line(part)
             if done:
                 yield "data: [DONE]\n\n"
         except Exception as error:
-            status, found = explain(error)
-            yield f"data: {dumps({'error': {**found, 'code': status}})}\n\n"
+            yield _line(told_in_stream(path, *explain(error)))
         finally:
             if pending is not None:
                 pending.cancel()
@@ -261,6 +259,11 @@ def events(answers: Sequence[Answer], parts: Parts, done: bool = True) -> Respon
 
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+def _line(part: Json) -> str:
+    name = part.pop("event", None)  # which not every API gives
+    return (f"event: {name}\n" if name else "") + f"data: {dumps(part)}\n\n"
 
 
 def explain(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -293,15 +296,15 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 
 def make_app(
-    models: Models, *, key: str | None, origins: Collection[str], most_bytes: int, most_begun: int, drain: float
+    models: Models, *, key: str | None, origins: Collection[str], most_bytes: int, most_begun: int
 ) -> Starlette:
-    """The application; it closes the models when it ends, giving answers on their way `drain` seconds."""
+    """The application; it closes the models when it ends."""
     server = Server(models, most_begun)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(models.close, drain)
+        await asyncio.to_thread(models.close)
 
     get = [
         ("/health", server.health),

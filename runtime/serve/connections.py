@@ -1,17 +1,59 @@
-"""Connections that end where no request comes: they are limited in number, and others wait for theirs."""
+"""Connections, and when they end."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
+from types import FrameType
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .models import Models
+
+_log = logging.getLogger("bezel.serve")
 _HEAD_SECONDS = 10.0
+_TELL_SECONDS = 2.0  # in which clients should have read that their answers are ended
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which ends well: when it is to end, it begins no more answers; `drain` seconds later, or when it is
+    to end for the second time, it ends those that there are, and tells their clients.
+    """
+
+    def __init__(self, config: uvicorn.Config, models: Models, drain: float) -> None:
+        super().__init__(config)
+        self._models, self._drain = models, drain
+        self._loop = asyncio.get_running_loop()
+        config.timeout_graceful_shutdown = int(drain + 2 * _TELL_SECONDS)  # never reached
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self._loop.call_soon_threadsafe(self._stop)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if n := self._models.drain():
+            _log.warning("answers on their way: %d; they have %g seconds (Ctrl-C ends them now)", n, self._drain)
+        late = self._loop.call_later(self._drain, self._stop)
+        await super().shutdown(sockets)
+        late.cancel()
+
+    def _stop(self) -> None:
+        self._models.stop()
+        self._loop.call_later(_TELL_SECONDS, self._drop)
+
+    def _drop(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class Connection(H11Protocol):
-    """uvicorn's, closed where the head of a request is not whole so long after the connection or its first byte.
+    """uvicorn's, closed where the head of a request is not whole so long after the connection or its first byte: they
+    are limited in number, and others wait for theirs.
 
     Where a body breaks HTTP, one answer goes out, and not the application's after it.
     """

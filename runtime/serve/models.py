@@ -47,8 +47,8 @@ class Served:
 
         return await asyncio.to_thread(work)
 
-    def close(self, drain: float) -> None:
-        self.scheduler.close(drain)
+    def close(self) -> None:
+        self.scheduler.close()
         self.model.close()
 
 
@@ -59,6 +59,7 @@ class Models:
         self.paths, self._setting = dict(paths), setting
         self.loaded: dict[str, Served] = {}
         self._lock = asyncio.Lock()
+        self._draining = False
 
     async def get(self, name: str | None) -> Served:
         """Raises BadRequest for a name that is none, or a model that does not fit; and what `load` raises."""
@@ -69,6 +70,8 @@ class Models:
         async with self._lock:
             if name not in self.loaded:
                 self.loaded[name] = await asyncio.to_thread(self._load, name)
+                if self._draining:  # in the meantime
+                    self.drain()
         return self.loaded[name]
 
     def _load(self, name: str) -> Served:
@@ -87,9 +90,21 @@ class Models:
             model.close()
             raise
 
-    def close(self, drain: float) -> None:
+    def drain(self) -> int:
+        """Begin no more answers. Returns how many are on their way."""
+        self._draining = True
         for served in self.loaded.values():
-            served.close(drain)
+            served.scheduler.drain()
+        return sum(served.scheduler.load[0] for served in self.loaded.values())
+
+    def stop(self) -> None:
+        """End the answers that there are, too."""
+        for served in self.loaded.values():
+            served.scheduler.stop()
+
+    def close(self) -> None:
+        for served in self.loaded.values():
+            served.close()
         self.loaded.clear()
 
 

@@ -24,6 +24,7 @@ from ..engines.rows import Segment
 from ..errors import BezelError, InvalidRequest
 from ..session import unsound
 from ..text.generation import Chance, Writer, chance
+from .fields import BadRequest
 from .prefixes import Kept, Prefixes, Stored, common
 
 _PASS = 0.3  # seconds that a pass should take at most: as long do others wait for their next token
@@ -101,18 +102,18 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Task] = deque()
         self._active: list[Task] = []
-        self._closed = False
+        self._closed = self._stopped = False
         self._thread = threading.Thread(target=self._run, name=f"bezel {model.name}", daemon=True)
         self._thread.start()
 
     def submit(self, task: Task) -> None:
-        """Raises InvalidRequest for ids that the model cannot take."""
+        """Raises InvalidRequest for ids that the model cannot take, BadRequest where no more tasks are taken."""
         vocab_size, n = self.model.config.vocab_size, len(task.prompt)
         if not n or task.prompt.min() < 0 or task.prompt.max() >= vocab_size:
             raise InvalidRequest(f"prompt: expected one or more ids from 0 to {vocab_size - 1}")
         with self._changed:
             if self._closed:
-                raise InvalidRequest("the server is shutting down")
+                raise _shutting_down()
             self._waiting.append(task)
             self._changed.notify()
 
@@ -132,15 +133,21 @@ class Scheduler:
         with self._changed:
             return list(self._active)
 
-    def close(self, drain: float = 0.0) -> None:
-        """Take no more tasks; give those that there are so many seconds, and cancel them then."""
+    def drain(self) -> None:
+        """Take no more tasks, and end those that wait; those that were begun go on."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join(drain)
-        for task in (*self._active, *self._waiting):
-            task.cancelled = True
-        self.wake()
+
+    def stop(self) -> None:
+        """Take no more tasks, and end those that there are."""
+        with self._changed:
+            self._closed = self._stopped = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stop, and put what is kept into files."""
+        self.stop()
         self._thread.join()
         if self._stored is not None:
             self._stored.save(self.prefixes)
@@ -154,6 +161,10 @@ class Scheduler:
                     if self._closed and not self._active and not self._waiting:
                         return
                     self._changed.wait()
+                if self._closed:
+                    for task in (*self._waiting, *(self._active if self._stopped else ())):
+                        task.error = _shutting_down()
+                        self._end(task, "")
                 self._end_cancelled()
                 self._admit()
                 part = self._share_out()
@@ -166,12 +177,12 @@ class Scheduler:
 
     def _ready(self) -> bool:
         tasks = (*self._active, *self._waiting)
+        if self._closed and (self._waiting or self._stopped):
+            return bool(tasks)
         return any(task.cancelled for task in tasks) or any(not task.paused for task in tasks)
 
     def _end_cancelled(self) -> None:
         for task in [task for task in (*self._active, *self._waiting) if task.cancelled]:
-            if task in self._waiting:
-                self._waiting.remove(task)
             self._end(task, task.writer.end("cancelled"))
 
     def _admit(self) -> None:
@@ -182,7 +193,6 @@ class Scheduler:
             try:
                 begun = self._begin(task)
             except Exception as error:  # no memory for its caches
-                self._waiting.remove(task)
                 self._fail(task, error)
                 continue
             if begun:
@@ -305,8 +315,9 @@ class Scheduler:
 
     def _end(self, task: Task, text: str) -> None:
         with self._changed:
-            if task in self._active:
-                self._active.remove(task)
+            for tasks in (self._active, self._waiting):
+                if task in tasks:
+                    tasks.remove(task)
         if task.caches is not None and task.held:
             self.prefixes.put(task.held, task.caches)
         task.caches = None
@@ -316,6 +327,10 @@ class Scheduler:
         task.tell(None)
 
     def _fail(self, task: Task, error: Exception) -> None:
-        task.error = error if isinstance(error, (BezelError, MemoryError)) else RuntimeError(repr(error))
+        task.error = error if isinstance(error, (BadRequest, BezelError, MemoryError)) else RuntimeError(repr(error))
         task.caches = None
         self._end(task, "")
+
+
+def _shutting_down() -> BadRequest:
+    return BadRequest("the server is shutting down", status=503)

@@ -32,5 +32,14 @@ def told(path: str, status: int, error: Json) -> Json:
     return {"type": "error", "error": {"type": kinds.get(status, kind), "message": error["message"]}}
 
 
+def told_in_stream(path: str, status: int, error: Json) -> Json:
+    """The same where an answer is on its way already: an event, in the APIs whose events have names."""
+    if path.startswith("/v1/messages"):
+        return {"event": "error", **told(path, status, error)}
+    if path.startswith("/v1/responses"):
+        return event("error", code=error["code"] or error["type"], message=error["message"], param=error["param"])
+    return told(path, status, {**error, "code": status})
+
+
 def dumps(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 from bezel.runtime.serve.app import make_app
-from bezel.runtime.serve.connections import Connection
+from bezel.runtime.serve.connections import Connection, Server
 from bezel.runtime.serve.models import Models, Setting
 from starlette.types import ASGIApp
 
@@ -24,24 +24,27 @@ def serving(paths: Mapping[str, Path], **options: Any) -> Iterator[str]:
         options.pop("parallel", 4),
         options.pop("cache_bytes", 64 << 20),
     )
-    app = make_app(
-        Models(paths, setting),
-        **{"key": None, "origins": (), "most_bytes": 1 << 20, "most_begun": 200, "drain": 5.0, **options},
-    )
-    with running(app) as address:
+    models, drain = Models(paths, setting), options.pop("drain", 5.0)
+    app = make_app(models, **{"key": None, "origins": (), "most_bytes": 1 << 20, "most_begun": 200, **options})
+    with running(app, models=models, drain=drain) as address:
         yield address
 
 
 @contextmanager
-def running(app: ASGIApp, port: int = 0) -> Iterator[str]:
-    """The address of a server of an application."""
-    config = uvicorn.Config(app, http=Connection, port=port, log_level="warning", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+def running(app: ASGIApp, port: int = 0, models: Models | None = None, drain: float = 5.0) -> Iterator[str]:
+    """The address of a server of an application. After the block it is told to end, and is waited for."""
+    config = uvicorn.Config(app, http=Connection, port=port, log_level="warning")
+    servers: list[Server] = []
+
+    async def serve() -> None:
+        servers.append(Server(config, models or Models({}, Setting({}, 1, 0)), drain))
+        await servers[0].serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    while not server.started:
+    while not (servers and servers[0].started):
         assert thread.is_alive()
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
+    yield f"http://127.0.0.1:{servers[0].servers[0].sockets[0].getsockname()[1]}"
+    servers[0].should_exit = True
     thread.join(30)
     assert not thread.is_alive()

@@ -186,8 +186,9 @@ class Form:
 
     async def whole(self, answers: Sequence[Answer]) -> Json:
         choices = []
-        for i, answer in enumerate(answers):
-            text, chances = await answer.text(), answer.writer.chances
+        texts = await asyncio.gather(*(answer.text() for answer in answers))  # one that is not read waits
+        for i, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+            chances = answer.writer.chances
             found = list(tools.Calls(self._calls).push(text))
             calls = [part for part in found if isinstance(part, tools.Call)]
             text = "".join(part for part in found if isinstance(part, str))

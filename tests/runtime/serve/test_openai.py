@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 from bezel.runtime import Message, Model, Sampling, load
+from bezel.runtime.serve import answers
 from bezel.runtime.serve import anthropic as messages_form
 from bezel.runtime.serve.tools import Call, Calls, told_calls
 from serving import serving
@@ -139,6 +140,16 @@ def test_several_answers_and_stop_strings(client: openai.OpenAI, model: Model) -
             whole = alone(model, max_tokens=40, seed=5 + i)
             assert text == whole.partition("the")[0]
             assert finish == ("stop" if "the" in whole else "length")
+
+
+def test_several_long_answers_are_whole(
+    client: openai.OpenAI, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them waits for its turn to be read, and is taken for one that nobody reads."""
+    monkeypatch.setattr(answers, "_STALLED_SECONDS", 0.05)
+    found = client.chat.completions.create(model="fairy", messages=TOLD, max_tokens=200, seed=5, n=4)
+    told = [choice.message.content for choice in found.choices]
+    assert told == [alone(model, max_tokens=200, seed=5 + i) for i in range(4)]
 
 
 def test_a_system_message_and_earlier_turns(client: openai.OpenAI, model: Model) -> None:

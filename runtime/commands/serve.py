@@ -46,7 +46,7 @@ def _size(context: click.Context, param: click.Parameter, text: str) -> int:  # 
     "--cache-dir",
     "cache_folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for it between runs; it takes as much there.",
+    help="Folder for it between runs, written after 30 seconds without work and at the end; it takes as much there.",
 )
 @click.option("--context", "-c", type=int, help="Most tokens of an answer and its prompt.  [default: the model's]")
 @click.option("--kv", type=click.Choice(["f32", "f16", "int8"]), help="How keys and values are kept.  [default: f16]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from ..text.generation import Writer
 from .scheduler import Scheduler, Task
@@ -15,10 +16,11 @@ _STALLED_SECONDS = 30  # … and ends, if they stay unread for so long
 class Answer:
     """One answer: an asynchronous iterable of (text, how many `chances` its writer has by then)."""
 
-    def __init__(self, scheduler: Scheduler, prompt: Sequence[int], writer: Writer, scored: int | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, prompt: Sequence[int], writer: Writer, **options: Any) -> None:
+        """`options` are a task's."""
         self._loop, self._scheduler = asyncio.get_running_loop(), scheduler
         self._pieces: asyncio.Queue[tuple[str, int] | None] = asyncio.Queue()
-        self.writer, self.task = writer, Task(prompt, writer, self._tell, scored)
+        self.writer, self.task = writer, Task(prompt, writer, self._tell, **options)
         self._stalled: asyncio.TimerHandle | None = None
 
     def _tell(self, text: str | None) -> None:

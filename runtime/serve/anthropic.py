@@ -27,7 +27,7 @@ async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
         max_tokens=max_tokens,
         stop=fields.texts("stop_sequences", asks.MOST_STOPS),
         constraint=await asks.constraint_of(served, talk),
-        calls=talk.may_call,
+        talk=talk,
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..errors import InvalidRequest
@@ -35,7 +36,12 @@ class Ask:
     logprobs: int | None = None
     scored: int | None = None  # likeliest tokens to tell of the prompt's
     constraint: Callable[[], Constraint] | None = None
-    calls: bool = False  # whether an answer may be calls of functions
+    talk: Talk | None = None
+
+    @property
+    def calls(self) -> bool:
+        """Whether an answer may be calls of functions."""
+        return self.talk is not None and self.talk.may_call
 
 
 def start(served: Served, ask: Ask) -> list[Answer]:
@@ -64,7 +70,8 @@ def start(served: Served, ask: Ask) -> list[Answer]:
             constraint=ask.constraint() if ask.constraint else None,
             logprobs=ask.logprobs,
         )
-        answer = Answer(served.scheduler, ask.prompt, writer, ask.scored)
+        following = partial(next_prompt, served, ask.talk) if ask.talk is not None and ask.n == 1 else None
+        answer = Answer(served.scheduler, ask.prompt, writer, scored=ask.scored, following=following)
         served.scheduler.submit(answer.task)
         answers.append(answer)
     return answers
@@ -198,6 +205,15 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
         return served.model.prompt_ids(turns) + served.model.tokenizer.encode(begun)
     except InvalidRequest as error:
         raise BadRequest(str(error), "messages") from None
+
+
+def next_prompt(served: Served, talk: Talk, answer: str) -> list[int]:
+    """What the prompt of the next turn begins with, after a chat and its answer."""
+    if not answer or talk.messages[-1].role == "model":  # a client may join them in its own way
+        return []
+    messages = [*talk.messages, chat.Message("model", answer), chat.Message("user", "")]
+    ids, start = prompt_of(served, replace(talk, messages=messages)), served.model.tokenizer.start_of_turn_id
+    return ids[: [i for i, token in enumerate(ids) if token == start][-2]]  # up to the user's turn
 
 
 async def constraint_of(served: Served, talk: Talk) -> Callable[[], Constraint] | None:

@@ -37,7 +37,7 @@ async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
         sampling=asks.sampling_of(fields, served),
         logprobs=(top or 0) if wanted else None,
         constraint=await asks.constraint_of(served, talk),
-        calls=talk.may_call,
+        talk=talk,
         **limits,
     )
 

@@ -81,6 +81,7 @@ class Stored:
         self._folder, self._model, self._new_caches, self._limit = folder, model, new_caches, limit
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people wrote can be read from it
         self._ids: dict[Path, Ints] = {}
+        self._saved: set[Path] = set()  # by this process
         for path in folder.glob("*.session"):
             with suppress(InvalidSession):
                 self._ids[path] = np.array(session_ids(path, model), np.int64)
@@ -97,16 +98,21 @@ class Stored:
                 if caches.length == len(found):
                     yield found, caches
 
-    def save(self, prefixes: Prefixes) -> None:
-        """Put what is kept in memory into files; the oldest files go where they become too many."""
-        for kept in prefixes:
+    def save(self, prefixes: Prefixes) -> Iterator[None]:
+        """Put what is kept in memory into files, one by one; the oldest files go where they become too many."""
+        for kept in list(prefixes):
             digest = hashlib.sha256(self._model.identity()["model"].encode() + kept.ids.tobytes()).hexdigest()
+            path = self._folder / f"{digest[:32]}.session"
             with suppress(OSError, InvalidRequest):  # without room it is read again the next time
-                write_session(
-                    self._folder / f"{digest[:32]}.session", self._model, kept.ids.tolist(), kept.caches.snapshot()
-                )
+                if path in self._saved:
+                    path.touch(exist_ok=True)
+                    continue
+                write_session(path, self._model, kept.ids.tolist(), kept.caches.snapshot())
+                self._saved.add(path)
+            yield
         left = self._limit
         for path in sorted(self._folder.glob("*.session"), key=lambda path: -path.lstat().st_mtime):
             left -= path.lstat().st_size
             if left < 0:
                 path.unlink()
+                self._saved.discard(path)

@@ -33,7 +33,7 @@ async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
         sampling=asks.sampling_of(fields, served),
         max_tokens=fields.whole("max_output_tokens", 1, asks.MOST_TOKENS),
         constraint=await asks.constraint_of(served, talk),
-        calls=talk.may_call,
+        talk=talk,
     )
 
 

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ from .prefixes import Kept, Prefixes, Stored, common
 _PASS = 0.3  # seconds that a pass should take at most: as long do others wait for their next token
 _FEWEST = 16  # rows of a prompt in a pass, however slow
 _WORTH = 16  # ids: fewer are not worth waiting for, nor keeping
+_AHEAD = 8  # chats whose next prompt is waited for
+_REST_SECONDS = 30.0  # without work, until what is kept goes to files
 
 
 @dataclass
@@ -49,13 +52,21 @@ class Task:
     `tell` is called in the scheduler's thread with each piece of text that there is, and at the end once with None;
     `writer.finish` then says why it ended ("cancelled" too), or `error` what went wrong. `paused` leaves it out of the
     passes, `cancelled` ends it; any thread may set them. With `scored`, `chances` tells how likely the model found the
-    ids of the prompt from the second on, and so many likeliest ones; all of it is then read anew.
+    ids of the prompt from the second on, and so many likeliest ones; all of it is then read anew. `following` tells
+    what the prompt of the next turn begins with, from the text of the answer.
     """
 
     def __init__(
-        self, prompt: Sequence[int], writer: Writer, tell: Callable[[str | None], None], scored: int | None = None
+        self,
+        prompt: Sequence[int],
+        writer: Writer,
+        tell: Callable[[str | None], None],
+        *,
+        scored: int | None = None,
+        following: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
         self.prompt, self.writer, self.tell = np.array(prompt, np.int64), writer, tell
+        self.following, self.text = following, ""
         self.figures = Figures(len(prompt))
         self.scored, self.chances = scored, list[Chance]()
         self.error: Exception | None = None
@@ -103,6 +114,8 @@ class Scheduler:
         self._waiting: deque[Task] = deque()
         self._active: list[Task] = []
         self._closed = self._stopped = False
+        self._following = deque[Callable[[], Sequence[int]]](maxlen=_AHEAD)
+        self._unsaved = False
         self._thread = threading.Thread(target=self._run, name=f"bezel {model.name}", daemon=True)
         self._thread.start()
 
@@ -150,7 +163,8 @@ class Scheduler:
         self.stop()
         self._thread.join()
         if self._stored is not None:
-            self._stored.save(self.prefixes)
+            for _ in self._stored.save(self.prefixes):
+                pass
 
     # --- in its thread
 
@@ -160,7 +174,9 @@ class Scheduler:
                 while not self._ready():
                     if self._closed and not self._active and not self._waiting:
                         return
-                    self._changed.wait()
+                    if self._following or not self._changed.wait(_REST_SECONDS if self._unsaved else None):
+                        break
+                idle = not self._ready()
                 if self._closed:
                     for task in (*self._waiting, *(self._active if self._stopped else ())):
                         task.error = _shutting_down()
@@ -168,7 +184,9 @@ class Scheduler:
                 self._end_cancelled()
                 self._admit()
                 part = self._share_out()
-            if part:
+            if idle:
+                self._idle()
+            elif part:
                 try:
                     self._step(part)
                 except Exception as error:  # a pass that failed has changed nothing; the server goes on
@@ -205,32 +223,72 @@ class Scheduler:
     def _begin(self, task: Task) -> bool:
         """Give a task its caches; False while another one reads what it could go on from."""
         last = task.prompt[: -1 if task.scored is None else 0]  # logits come with the last id
-        if self._stored is not None:
-            than = max((common(kept.ids, last) for kept in self.prefixes), default=0)
-            for ids, caches in self._stored.better(last, than):
-                self.prefixes.put(ids, caches)
-        sources: list[tuple[int, Kept | Task]] = [(common(kept.ids, last), kept) for kept in self.prefixes]
-        sources += [(common(np.array(other.held, np.int64), last), other) for other in self._active]
-        within = [(n, source) for n, source in sources if source.caches is not None and source.caches.reaches(n)]
-        n, source = max(within, key=lambda found: found[0], default=(0, None))
+        sources = self._sources(last)
+        n, source = _nearest(sources)
         for other in self._active:
             ahead = common(other.prompt, last)
             if other.reads and ahead - max(n, len(other.held)) >= _WORTH:
                 other.boundaries.add(ahead)
                 return False
-        if isinstance(source, Kept) and n:
-            task.caches = self.prefixes.take(source, n)
-        elif source is not None and source.caches is not None and n:
-            task.caches = source.caches.forked(n)
-        else:
-            task.caches = self._new_caches()
+        task.caches = self._from(source, n)
         task.held, task.pending = task.prompt[:n].tolist(), task.prompt[n:].tolist()
         # Others may go on from where turns begin, and from what two prompts had in common already.
         turns = np.flatnonzero(task.prompt == self.model.tokenizer.start_of_turn_id).tolist()
         task.boundaries = {b for b in (*turns, *(n for n, _ in sources)) if b >= n + _WORTH}
+        if turns and turns[-1] >= _WORTH:  # where the text of the answer is not cut into these ids the next time
+            task.boundaries.add(turns[-1])
         task.figures.cached_tokens = n
         self.counts.cached_tokens += n
         return True
+
+    def _sources(self, prompt: Ints) -> list[tuple[int, Kept | Task]]:
+        """What a prompt could go on from, each with how much they have in common."""
+        if self._stored is not None:
+            than = max((common(kept.ids, prompt) for kept in self.prefixes), default=0)
+            for ids, caches in self._stored.better(prompt, than):
+                self.prefixes.put(ids, caches)
+        sources: list[tuple[int, Kept | Task]] = [(common(kept.ids, prompt), kept) for kept in self.prefixes]
+        return sources + [(common(np.array(task.held, np.int64), prompt), task) for task in self._active]
+
+    def _from(self, source: Kept | Task | None, n: int) -> Caches:
+        """Caches that hold the first n ids of a source."""
+        if isinstance(source, Kept) and n:
+            return self.prefixes.take(source, n)
+        if source is not None and source.caches is not None and n:
+            return source.caches.forked(n)
+        return self._new_caches()
+
+    # --- while there is nothing else to do
+
+    def _idle(self) -> None:
+        if self._following:
+            with suppress(Exception):  # then it is read when it is asked for
+                self._read_ahead(self._following.pop())
+        elif self._stored is not None:
+            self._unsaved = False
+            for _ in self._stored.save(self.prefixes):
+                with self._changed:
+                    if self._ready():
+                        self._unsaved = True
+                        return
+
+    def _read_ahead(self, following: Callable[[], Sequence[int]]) -> None:
+        """Read the next part of what a prompt will begin with, where that is not what was written: a sampled text is
+        often not cut into the ids that it was made of, and rings do not reach back to where that begins.
+        """
+        ids = np.array(following(), np.int64)[: self.model.context]
+        n, source = _nearest(self._sources(ids))
+        part = ids[n : n + self._rows]
+        if len(ids) - n < _WORTH:
+            return
+        caches = self._from(source, n)
+        self._backend.forward([Segment(caches, part, 0)])
+        self.prefixes.put(ids[: n + len(part)].tolist(), caches)
+        self._unsaved = self._stored is not None
+        if _nearest(self._sources(ids))[0] > n:  # else there is no room for it
+            self._following.append(lambda: ids.tolist())
+
+    # --- passes
 
     def _share_out(self) -> list[tuple[Task, int]]:
         """How many rows of each task the next pass takes.
@@ -311,7 +369,7 @@ class Scheduler:
         if writer.finish is not None:
             self._end(task, text)
         elif text:
-            task.tell(text)
+            self._tell(task, text)
 
     def _end(self, task: Task, text: str) -> None:
         with self._changed:
@@ -320,16 +378,29 @@ class Scheduler:
                     tasks.remove(task)
         if task.caches is not None and task.held:
             self.prefixes.put(task.held, task.caches)
+            self._unsaved = self._stored is not None
         task.caches = None
         self.counts.ended[task.writer.finish or "error"] += 1
         if text:
-            task.tell(text)
+            self._tell(task, text)
         task.tell(None)
+        if task.following is not None and task.writer.finish in ("stop", "length"):
+            self._following.append(partial(task.following, task.text))
+
+    def _tell(self, task: Task, text: str) -> None:
+        task.text += text
+        task.tell(text)
 
     def _fail(self, task: Task, error: Exception) -> None:
         task.error = error if isinstance(error, (BadRequest, BezelError, MemoryError)) else RuntimeError(repr(error))
         task.caches = None
         self._end(task, "")
+
+
+def _nearest(sources: Sequence[tuple[int, Kept | Task]]) -> tuple[int, Kept | Task | None]:
+    """The source that holds most of what it has in common, and how much that is."""
+    within = [(n, source) for n, source in sources if source.caches is not None and source.caches.reaches(n)]
+    return max(within, key=lambda found: found[0], default=(0, None))
 
 
 def _shutting_down() -> BadRequest:

@@ -142,9 +142,7 @@ def test_several_answers_and_stop_strings(client: openai.OpenAI, model: Model) -
             assert finish == ("stop" if "the" in whole else "length")
 
 
-def test_several_long_answers_are_whole(
-    client: openai.OpenAI, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_long_answers_are_whole(client: openai.OpenAI, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of them waits for its turn to be read, and is taken for one that nobody reads."""
     monkeypatch.setattr(answers, "_STALLED_SECONDS", 0.05)
     found = client.chat.completions.create(model="fairy", messages=TOLD, max_tokens=200, seed=5, n=4)

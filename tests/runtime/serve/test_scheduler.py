@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bezel.runtime import Message, Model, Sampling
-from bezel.runtime.serve.prefixes import Prefixes
+from bezel.runtime.serve import scheduler as module
+from bezel.runtime.serve.prefixes import Prefixes, common
 from bezel.runtime.serve.scheduler import Scheduler, Task
 from bezel.runtime.text.generation import Constraint, Writer
 from bezel.runtime.text.sampling import Sampler
@@ -29,12 +31,13 @@ class Client:
         sampling: Sampling,
         max_tokens: int,
         constraint: Constraint | None = None,
+        following: Callable[[str], list[int]] | None = None,
     ) -> None:
         self.pieces: list[str] = []
         self.done = threading.Event()
         self.cancel_after: int | None = None
         writer = Writer(model.tokenizer, sampling, model.stop_ids, max_tokens=max_tokens, constraint=constraint)
-        self.task = Task(prompt, writer, self._tell)
+        self.task = Task(prompt, writer, self._tell, following=following)
 
     def _tell(self, text: str | None) -> None:
         if text is None:
@@ -130,6 +133,35 @@ def test_a_turn_costs_the_turn(model: Model, scheduler: Scheduler) -> None:
         messages += [Message("model", answer), Message("user", "And then?")]
 
 
+@pytest.mark.parametrize("is_read_ahead", [True, False])
+def test_an_answer_that_is_cut_otherwise_the_next_time(is_read_ahead: bool, model: Model, scheduler: Scheduler) -> None:
+    """Its ids are not those that it was made of, and that far back the rings do not reach. It is read while there is
+    nothing to do, or else the next turn goes on from where the answer began.
+    """
+    sampling, told = Sampling(seed=1, temperature=2.0), [Message("user", SYSTEM * 3)]
+
+    def next_prompt(answer: str) -> list[int]:
+        return model.prompt_ids([*told, Message("model", answer), Message("user", "And then?")])
+
+    prompt = model.prompt_ids(told)
+    client = Client(model, prompt, sampling, 300, following=next_prompt if is_read_ahead else None)
+    scheduler.submit(client.task)
+    answer = client.answer()
+    following = next_prompt(answer)
+    held, wanted = np.array(client.task.held), np.array(following[:-1])
+    assert common(held, wanted) < len(held) - 100
+    until = time.monotonic() + 20
+    while is_read_ahead and max(common(kept.ids, wanted) for kept in scheduler.prefixes) < len(wanted):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    client = Client(model, following, sampling, 20)
+    scheduler.submit(client.task)
+    assert client.answer() == alone(model, following, sampling, 20)
+    turn = len(prompt) - prompt[::-1].index(model.tokenizer.start_of_turn_id) - 1
+    expected = len(wanted) if is_read_ahead else turn
+    assert client.task.figures.cached_tokens >= expected
+
+
 def test_an_edit_goes_on_from_the_nearest_turn(model: Model, scheduler: Scheduler) -> None:
     """Far past the window, where rings no longer reach back: from what was kept when they let go of it."""
     told = [Message("user", SYSTEM * 3), Message("model", "Once upon a time."), Message("user", SYSTEM * 8)]
@@ -188,6 +220,23 @@ def test_what_was_read_in_an_earlier_run(model: Model, tmp_path: Path) -> None:
             file.write_bytes(damage(data))
         assert cached() == 0  # and it is written anew
     assert cached() == len(prompt) - 1
+
+
+def test_what_was_read_is_in_files_before_the_end(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_REST_SECONDS", 0.05)
+    scheduler = Scheduler(model, 2, 64 << 20, tmp_path / "kept")
+    client = Client(model, model.prompt_ids([Message("user", SYSTEM * 4)]), Sampling(temperature=0), 8)
+    scheduler.submit(client.task)
+    client.answer()
+    until = time.monotonic() + 20
+    while not (found := list((tmp_path / "kept").glob("*.session"))):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    before = [file.read_bytes() for file in found]
+    scheduler.close()
+    assert [file.read_bytes() for file in found] == before
 
 
 def test_memory_for_what_was_read_has_a_limit(model: Model) -> None:

@@ -15,6 +15,7 @@ from ...runtime.api import Model, load
 from ...runtime.cache.caches import LARGEST_CHUNK
 from ...runtime.cache.sizes import cache_sizes
 from ...runtime.engines import bytes_for
+from ...runtime.errors import InvalidRequest
 from ...runtime.session import Session
 from ...runtime.text.generation import Generation
 from ...runtime.text.sampling import Sampling
@@ -26,18 +27,24 @@ KIB = 1 << 10
 
 @click.command()
 @click.option("--seed", type=int, default=2, show_default=True, help="Another seed tells another story.")
-def demo(seed: int) -> None:
+@click.option(
+    "--keep", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Keep the model, to try others on."
+)
+def demo(seed: int, keep: Path | None) -> None:
     """Export the bundled model, tell a story with it, and show that the ring cache is exact.
 
     The model is tiny (4 million weights, trained on fairy tales): its grammar is sound and its sense is not.
 
     \b
-    Example:
+    Examples:
       bezel demo --seed 7
+      bezel demo --keep fairy.gguf
     """
+    if keep is not None and keep.exists():
+        raise InvalidRequest(f"{keep}: it exists; choose another name")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "fairy.gguf"
+        file = keep or Path(folder) / "fairy.gguf"
         _step("Export to Q8_0")
         with open_checkpoint(DEMO) as checkpoint:
             export_gguf(checkpoint, file, "q8_0")
@@ -67,7 +74,8 @@ def demo(seed: int) -> None:
         _compare(model, session)
         _sizes(model)
         model.file.close()  # Windows deletes no open file
-    click.echo(f"\nDone in {time.perf_counter() - started:.1f} s. Next: bezel export --help, bezel run --help")
+    following = f"bezel chat {keep}, bezel serve {keep}" if keep else "bezel export --help, bezel run --help"
+    click.echo(f"\nDone in {time.perf_counter() - started:.1f} s. Next: {following}")
 
 
 def _compare(model: Model, told: Session) -> None:

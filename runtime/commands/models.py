@@ -19,6 +19,7 @@ from ..files.models import (
     suggestion,
     unfinished,
 )
+from ..files.packaged import PACKAGED, installed
 from .console import printable
 from .model_path import complete_name
 
@@ -29,14 +30,14 @@ def list_models(as_json: bool) -> None:
     """List the models in the models folder: what other commands take by name.
 
     The folder is in the user's data folder, or where the environment variable BEZEL_MODELS says. A GGUF file that you
-    put there is listed, too.
+    put there is listed, too, and so are models that Python packages brought.
 
     \b
     Examples:
       bezel list
       bezel list --json
     """
-    models = [_facts(model) for model in named_models()]
+    models = [*(_facts(model) for model in named_models()), *map(_packaged_facts, installed())]
     if as_json:
         click.echo(json.dumps(models, indent=2))
         return
@@ -64,6 +65,13 @@ def _facts(model: NamedModel) -> dict[str, Any]:
     return {"name": model.name, "path": str(model.path), "bytes": model.file_bytes, "format": form} | texts
 
 
+def _packaged_facts(name: str) -> dict[str, Any]:
+    """The same of a model that packages bring; its path is null, for there is no file of it before it is used."""
+    model = PACKAGED[name]
+    facts = {"name": name, "path": None, "bytes": model.size, "format": model.form}
+    return facts | dict.fromkeys(_NOTED)
+
+
 _NOTED = ("repo", "revision", "commit", "pulled")
 
 
@@ -84,6 +92,9 @@ def rm(names: tuple[str, ...], yes: bool) -> None:
             what = f"{model.name}, {size_text(model.file_bytes)}, {model.place}"
         elif name in unfinished():
             what = f"what was fetched of {name}, {unfinished()[name]}"
+        elif name in PACKAGED:
+            packages = " ".join(package for package, _ in PACKAGED[name].parts).replace("_", "-")
+            raise InvalidRequest(f"{name}: packages brought it; remove them: pip uninstall {packages}")
         else:
             raise InvalidRequest(printable(f"{name}: no such model in {models_folder()}{suggestion(name)}"))
         if not yes and not click.confirm(f"remove {what}?", err=True):

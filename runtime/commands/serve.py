@@ -82,7 +82,7 @@ def serve(
 
         from ..serve.app import make_app
         from ..serve.connections import Connection, Server
-        from ..serve.guard import is_loopback
+        from ..serve.guard import is_loopback, origin_of
         from ..serve.models import Models, Setting
     except ModuleNotFoundError as error:
         if error.name not in ("uvicorn", "starlette"):
@@ -95,9 +95,20 @@ def serve(
         raise InvalidRequest("--api-key: is empty; leave it out, or give one")
     if api_key is None and not is_loopback(host):
         raise InvalidRequest(f"--host {host}: others can reach it, so clients must have a key: give --api-key")
+    try:
+        allowed = [origin_of(site) for site in origins]
+    except ValueError as error:
+        raise InvalidRequest(f"--allow-origin: {error}") from None
     paths = _named(models)
     registry = Models(paths, Setting(options, parallel, cache_ram, cache_folder))
-    app = make_app(registry, key=api_key, origins=origins, most_bytes=16 << 20, most_begun=256)
+    app = make_app(
+        registry,
+        key=api_key,
+        origins=allowed,
+        local=is_loopback(host),
+        most_bytes=16 << 20,
+        most_begun=256,
+    )
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -116,7 +127,10 @@ def serve(
         listener.listen(128)
 
         async def run() -> None:
-            await registry.get(None)  # what cannot be loaded is an error now
+            await registry.get(None)
+            for name, facts in registry.facts.items():
+                if not facts.chat:
+                    click.echo(f"{name} has no chat template: it continues texts, by /v1/completions", err=True)
             where = f"[{host}]" if ":" in host else host
             click.echo(
                 f"serving {', '.join(paths)} at http://{where}:{listener.getsockname()[1]} (Ctrl-C stops)", err=True

@@ -20,6 +20,7 @@ class PackagedModel:
 
     extra: str  # of bezel-lm, which installs the packages
     file_name: str
+    form: str  # of its weights
     size: int
     sha256: str
     parts: Sequence[tuple[str, str]]
@@ -31,6 +32,7 @@ PACKAGED = {
     "gemma3-270m": PackagedModel(
         extra="gemma3-270m",
         file_name="gemma-3-270m-q4_k_m.gguf",
+        form="q4_k_m",
         size=253113024,
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         parts=[
@@ -38,6 +40,11 @@ PACKAGED = {
         ],
     ),
 }
+
+
+def installed() -> list[str]:
+    """The keys of PACKAGED whose packages are there."""
+    return [name for name, model in PACKAGED.items() if all(find_spec(package) for package, _ in model.parts)]
 
 
 def assembled(name: str) -> Path:

@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -58,12 +59,13 @@ class Server:
 
     def _describe(self, name: str) -> dict[str, Any]:
         served = self._models.loaded.get(name)
-        found: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "bezel"}
-        if served is not None:
-            model = served.model
-            found["created"] = served.loaded
-            found["meta"] = {"n_ctx": model.context, "n_vocab": model.config.vocab_size, "kv": model.kv}
-        return found
+        return {
+            "id": name,
+            "object": "model",
+            "created": served.loaded if served is not None else 0,
+            "owned_by": "bezel",
+            "meta": asdict(self._models.facts[name]),
+        }
 
     async def chat_completions(self, request: Request) -> Response:
         fields, served = await self._read(request)
@@ -295,10 +297,8 @@ async def _unknown(request: Request, error: Exception) -> Response:
     return problem(path, status, f"{request.method} {path[:200]}: {getattr(error, 'detail', 'no such endpoint')}")
 
 
-def make_app(
-    models: Models, *, key: str | None, origins: Collection[str], most_bytes: int, most_begun: int
-) -> Starlette:
-    """The application; it closes the models when it ends."""
+def make_app(models: Models, *, most_begun: int, **guard: Any) -> Starlette:
+    """The application behind a `Guard` with these options; it closes the models when it ends."""
     server = Server(models, most_begun)
 
     @asynccontextmanager
@@ -336,6 +336,7 @@ def make_app(
     }
     routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get]
     routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in post]
-    guard = Middleware(Guard, key=key, origins=origins, most_bytes=most_bytes)
     routes += page_routes()
-    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers, lifespan=lifespan)
+    return Starlette(
+        routes=routes, middleware=[Middleware(Guard, **guard)], exception_handlers=handlers, lifespan=lifespan
+    )

@@ -182,7 +182,7 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
     Where the last turn is the model's, the answer goes on with it. Raises BadRequest for a chat that is none.
     """
     if not served.model.is_chat_model:
-        raise BadRequest(f"{served.name} has no chat template: it continues texts, by /v1/completions", "model")
+        raise BadRequest(f"no chat template: {served.name} continues texts, by /v1/completions", "model")
     check_length(served, [message.text for message in talk.messages], "messages")
     system = [message.text for message in talk.messages if message.role == "system"]
     if talk.may_call:

@@ -1,7 +1,8 @@
 """Who may talk to the server: a page of another site may not, nor may anybody without the key where there is one.
 
-A browser sends what any page asks it to send. So the Host must be this computer (else a name that a foreign page made
-point here would do: DNS rebinding), and the Origin, where there is one, must be the server's own or be listed.
+A browser sends what any page asks it to send. So the Host of a server that only this computer can reach must be this
+computer, or one of the sites that are listed (else a name that a foreign page made point here would do: DNS rebinding),
+and the Origin, where there is one, must be the server's own or be listed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import hmac
 import ipaddress
 from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -30,11 +32,29 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class Guard:
-    """Lets requests through to `app`, or answers 401, 403, 408 or 413."""
+def origin_of(site: str) -> str:
+    """A site as browsers name it: scheme, host and port. Raises ValueError for what is none."""
+    parts = urlsplit(site.lower())
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or "*" in site:
+        raise ValueError(f"found {site!r}, expected a site such as https://example.com, or http://localhost:3000")
+    if parts.query or parts.fragment or parts.username is not None:
+        raise ValueError(f"found {site!r}, expected scheme, host and port only")
+    usual = {"http": 80, "https": 443}[parts.scheme]
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in (None, usual) else "")
 
-    def __init__(self, app: ASGIApp, key: str | None, origins: Collection[str], most_bytes: int) -> None:
+
+class Guard:
+    """Lets requests through to `app`, or answers 401, 403, 408 or 413.
+
+    `local` says that only this computer can reach it; `origins` are of sites that may call it, as `origin_of` has them.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, key: str | None, origins: Collection[str], local: bool, most_bytes: int
+    ) -> None:
         self._app, self._key, self._origins, self._most = app, key, frozenset(origins), most_bytes
+        self._local, self._hosts = local, {urlsplit(origin).hostname for origin in origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,18 +85,20 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers, origin: str | None) -> Response | None:
         path = scope["path"]
         host = _name(headers.get("host", ""))
-        if self._key is None and not is_loopback(host):
+        if self._local and not is_loopback(host) and host.lower() not in self._hosts:
             return problem(path, 403, f"the host {host[:100]!r} is not this computer's: call the server by 127.0.0.1")
         own = f"{scope['scheme']}://{headers.get('host', '')}"
         if origin is not None and origin not in (own, *self._origins):
             return problem(path, 403, f"the origin {origin[:100]!r} is not allowed: see --allow-origin")
         if self._key is None or path in _OPEN or path.startswith(FOLDER) or scope["method"] == "OPTIONS":
             return None
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = (token.strip() if scheme.lower() == "bearer" else "") or headers.get("x-api-key", "")
         if hmac.compare_digest(given.encode("latin-1"), self._key.encode()):  # headers come as Latin-1
             return None
-        wanted = "a key is required: Authorization: Bearer KEY"
-        return problem(path, 401, wanted, "authentication_error", "invalid_api_key")
+        form = "x-api-key: KEY" if path.startswith("/v1/messages") else "Authorization: Bearer KEY"
+        wrong = "this is not the server's key" if given else f"a key is required: {form}"
+        return problem(path, 401, wrong, "authentication_error", "invalid_api_key")
 
 
 class _Refused(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,10 +14,14 @@ from typing import Any
 from ..api import Model, load
 from ..cache.caches import bytes_for, default_chunk
 from ..engines import bytes_for as stores_of
+from ..engines.protocol import ModelBackend
+from ..errors import BezelError, InvalidRequest
 from ..files.memory import available_memory
 from ..text.grammar import Grammar, Grammars
 from .fields import BadRequest
 from .scheduler import Scheduler
+
+_log = logging.getLogger("bezel.serve")
 
 
 @dataclass(frozen=True)
@@ -52,27 +57,54 @@ class Served:
         self.model.close()
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is told of a model, loaded or not: the tokens of its context and its vocabulary, how keys and values are
+    kept, and whether it has a chat template.
+    """
+
+    n_ctx: int
+    n_vocab: int
+    kv: str
+    chat: bool
+
+
 class Models:
-    """By name; the first is the one that is meant where none is named."""
+    """By name; the first is the one that is meant where none is named.
+
+    Each file is opened at once, so that what cannot be served is known now. Raises InvalidRequest for what is no GGUF
+    file, and what `load` raises.
+    """
 
     def __init__(self, paths: Mapping[str, Path], setting: Setting) -> None:
         self.paths, self._setting = dict(paths), setting
+        self.facts = {name: self._facts(path) for name, path in self.paths.items()}
         self.loaded: dict[str, Served] = {}
         self._lock = asyncio.Lock()
         self._draining = False
 
     async def get(self, name: str | None) -> Served:
-        """Raises BadRequest for a name that is none, or a model that does not fit; and what `load` raises."""
+        """Raises BadRequest for a name that is none, or a model that does not fit or is there no more."""
         name = next(iter(self.paths)) if name is None else name
         if name not in self.paths:
             known = ", ".join(self.paths)
             raise BadRequest(f"model: found {name[:100]!r}, expected one of {known}", "model", 404, "model_not_found")
         async with self._lock:
             if name not in self.loaded:
-                self.loaded[name] = await asyncio.to_thread(self._load, name)
+                try:
+                    self.loaded[name] = await asyncio.to_thread(self._load, name)
+                except (BezelError, OSError) as error:  # which names files of this computer
+                    _log.error("%s", error)
+                    raise BadRequest(f"model {name} cannot be loaded any more", "model", 500) from None
                 if self._draining:  # in the meantime
                     self.drain()
         return self.loaded[name]
+
+    def _facts(self, path: Path) -> Facts:
+        with load(path, **self._setting.options) as model:
+            if not isinstance(model.backend, ModelBackend):
+                raise InvalidRequest(f"{path}: only GGUF files can be served; this is {model.file.kind}")
+            return Facts(model.context, model.config.vocab_size, model.kv, model.is_chat_model)
 
     def _load(self, name: str) -> Served:
         model = load(self.paths[name], **self._setting.options)

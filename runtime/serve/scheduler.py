@@ -102,8 +102,7 @@ class Scheduler:
     """
 
     def __init__(self, model: Model, parallel: int, cache_bytes: int, cache_folder: Path | None = None) -> None:
-        if not isinstance(model.backend, ModelBackend):
-            raise InvalidRequest(f"{model.file.path}: only GGUF files can be served; this is {model.file.kind}")
+        assert isinstance(model.backend, ModelBackend)
         self.model, self.parallel, self.counts = model, parallel, Counts()
         self.prefixes = Prefixes(cache_bytes)
         self._backend: ModelBackend = model.backend

@@ -1,5 +1,5 @@
 // An answer on its way.
-import { askModels, chat, modelOf } from "./api.js";
+import { chat, modelOf } from "./api.js";
 
 const SAVE_MS = 1000; // how often it is kept meanwhile
 
@@ -30,7 +30,7 @@ export class Answering {
         reply.text += part.text;
         if (part.text) this.writing?.push(part.text);
         reply.model ??= part.model;
-        if (part.usage) reply.figures = await figuresOf(part);
+        if (part.usage) reply.figures = figuresOf(part);
         reply.ended ??= part.ended;
         if (performance.now() - saved > SAVE_MS) {
           saved = performance.now();
@@ -53,8 +53,7 @@ function request({ settings, messages }) {
   return { messages: told, ...sampling, ...(modelOf(model) && { model }) };
 }
 
-async function figuresOf({ usage, timings, model }) {
-  if (!modelOf(model)?.context) await askModels().catch(() => {}); // it is loaded now
+function figuresOf({ usage, timings, model }) {
   const context = modelOf(model)?.context;
   return {
     prompt: usage.prompt_tokens,

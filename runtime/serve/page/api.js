@@ -52,12 +52,12 @@ function sentence(text) {
   return text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 }
 
-/** The models as they were last told: name, and the tokens of its context where it is loaded. */
+/** The models as they were last told: name, the tokens of its context, and whether it chats. */
 export const models = [];
 
 export async function askModels() {
   const { data } = await (await ask("/v1/models")).json();
-  models.splice(0, models.length, ...data.map(({ id, meta }) => ({ name: id, context: meta?.n_ctx })));
+  models.splice(0, models.length, ...data.map(({ id, meta }) => ({ name: id, context: meta.n_ctx, chats: meta.chat })));
 }
 
 export const modelOf = (name) => models.find((model) => model.name === name);

@@ -10,6 +10,7 @@ import * as store from "./store.js";
 import { Writing, foot, turn } from "./view.js";
 
 const LONGEST_TITLE = 60;
+const MUTE = "This model has no chat template: it continues texts, and does not chat. Programs ask it by /v1/completions.";
 
 let shown = fresh(); // the conversation
 let following = true; // whether the end stays in view
@@ -48,18 +49,22 @@ function draw() {
 }
 
 function empty() {
-  const model = modelOf(shown.settings.model) ?? models[0];
-  const words = model?.context ? `A context of ${plural(model.context, "token")}. ` : "";
+  const model = modelShown();
+  const words = model ? `A context of ${plural(model.context, "token")}. ` : "";
   return element(
     "div",
     { class: "empty" },
     element("strong", {}, model?.name ?? "bezel"),
-    `${words}Conversations are kept in this browser only.`,
+    isMute() ? MUTE : `${words}Conversations are kept in this browser only.`,
   );
 }
 
+const modelShown = () => modelOf(shown.settings.model) ?? models[0];
+const isMute = () => modelShown()?.chats === false;
+
 function drawSend() {
   const stops = running.has(shown.id);
+  box.disabled = byId("send").disabled = isMute() && !stops;
   byId("send").textContent = stops ? "Stop" : "Send";
   byId("send").classList.toggle("stops", stops);
   byId("talk").classList.toggle("answering", stops);

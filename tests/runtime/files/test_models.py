@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bezel.runtime import load
+from bezel.runtime.commands import models as commands
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files import models
@@ -139,7 +140,8 @@ def test_the_folder_is_where_the_platform_has_such(monkeypatch: pytest.MonkeyPat
 # --- the commands
 
 
-def test_list(folder: Path) -> None:
+def test_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "installed", list)  # models that packages brought
     assert "no models in" in bezel("list")
     assert json.loads(bezel("list", "--json")) == []
     put(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
+from bezel.runtime.commands import models as commands
+from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidModelFile, InvalidRequest
 from bezel.runtime.files import models, packaged
 from bezel.runtime.files.models import find_model
 from bezel.runtime.files.packaged import PACKAGED, PackagedModel
+from click.testing import CliRunner
 
 PIECES = (b"first ", b"second ", b"third")
 WHOLE = b"".join(PIECES)
@@ -24,8 +28,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / f"toy_part{i}/__init__.py").write_text("raise RuntimeError('imported')")
         (folder / f"toy_part{i}/data/part").write_bytes(piece)
     parts = [(f"toy_part{i}", "data/part") for i in range(3)]
-    model = PackagedModel("toy", "toy.gguf", len(WHOLE), hashlib.sha256(WHOLE).hexdigest(), parts)
-    for module in (packaged, models):
+    model = PackagedModel("toy", "toy.gguf", "q8_0", len(WHOLE), hashlib.sha256(WHOLE).hexdigest(), parts)
+    for module in (packaged, models, commands):
         monkeypatch.setattr(module, "PACKAGED", {"toy": model})
     monkeypatch.setenv("BEZEL_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -42,6 +46,17 @@ def test_it_is_put_together_once(toy: Path) -> None:
     (toy / "toy_part1/data/part").unlink()  # no longer needed
     assert find_model("toy") == out
     assert out.stat().st_mtime_ns == before
+
+
+def test_it_is_listed_where_it_is_installed(toy: Path) -> None:
+    assert [row.split() for row in CliRunner().invoke(main, ["list"]).stdout.splitlines()[1:]] == [
+        ["toy", "0", "kB", "q8_0", "-", "-"]
+    ]
+    assert json.loads(CliRunner().invoke(main, ["list", "--json"]).stdout)[0]["path"] is None
+    done = CliRunner().invoke(main, ["rm", "toy"])
+    assert (done.exit_code, "pip uninstall toy-part0 toy-part1 toy-part2" in done.stderr) == (1, True)
+    (toy / "toy_part1").rename(toy / "elsewhere")
+    assert "toy" not in CliRunner().invoke(main, ["list"]).stdout
 
 
 def test_a_file_of_that_name_comes_first(toy: Path) -> None:  # noqa: ARG001

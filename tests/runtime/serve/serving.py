@@ -25,7 +25,9 @@ def serving(paths: Mapping[str, Path], **options: Any) -> Iterator[str]:
         options.pop("cache_bytes", 64 << 20),
     )
     models, drain = Models(paths, setting), options.pop("drain", 5.0)
-    app = make_app(models, **{"key": None, "origins": (), "most_bytes": 1 << 20, "most_begun": 200, **options})
+    app = make_app(
+        models, **{"key": None, "origins": (), "local": True, "most_bytes": 1 << 20, "most_begun": 200, **options}
+    )
     with running(app, models=models, drain=drain) as address:
         yield address
 

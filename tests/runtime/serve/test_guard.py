@@ -14,6 +14,7 @@ import httpx
 import pytest
 from bezel.runtime.commands.main import main
 from bezel.runtime.serve import connections
+from bezel.runtime.serve.guard import origin_of
 from click.testing import CliRunner
 from serving import serving
 
@@ -36,6 +37,37 @@ def address(file: Path) -> Iterator[str]:
 def locked(file: Path) -> Iterator[str]:
     with serving({"fairy": file}, key="secret") as address:
         yield address
+
+
+def test_a_name_of_a_site_that_may_call(address: str) -> None:
+    """Such as a server before this one, which passes the name on that it is called by."""
+    assert httpx.get(address + "/health", headers={"host": "friend.example"}).status_code == 200
+
+
+def test_a_foreign_name_where_there_is_a_key(locked: str, file: Path) -> None:
+    key = {"authorization": "Bearer secret"}
+    assert httpx.get(locked + "/v1/models", headers={**key, "host": "evil.example"}).status_code == 403
+    with serving({"fairy": file}, key="secret", local=False) as address:  # others can reach it, by its name
+        assert httpx.get(address + "/v1/models", headers={**key, "host": "laptop.lan"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("site", "origin"),
+    [
+        ("https://Example.com/", "https://example.com"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("https://example.com:443", "https://example.com"),
+        ("http://[::1]:80", "http://[::1]"),
+        *((wrong, None) for wrong in ("*", "https://*.example", "null", "example.com", "", "ftp://a", "http://a/b")),
+        *((wrong, None) for wrong in ("http://a:x", "http://u@a", "http://a?b", "http://[a")),
+    ],
+)
+def test_sites_that_may_call(site: str, origin: str | None, file: Path) -> None:
+    if origin is not None:
+        assert origin_of(site) == origin
+        return
+    done = CliRunner().invoke(main, ["serve", str(file), "--allow-origin", site])
+    assert (done.exit_code, "Error: --allow-origin: " in done.output) == (1, True)
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/nothing"])
@@ -84,6 +116,8 @@ def test_the_key(locked: str) -> None:
         ({}, False),
         ({"authorization": "Bearer wrong"}, False),
         ({"authorization": "Bearer secret"}, True),
+        ({"authorization": "bearer  secret"}, True),
+        ({"authorization": "Basic secret"}, False),
         ({"x-api-key": "secret"}, True),
         ({"authorization": "Bearer sécret"}, False),
     ):
@@ -93,6 +127,29 @@ def test_the_key(locked: str) -> None:
             assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
     assert httpx.get(locked + "/health").status_code == 200
     assert httpx.get(locked + "/slots").status_code == 401
+    told = httpx.post(locked + "/v1/messages", json=ASK).json()["error"]["message"]
+    assert told == "a key is required: x-api-key: KEY"
+    told = httpx.post(locked + "/v1/messages", json=ASK, headers={"x-api-key": "x"}).json()["error"]["message"]
+    assert told == "this is not the server's key"
+
+
+def test_a_second_model_that_cannot_be_served(file: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(file.read_bytes()[:5000])
+    done = CliRunner().invoke(main, ["serve", str(file), str(damaged), "--port", "0"])
+    assert (done.exit_code, f"Error: {damaged}: invalid model file" in done.output) == (1, True)
+
+
+def test_a_model_that_is_gone_when_it_is_asked_for(file: Path, tmp_path: Path) -> None:
+    going = tmp_path / "going.gguf"
+    going.write_bytes(file.read_bytes())
+    with serving({"fairy": file, "going": going}) as address:
+        told = httpx.get(address + "/v1/models").json()["data"]
+        assert [model["meta"]["n_ctx"] for model in told] == [2048, 2048]
+        going.unlink()
+        found = httpx.post(address + CHAT, json={**ASK, "model": "going"})
+        assert found.status_code == 500
+        assert found.json()["error"]["message"] == "model going cannot be loaded any more"
 
 
 def raw(address: str, data: bytes, wait: float = 10.0) -> bytes:

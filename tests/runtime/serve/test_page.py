@@ -651,3 +651,11 @@ def test_copied(secure: bool, scripted: str, script: Script, page_of: PageOf) ->
         page.locator("#box").fill("")
         page.locator("#box").press("Control+v")
         expect(page.locator("#box")).to_have_value(text)
+
+
+def test_a_model_that_does_not_chat(script: Script, scripted: str, page_of: PageOf) -> None:
+    script.models = [{"id": "base", "meta": {"n_ctx": 64, "chat": False}}]
+    page = page_of(scripted)
+    expect(page.locator("#talk")).to_contain_text("This model has no chat template")
+    expect(page.locator("#box")).to_be_disabled()
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()

@@ -23,6 +23,7 @@ MakeRoom = Callable[[list[int]], list[int]]
 """Given all ids of a session whose context is full, the shorter ones to go on with."""
 
 _LABEL, _VERSION = "bezel_session", "3"
+_NOTE = "note"
 
 
 class Runnable(Protocol):
@@ -181,17 +182,25 @@ class Session:
         self.engine = self._new_engine()
         self.ids = []
 
-    def save(self, path: str | Path) -> None:
-        """Write the session to a file; whole or not at all.
+    def save(self, path: str | Path, note: str = "") -> None:
+        """Write the session to a file, with a text that `restore` gives back; whole or not at all.
 
         Raises InvalidRequest where the path is no file's, or that of a file which is no session, and OSError.
         """
-        write_session(path_of(path), self.model, self.ids, self.engine.snapshot())
+        noted = {_NOTE: np.frombuffer(note.encode(), np.int8)} if note else {}
+        write_session(path_of(path), self.model, self.ids, {**self.engine.snapshot(), **noted})
 
-    def restore(self, path: str | Path) -> None:
-        """Go on from a saved session, as if nothing had happened. Raises InvalidSession, changing nothing."""
+    def restore(self, path: str | Path) -> str:
+        """Go on from a saved session, as if nothing had happened, and return the note that was saved with it.
+
+        Raises InvalidSession, changing nothing.
+        """
         path = path_of(path)
         ids, arrays = read_session(path, self.model)
+        try:
+            note = arrays.pop(_NOTE, np.empty(0, np.int8)).tobytes().decode()
+        except ValueError:
+            raise InvalidSession(f"{path}: its note is no text") from None
         fresh = self._new_engine()
         try:
             fresh.restore(arrays)
@@ -200,6 +209,7 @@ class Session:
         if fresh.position != len(ids):
             raise InvalidSession(f"{path}: {len(ids)} ids, but the caches hold {fresh.position} positions")
         self.engine, self.ids = fresh, ids
+        return note
 
     def _new_engine(self) -> Engine:
         model = self.model

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _HELP = """\
 /undo takes back the last exchange, /regenerate answers it anew, /reset starts anew, /system TEXT as well, with TEXT
 for instructions; /save FILE and /load FILE keep and bring back the chat, /context tells how full it is, /bye (or
-Ctrl-D) leaves. A line that ends in a backslash goes on in the next; between lines of \"\"\" there may be any number of
-them, and what is pasted is one message. Ctrl-C stops an answer."""
+Ctrl-D) leaves. A line that ends in a backslash goes on in the next; between \"\"\" and \"\"\" there may be any number
+of them, and what is pasted is one message. Ctrl-C stops an answer.""".replace("\n", " ")
 
 _QUOTES = '"""'
 
@@ -79,14 +79,14 @@ class _Chat:
     """A conversation, and what its user types."""
 
     def __init__(self, model: Model, options: dict[str, Any]) -> None:
-        self._model, self._options, self._system = model, options, options["system"]
+        self._model, self._options = model, options
         self._sampling, self._again = sampling_of(model, options), 0
         self._out: _Wrapped | None = None  # of the answer that is being written
-        self._begin()
+        self._begin(options["system"])
 
-    def _begin(self) -> None:
+    def _begin(self, system: str | None) -> None:
         slide = self._options["on_full"] == "slide"
-        self._conversation = self._model.conversation(self._system, slide=slide, announce=self._announce)
+        self._conversation = self._model.conversation(system, slide=slide, announce=self._announce)
 
     def _announce(self, text: str) -> None:
         """Say something while an answer is written, on a line of its own."""
@@ -101,7 +101,8 @@ class _Chat:
         if not command.startswith("/") or command.startswith("//"):
             self._answer(text.removeprefix("/"), self._sampling)
         elif command == "/reset":
-            self._begin()
+            self._begin(self._conversation.system)
+            note("a new chat")
         elif command == "/system":
             self._set_system(argument)
         elif command == "/undo":
@@ -112,7 +113,7 @@ class _Chat:
         elif command == "/context":
             self._tell_context()
         elif command == "/save" and argument:
-            self._conversation.session.save(Path(argument).expanduser())
+            self._conversation.save(Path(argument).expanduser())
             note(f"save: {argument}, {self._exchanges()}")
         elif command == "/load" and argument:
             self._load(Path(argument).expanduser())
@@ -121,15 +122,14 @@ class _Chat:
         else:
             if command not in ("/help", "/save", "/load"):
                 note(f"{command} is no command; for a message that begins with a slash, type two")
-            click.echo(_HELP)
+            _tell(_HELP)
         return True
 
     def _set_system(self, text: str) -> None:
         if not text:
-            note(f"instructions: {self._system or 'none'}")
+            note(f"instructions: {self._conversation.system or 'none'}")
             return
-        self._system = text
-        self._begin()
+        self._begin(text)
         note("a new chat with these instructions")
 
     def _regenerate(self) -> None:
@@ -147,11 +147,11 @@ class _Chat:
             raise
 
     def _load(self, path: Path) -> None:
-        self._conversation.session.restore(path)
+        self._conversation.restore(path)
         note(f"load: {path}, {self._exchanges()}")
+        marks = {"user": "> ", "system": "instructions: "}
         for message in self._conversation.messages():
-            mark = "> " if message.role == "user" else ""
-            note(f"{mark}{message.text}")
+            note(f"{marks.get(message.role, '')}{message.text}")
 
     def _tell_context(self) -> None:
         session = self._conversation.session
@@ -230,6 +230,12 @@ class _Wrapped:
         self._put("\n")
 
 
+def _tell(text: str) -> None:
+    out = _Wrapped()
+    out.write(text)
+    out.end()
+
+
 def _line_editing() -> None:
     """Editing, history that is kept between runs, and pasting of several lines as one message."""
     with suppress(ImportError):  # Windows has none
@@ -260,18 +266,21 @@ def _messages() -> Iterator[str]:
         try:
             line = input(prompt)
         except EOFError:
-            if text.strip():
+            if quoted:
+                note(f"not sent, for no {_QUOTES} ended it: {text.strip()[:60]}")
+            elif text.strip():
                 yield text
             return
         except KeyboardInterrupt:
             click.echo()
             text, quoted = "", False
             continue
-        if quoted or line.strip() == _QUOTES:
-            if line.strip() != _QUOTES:
-                text += line + "\n"
-                continue
-            quoted = not quoted
+        begins = not text and not quoted and line.lstrip().startswith(_QUOTES)
+        if begins:
+            line = line.lstrip().removeprefix(_QUOTES)
+        if begins or quoted:
+            quoted = not line.rstrip().endswith(_QUOTES)
+            text += f"{line}\n" if quoted else line.rstrip().removesuffix(_QUOTES)
             if quoted:
                 continue
         elif line.endswith("\\"):
@@ -280,5 +289,5 @@ def _messages() -> Iterator[str]:
         else:
             text += line
         if text.strip():
-            yield text
+            yield text.strip("\n")
         text = ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -243,8 +245,11 @@ def show_prompt(model: Model, ids: list[int], options: dict[str, Any]) -> None:
 
 
 def note(text: str) -> None:
-    """Say something beside the answer."""
+    """Say something beside the answer; on a terminal, with lines broken between words."""
     text = printable(text)
+    if sys.stderr.isatty():
+        fill = TextWrapper(shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False).fill
+        text = "\n".join(map(fill, text.split("\n")))
     click.echo(text if "NO_COLOR" in os.environ else click.style(text, dim=True), err=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 from ..errors import ContextFull, InvalidRequest
@@ -21,7 +22,7 @@ class Talker(Runnable, Protocol):
 
 
 class Conversation:
-    """A chat with a model. Its only state is the session's ids, so it can be saved and restored as a session is.
+    """A chat with a model. `save` and `restore` keep the session that holds it, and the system text.
 
     `system` text opens the first user turn. With `slide`, a full context drops the oldest turns, telling
     `announce` so; without, it raises ContextFull.
@@ -29,7 +30,16 @@ class Conversation:
 
     def __init__(self, model: Talker, system: str | None, slide: bool, announce: Callable[[str], None]) -> None:
         self.session = model.session()
-        self._model, self._system, self._slide, self._announce = model, system, slide, announce
+        self.system = system
+        self._model, self._slide, self._announce = model, slide, announce
+
+    def save(self, path: str | Path) -> None:
+        """Write the chat to a file; see `Session.save`."""
+        self.session.save(path, self.system or "")
+
+    def restore(self, path: str | Path) -> None:
+        """Go on with a saved chat and its system text; see `Session.restore`."""
+        self.system = self.session.restore(path) or None
 
     def prompt_ids(self, text: str) -> list[int]:
         """What the model will see of a user's turn that follows what the session holds."""
@@ -75,19 +85,23 @@ class Conversation:
         return len(self._user_turns(self.session.ids))
 
     def messages(self) -> list[chat.Message]:
-        """What the session holds, as a chat; system text is part of the first message."""
-        return chat.read(self._model.tokenizer, self.session.ids)
+        """What the session holds, as a chat, with the system text as a message of its own."""
+        messages = chat.read(self._model.tokenizer, self.session.ids)
+        opening = f"{self.system.strip()}\n\n" if self.system else ""
+        if opening and messages and messages[0].text.startswith(opening):
+            first = chat.Message("user", messages[0].text.removeprefix(opening))
+            return [chat.Message("system", self.system or ""), first, *messages[1:]]
+        return messages
 
     def last_message(self) -> str:
-        """The newest message of the user, without the system text. Raises InvalidRequest if there is none."""
+        """The newest message of the user. Raises InvalidRequest if there is none."""
         messages = [message.text for message in self.messages() if message.role == "user"]
         if not messages:
             raise InvalidRequest("there is no message yet")
-        opening = f"{self._system.strip()}\n\n" if self._system and len(messages) == 1 else ""
-        return messages[-1].removeprefix(opening)
+        return messages[-1]
 
     def _opening(self, text: str) -> list[chat.Message]:
-        system = [chat.Message("system", self._system)] if self._system else []
+        system = [chat.Message("system", self.system)] if self.system else []
         return [*system, chat.Message("user", text)]
 
     def _user_turns(self, ids: list[int]) -> list[int]:
@@ -105,7 +119,7 @@ class Conversation:
             dropped += 1
         start, tokenizer = starts[dropped], self._model.tokenizer
         shorter = [tokenizer.bos_id, *ids[start:]]
-        if self._system and dropped:
+        if self.system and dropped:
             end = ids.index(tokenizer.end_of_turn_id or 0, start)
             text = tokenizer.decode(ids[start:end]).removeprefix("user\n")
             opening = chat.render(tokenizer, self._opening(text), reply=False)

@@ -374,6 +374,38 @@ def test_commands_of_a_chat(demo: Path, tmp_path: Path) -> None:
     assert "never said" not in said
 
 
+def test_a_loaded_chat_keeps_its_instructions(demo: Path, tmp_path: Path) -> None:
+    lines = ["/system Be brief.", "A story.", f"/save {tmp_path}/s", "/bye"]
+    options = ["chat", str(demo), "-n", "4", "--seed", "1", "--show-prompt"]
+    assert CliRunner().invoke(main, options, input="\n".join(lines)).exit_code == 0
+    lines = [f"/load {tmp_path}/s", "/system", "/undo", "A song.", "/reset", "A poem."]
+    said = CliRunner().invoke(main, options, input="\n".join(lines)).stderr
+    assert "\ninstructions: Be brief.\n> A story.\n" in said  # the transcript
+    assert said.count("instructions: Be brief.\n") == 2
+    assert "a new chat\n" in said
+    for text in ("A song.", "A poem."):
+        assert f"<start_of_turn>user\nBe brief.\n\n{text}<end_of_turn>" in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['"""A story', "of a cat.", 'and a dog."""', "/bye"], "A story\nof a cat.\nand a dog."),
+        (['"""A "quoted" story."""', "/bye"], 'A "quoted" story.'),
+        (['A story """of', "/bye"], 'A story """of'),
+    ],
+)
+def test_quoted_messages(lines: list[str], message: str, demo: Path) -> None:
+    done = CliRunner().invoke(main, ["chat", str(demo), "-n", "1", "--show-prompt"], input="\n".join(lines))
+    assert f"<start_of_turn>user\n{message}<end_of_turn>" in done.stderr
+
+
+def test_half_a_quoted_message_is_not_sent(demo: Path) -> None:
+    done = CliRunner().invoke(main, ["chat", str(demo), "-n", "1", "--show-prompt"], input='"""A story\n')
+    assert "<start_of_turn>" not in done.stderr
+    assert 'not sent, for no """ ended it: A story' in done.stderr
+
+
 def test_a_new_answer_is_another_one_and_its_failure_loses_nothing(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "system")), "seed": 1}
     with load(demo) as model:

@@ -154,7 +154,8 @@ def test_a_conversation_of_a_model(model: Model) -> None:
     first, second = ("".join(talk.ask(text, GREEDY, max_tokens=8)) for text in ("One story.", "Another one."))
     told = talk.messages()
     assert [(m.role, m.text) for m in told] == [
-        ("user", "Be brief.\n\nOne story."),
+        ("system", "Be brief."),
+        ("user", "One story."),
         ("model", first),
         ("user", "Another one."),
         ("model", second),

@@ -24,7 +24,7 @@ class Answer:
         self._stalled: asyncio.TimerHandle | None = None
 
     def _tell(self, text: str | None) -> None:
-        piece = None if text is None else (text, len(self.writer.chances))
+        piece = None if text is None else (text, self.writer.sure_chances)
         if not self._loop.is_closed():  # the server may be gone before its last task
             self._loop.call_soon_threadsafe(self._put, piece)
 

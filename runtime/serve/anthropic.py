@@ -32,7 +32,11 @@ async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
 
 
 def talk_of(fields: Fields) -> asks.Talk:
-    functions = asks.functions_of(fields.objects("tools"), "input_schema")
+    described = fields.objects("tools")
+    for tool in described:
+        if "input_schema" not in tool:
+            raise tool.fail("input_schema", "a JSON schema, an object")
+    functions = asks.functions_of(described, "input_schema")
     messages = [chat.Message("system", asks.text_of(fields, "system"))] if "system" in fields else []
     names: dict[str, str] = {}
     for entry in fields.objects("messages"):
@@ -66,7 +70,7 @@ def _content(entry: Fields, names: dict[str, str]) -> str:
             names[block.text("id", "") or ""] = name
             calls.append(tools.Call(name, json.dumps(block.get("input") or {}, ensure_ascii=False)))
         elif kind == "tool_result":
-            name = names.get(block.text("tool_use_id", "") or "", "unknown")
+            name = asks.call_of(block, "tool_use_id", names)
             texts.append(tools.told_result(name, asks.text_of(block, "content", optional=True)))
         elif kind not in ("thinking", "redacted_thinking"):  # of earlier turns: Anthropic does not read them either
             raise BadRequest(f"content: found a block of the type {kind!r:.60}: this model reads text only", "content")

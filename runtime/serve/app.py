@@ -130,11 +130,16 @@ class Server:
             raise
         return answers
 
+    async def embeddings(self, request: Request) -> Response:  # noqa: ARG002
+        raise BadRequest("Gemma models write texts: none of these gives embeddings", status=404)
+
     # --- of llama.cpp's server
 
     async def tokenize(self, request: Request) -> Response:
         fields, served = await self._read(request)
-        tokenizer, text = served.model.tokenizer, fields.text("content", "") or ""
+        tokenizer, text = served.model.tokenizer, fields.text("content")
+        if text is None:
+            raise fields.fail("content", "a text")
         asks.check_length(served, [text], "content")
         ids = await asyncio.to_thread(tokenizer.encode, text, fields.flag("add_special"))
         if fields.flag("with_pieces"):
@@ -319,6 +324,7 @@ def make_app(models: Models, *, most_begun: int, **guard: Any) -> Starlette:
         ("/v1/chat/completions", server.chat_completions),
         ("/v1/completions", server.completions),
         ("/v1/responses", server.responses),
+        ("/v1/embeddings", server.embeddings),
         ("/v1/messages", server.messages),
         ("/v1/messages/count_tokens", server.count_tokens),
         ("/tokenize", server.tokenize),

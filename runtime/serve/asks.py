@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -289,14 +290,22 @@ def functions_of(entries: Sequence[Fields], schema: str = "parameters") -> list[
     found = []
     for entry in entries:
         name, parameters = entry.text("name"), entry.get(schema)
-        if not name or len(name) > 128:
-            raise entry.fail("name", "a name")
+        if not name or not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", name):
+            raise entry.fail("name", "up to 128 letters, digits, dots, dashes and underscores")
         if parameters is not None and not isinstance(parameters, dict):
             raise entry.fail(schema, "a JSON schema, an object")
         found.append(tools.Tool(name, entry.text("description", "") or "", parameters or {}, entry.flag("strict")))
     if len({tool.name for tool in found}) < len(found):
         raise BadRequest("tools: two functions of the same name", "tools")
     return found
+
+
+def call_of(entry: Fields, name: str, calls: Mapping[str, str]) -> str:
+    """The function whose result this is, by the id of its call. Raises BadRequest for a call that there is none of."""
+    call = entry.text(name)
+    if call is None or call not in calls:
+        raise entry.fail(name, "the id of a call that an earlier message has")
+    return calls[call]
 
 
 def check_choice(choice: str, functions: Sequence[tools.Tool]) -> str:
@@ -331,6 +340,8 @@ async def completion_asks(fields: Fields, served: Served) -> list[Ask]:
     if "suffix" in fields:
         raise BadRequest("suffix: Gemma models cannot fill in the middle", "suffix")
     limits = limits_of(fields)
+    if fields.whole("best_of", 1, MOST_ANSWERS) not in (None, limits["n"]):
+        raise fields.fail("best_of", f"n, {limits['n']}: all answers are told")
     if limits["max_tokens"] is None:
         limits["max_tokens"] = 16  # as the API has it
     logprobs = fields.whole("logprobs", 0, MOST_LOGPROBS)

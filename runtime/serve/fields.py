@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..arguments import is_whole, shown
+from ..arguments import is_whole
+
+_MOST_DIGITS = 400
 
 
 class BadRequest(Exception):
@@ -27,13 +29,13 @@ class Fields:
     @staticmethod
     def parse(body: bytes) -> Fields:
         try:
-            values = json.loads(body, parse_float=_finite, parse_constant=_finite)
+            values = json.loads(body, parse_float=_finite, parse_constant=_finite, parse_int=_whole)
             json.dumps(values, ensure_ascii=False).encode()  # an answer repeats some of it: half a surrogate pair fails
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise BadRequest(f"the body is no JSON: {reason}") from None
         if not isinstance(values, dict):
-            raise BadRequest(f"the body is a JSON {type(values).__name__}, expected an object")
+            raise BadRequest(f"the body is {_shown(values)}, expected an object")
         return Fields(values)
 
     @property
@@ -45,7 +47,7 @@ class Fields:
         return self._values.get(name)
 
     def fail(self, name: str, want: str) -> BadRequest:
-        return BadRequest(f"{self._where}{name}: found {shown(self.get(name))}, expected {want}", self._where + name)
+        return BadRequest(f"{self._where}{name}: found {_shown(self.get(name))}, expected {want}", self._where + name)
 
     def text(self, name: str, default: str | None = None) -> str | None:
         value = self.get(name)
@@ -111,6 +113,18 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return self.get(name) is not None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, in a few letters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"found a number of {len(text)} digits, expected at most {_MOST_DIGITS}")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -18,6 +18,9 @@ from .shapes import Json, new_id
 
 async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
     """What a chat completion asks for."""
+    for name in ("functions", "function_call"):
+        if name in fields:
+            raise BadRequest(f"{name}: is of an older API: describe functions in tools", name)
     functions = asks.functions_of([_function(tool) for tool in fields.objects("tools")])
     talk = asks.Talk(
         _messages(fields.objects("messages")),
@@ -77,7 +80,7 @@ def _messages(entries: Sequence[Fields]) -> list[chat.Message]:
                 calls.append(tools.Call(name, asks.json_text(function, "arguments", arguments)))
             text = tools.told_calls(calls) if calls else text
         elif role == "tool":
-            text = tools.told_result(names.get(entry.text("tool_call_id", "") or "", "") or "unknown", text)
+            text = tools.told_result(asks.call_of(entry, "tool_call_id", names), text)
         found.append(chat.Message({"assistant": "model", "tool": "user", "developer": "system"}.get(role, role), text))
     return found
 

@@ -19,6 +19,8 @@ async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
     for name in ("previous_response_id", "conversation"):
         if name in fields:
             raise BadRequest(f"{name}: nothing of earlier responses is kept: send the whole conversation", name)
+    if fields.flag("background"):
+        raise BadRequest("background: nothing of responses is kept: ask without it, or stream", "background")
     functions = asks.functions_of([tool for tool in fields.objects("tools") if _is_function(tool)])
     text = fields.object("text")
     talk = asks.Talk(
@@ -71,7 +73,7 @@ def _messages(fields: Fields) -> list[chat.Message]:
             arguments = asks.json_text(item, "arguments", item.text("arguments", "{}") or "{}")
             found.append(chat.Message("model", tools.told_calls([tools.Call(name, arguments)])))
         elif kind == "function_call_output":
-            name = names.get(item.text("call_id", "") or "", "unknown")
+            name = asks.call_of(item, "call_id", names)
             found.append(chat.Message("user", tools.told_result(name, asks.text_of(item, "output"))))
         elif kind != "reasoning":
             raise BadRequest(f"input: found an item of the type {kind!r:.60}", "input")
@@ -122,7 +124,7 @@ class Form:
         (answer,) = answers
         text = await answer.text()
         parts = list(tools.Calls(self._calls).push(text))
-        return self._response(answer, [_item(part) for part in parts], "completed")
+        return self._response(answer, [_item(part, _status(answer)) for part in parts], "completed")
 
     async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
         """The events of a stream."""
@@ -163,6 +165,7 @@ class Form:
             said = message["content"][0]["text"]
             yield event("response.output_text.done", **_place(message), text=said, logprobs=[])
             yield event("response.content_part.done", **_place(message), part=_text(said))
+            message["status"] = _status(answer)
             yield event("response.output_item.done", output_index=0, item=message)
         done = self._response(answer, output, "completed")
         yield event(f"response.{done['status']}", response=done)
@@ -176,7 +179,12 @@ def _text(text: str) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _item(part: str | tools.Call) -> Json:
+def _status(answer: Answer) -> str:
+    """Of the text of an answer; calls are told whole, or not at all."""
+    return "incomplete" if answer.writer.finish == "length" else "completed"
+
+
+def _item(part: str | tools.Call, status: str = "completed") -> Json:
     if isinstance(part, tools.Call):
         return {
             "id": new_id("fc"),
@@ -190,6 +198,6 @@ def _item(part: str | tools.Call) -> Json:
         "id": new_id("msg"),
         "type": "message",
         "role": "assistant",
-        "status": "completed",
+        "status": status,
         "content": [_text(part)],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -86,10 +87,24 @@ class Writer:
         self._constraint, self._logprobs = constraint, logprobs
         self.chances: list[Chance] = []
         self.keeps_chances = logprobs is not None
+        self._ends: list[int] = []  # of each id: how long the text is with it
+        self._given = 0  # characters
         self._held = ""  # text that may be the beginning of a stop string
+
+    @property
+    def sure_chances(self) -> int:
+        """How many of the `chances` are of text that was given, and not held back."""
+        return len(self.chances) if self.finish is not None else bisect_right(self._ends, self._given)
 
     def take(self, logits: Floats, seen: Sequence[int]) -> str:
         """Draw from logits (vocab,) of the newest token; `seen` are all ids so far. Gives the text that is sure now."""
+        text = self._take(logits, seen)
+        self._given += len(text)
+        if self.stopped_by is not None:  # of what is cut off nothing is told
+            del self.chances[bisect_left([0, *self._ends], self._given, hi=len(self._ends)) :]
+        return text
+
+    def _take(self, logits: Floats, seen: Sequence[int]) -> str:
         if self._is_full():
             return self.end("length")
         allowed = None if self._constraint is None else self._constraint.allowed()
@@ -107,6 +122,7 @@ class Writer:
         for i, token in enumerate(self.fed):
             self.ids.append(token)
             self._held += self._decoder.push(token)
+            self._ends.append(self._given + len(text) + len(self._held))
             if (found := self._find_stop(self._held)) is not None:
                 at, self.stopped_by = found
                 self.fed, self.finish = self.fed[: i + 1], "stop"

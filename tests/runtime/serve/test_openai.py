@@ -201,6 +201,29 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert streamed == content
 
 
+def test_logprobs_end_where_a_stop_string_cuts(client: openai.OpenAI, model: Model) -> None:
+    """And none is told before its text is."""
+    whole, told = alone(model, max_tokens=60, seed=2), 0
+    for stop in {whole[i : i + 3] for i in range(0, 60, 7)}:
+        asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "max_tokens": 60, "seed": 2, "logprobs": True}
+        found = client.chat.completions.create(**asked, stop=stop).choices[0]
+        text = found.message.content or ""
+        assert text == whole.partition(stop)[0]
+        tokens = [one.token for one in (found.logprobs and found.logprobs.content) or []]
+        assert "".join(tokens).startswith(text)
+        assert len("".join(tokens[:-1])) < len(text) or not tokens
+        told += len(tokens)
+        seen, given, ended = "", "", False
+        for chunk in client.chat.completions.create(**asked, stop=stop, stream=True):
+            choice = chunk.choices[0]
+            given += choice.delta.content or ""
+            seen += "".join(one.token for one in (choice.logprobs and choice.logprobs.content) or [])
+            assert not ended or choice.finish_reason
+            ended = len(seen) > len(given)  # the token that the stop string cuts is the last
+        assert seen == "".join(tokens)
+    assert told
+
+
 def test_a_completion(client: openai.OpenAI, model: Model) -> None:
     found = client.completions.create(model="fairy", prompt=["Once upon", "A king"], max_tokens=8, temperature=0)
     for choice, prompt in zip(found.choices, ("Once upon", "A king"), strict=True):
@@ -332,22 +355,30 @@ def test_a_tool_s_keywords_that_no_grammar_sees_to(client: openai.OpenAI) -> Non
     ("change", "kind", "words"),
     [
         ({"model": "nobody"}, openai.NotFoundError, "expected one of fairy, again"),
-        ({"temperature": -1}, openai.BadRequestError, "temperature: found int -1"),
-        ({"temperature": "hot"}, openai.BadRequestError, "temperature: found str 'hot'"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature: found -1"),
+        ({"temperature": "hot"}, openai.BadRequestError, 'temperature: found "hot"'),
         ({"messages": []}, openai.BadRequestError, "messages: expected one message"),
-        ({"messages": [{"role": "king", "content": ""}]}, openai.BadRequestError, "role: found str 'king'"),
+        ({"messages": [{"role": "king", "content": ""}]}, openai.BadRequestError, 'role: found "king"'),
         (
             {"messages": [{"role": "assistant", "content": "I"}]},
             openai.BadRequestError,
             "expected a user's message first",
         ),
-        ({"messages": "Hello"}, openai.BadRequestError, "messages: found str 'Hello', expected a list of objects"),
+        ({"messages": "Hello"}, openai.BadRequestError, 'messages: found "Hello", expected a list of objects'),
         ({"top_logprobs": 2}, openai.BadRequestError, "needs logprobs"),
         ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias"),
-        ({"n": 0}, openai.BadRequestError, "n: found int 0"),
-        ({"stop": [1]}, openai.BadRequestError, "stop: found list"),
-        ({"stream": "yes"}, openai.BadRequestError, "stream: found str 'yes'"),
+        ({"n": 0}, openai.BadRequestError, "n: found 0"),
+        ({"stop": [1]}, openai.BadRequestError, r"stop: found .1."),
+        ({"stream": "yes"}, openai.BadRequestError, 'stream: found "yes"'),
         ({"tool_choice": "required"}, openai.BadRequestError, "asks for a call, and tools has none"),
+        ({"extra_body": {"functions": []}}, openai.BadRequestError, "functions: is of an older API"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, openai.BadRequestError, r"name: found .a b"),
+        (
+            {"messages": [*TOLD, {"role": "tool", "tool_call_id": "x", "content": "1"}]},
+            openai.BadRequestError,
+            r'messages\[1\].tool_call_id: found "x", expected the id of a call',
+        ),
+        ({"seed": 10**500}, openai.BadRequestError, "found a number of 501 digits, expected at most 400"),
         ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "response_format.json_schema: found"),
         (
             {"response_format": {"type": "grammar", "grammar": "start: start"}, "stream": True},
@@ -378,6 +409,33 @@ def test_what_is_wrong_is_said(
     asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "max_tokens": 2}
     with pytest.raises(kind, match=words):
         client.chat.completions.create(**asked | change)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/tokenize", {}, 400, "content: found null, expected a text"),
+        ("/tokenize", [], 400, "the body is [], expected an object"),
+        ("/v1/completions", {"prompt": "A", "best_of": 2}, 400, "best_of: found 2, expected n, 1"),
+        ("/v1/embeddings", {"input": "A"}, 404, "none of these gives embeddings"),
+        ("/v1/responses", {"input": "A", "background": True}, 400, "background: nothing of responses is kept"),
+        (
+            "/v1/responses",
+            {"input": [{"type": "function_call_output", "call_id": "x", "output": "1"}]},
+            400,
+            "call_id: found",
+        ),
+        (
+            "/v1/messages",
+            {"messages": TOLD, "max_tokens": 1, "tools": [{"name": "a"}]},
+            400,
+            "tools[0].input_schema: found null",
+        ),
+    ],
+)
+def test_what_is_wrong_elsewhere_is_said(path: str, body: Any, status: int, words: str, address: str) -> None:
+    found = httpx.post(address + path, json=body)
+    assert (found.status_code, words in found.json()["error"]["message"]) == (status, True), found.text
 
 
 def test_models(client: openai.OpenAI) -> None:

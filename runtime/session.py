@@ -198,12 +198,12 @@ class Session:
         path = path_of(path)
         ids, arrays = read_session(path, self.model)
         try:
-            note = arrays.pop(_NOTE, np.empty(0, np.int8)).tobytes().decode()
+            note: str = arrays.get(_NOTE, np.empty(0, np.int8)).tobytes().decode()
         except ValueError:
             raise InvalidSession(f"{path}: its note is no text") from None
         fresh = self._new_engine()
         try:
-            fresh.restore(arrays)
+            fresh.restore({name: array for name, array in arrays.items() if name != _NOTE})
         except InvalidSession as error:
             raise InvalidSession(f"{path}: {error}") from error
         if fresh.position != len(ids):

@@ -233,8 +233,12 @@ async def constraint_of(served: Served, talk: Talk) -> Callable[[], Constraint] 
             return (await _calls(served, talk, source if kind == "json" else None)).constraint
         if kind == "text":
             return None
-        made = {"json": Grammars.json_schema, "regex": Grammars.regex, "grammar": Grammars.lark}[kind]
-        return (await served.compiled(lambda grammars: made(grammars, source))).constraint
+        makers: dict[str, Callable[[Grammars, Any], Grammar]] = {
+            "json": Grammars.json_schema,
+            "regex": Grammars.regex,
+            "grammar": Grammars.lark,
+        }
+        return (await served.compiled(lambda grammars: makers[kind](grammars, source))).constraint
     except InvalidRequest as error:
         raise BadRequest(f"{form}: {error}", form) from None
 

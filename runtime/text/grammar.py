@@ -49,7 +49,8 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        text, options = _json(schema), {**_COMPACT, "lenient": lenient}
+        text = _json(schema)
+        options: Any = {**_COMPACT, "lenient": lenient}
         return self._compiled("JSON schema", text, lambda: LLMatcher.grammar_from_json_schema(text, overrides=options))
 
     def json_or(self, schema: Mapping[str, Any], other: Mapping[str, Any] | None) -> Grammar:

@@ -60,9 +60,9 @@ def chat(model: Path, **options: Any) -> None:
     if sys.stdin.isatty():
         _line_editing()
         click.echo(printable(f"{loaded.name}, context {loaded.context}. /help shows the commands."))
-    for text in _messages():
+    for text, is_quoted in _messages():
         try:
-            if not talk.take(text):
+            if not talk.take(text, is_quoted):
                 return
         except KeyboardInterrupt:
             note("stopped")
@@ -94,11 +94,13 @@ class _Chat:
             self._out.fresh_line()
         note(text)
 
-    def take(self, text: str) -> bool:
-        """A message, or a command; False where it is the last."""
+    def take(self, text: str, is_quoted: bool = False) -> bool:
+        """A message, or a command, which what is quoted is not; False where it is the last."""
         command, _, argument = text.strip().partition(" ")
         argument = argument.strip()
-        if not command.startswith("/") or command.startswith("//"):
+        if is_quoted:
+            self._answer(text, self._sampling)
+        elif not command.startswith("/") or command.startswith("//"):
             self._answer(text.removeprefix("/"), self._sampling)
         elif command == "/reset":
             self._begin(self._conversation.system)
@@ -258,8 +260,11 @@ def _save_history(path: Path) -> None:
         readline.write_history_file(path)
 
 
-def _messages() -> Iterator[str]:
-    """What the user types, until end of input; Ctrl-C at the prompt drops what was begun."""
+def _messages() -> Iterator[tuple[str, bool]]:
+    """What the user types, until end of input, and whether it was quoted, or several lines that were pasted.
+
+    Ctrl-C at the prompt drops what was begun.
+    """
     text, quoted = "", False
     while True:
         prompt = ("... " if text or quoted else "> ") if sys.stdin.isatty() else ""
@@ -269,16 +274,20 @@ def _messages() -> Iterator[str]:
             if quoted:
                 note(f"not sent, for no {_QUOTES} ended it: {text.strip()[:60]}")
             elif text.strip():
-                yield text
+                yield text, False
             return
         except KeyboardInterrupt:
             click.echo()
             text, quoted = "", False
             continue
+        if "\n" in line and not text and not quoted:
+            yield line, True
+            continue
         begins = not text and not quoted and line.lstrip().startswith(_QUOTES)
         if begins:
             line = line.lstrip().removeprefix(_QUOTES)
-        if begins or quoted:
+        is_quoted = begins or quoted
+        if is_quoted:
             quoted = not line.rstrip().endswith(_QUOTES)
             text += f"{line}\n" if quoted else line.rstrip().removesuffix(_QUOTES)
             if quoted:
@@ -289,5 +298,5 @@ def _messages() -> Iterator[str]:
         else:
             text += line
         if text.strip():
-            yield text.strip("\n")
+            yield text.strip("\n"), is_quoted
         text = ""

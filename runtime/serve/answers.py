@@ -8,6 +8,7 @@ from typing import Any
 
 from ..text.generation import Writer
 from .scheduler import Scheduler, Task
+from .tools import Call, Calls
 
 _MOST_UNREAD = 64  # pieces that a client may leave unread; its answer waits then …
 _STALLED_SECONDS = 30  # … and ends, if they stay unread for so long
@@ -56,6 +57,22 @@ class Answer:
             self._stalled.cancel()
         self.task.cancelled = True
         self._scheduler.wake()
+
+
+async def parts_of(answer: Answer, calls: bool) -> AsyncIterator[str | Call]:
+    """An answer's text, and the calls of functions in it where there may be any. Raises what went wrong."""
+    reader = Calls(calls)
+    async for text, _ in answer:
+        for part in reader.push(text):
+            yield part
+    for part in reader.end():
+        yield part
+
+
+async def whole_of(answer: Answer, calls: bool) -> tuple[list[Call], str]:
+    """All calls of an answer, and all text."""
+    parts = [part async for part in parts_of(answer, calls)]
+    return [part for part in parts if isinstance(part, Call)], "".join(part for part in parts if isinstance(part, str))
 
 
 async def together(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str, int]]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from ..text import chat
 from . import asks, tools
-from .answers import Answer, together
+from .answers import Answer, parts_of, whole_of
 from .fields import BadRequest, Fields
 from .models import Served
 from .shapes import Json, event, new_id
@@ -50,7 +50,10 @@ def talk_of(fields: Fields) -> asks.Talk:
     kind = choice.choice("type", ("auto", "any", "tool", "none")) if choice else "auto"
     wanted = {"any": "required", "none": "none", "tool": f"call {choice.text('name') if choice else ''}"}
     parallel = not (choice and choice.flag("disable_parallel_tool_use"))
-    return asks.Talk(messages, functions, asks.check_choice(wanted.get(kind or "", "auto"), functions), parallel)
+    choice_of = asks.check_choice(wanted.get(kind or "", "auto"), functions)
+    output = fields.object("output_config")
+    form = output.object("format") if output is not None else fields.object("output_format")
+    return asks.Talk(messages, functions, choice_of, parallel, form)
 
 
 def _content(entry: Fields, names: dict[str, str]) -> str:
@@ -116,30 +119,28 @@ class Form:
 
     async def whole(self, answers: Sequence[Answer]) -> Json:
         (answer,) = answers
-        text = await answer.text()
-        parts = list(tools.Calls(self._calls).push(text))
-        content = [_block(part) for part in parts]
-        return self._message(answer, content, any(block["type"] == "tool_use" for block in content))
+        calls, text = await whole_of(answer, self._calls)
+        content = [_block(part) for part in (*calls, text) if part or not calls]
+        return self._message(answer, content, bool(calls))
 
     async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
         """The events of a stream."""
         (answer,) = answers
         yield event("message_start", message=self._message(answer, [], False))
-        reader, index, text_open, called = tools.Calls(self._calls), -1, False, False
-        async for _, text, _ in together(answers):
-            for part in reader.push(text):
-                if isinstance(part, tools.Call):
-                    called, index = True, index + 1
-                    start = {**_block(part), "input": {}}
-                    yield event("content_block_start", index=index, content_block=start)
-                    delta = {"type": "input_json_delta", "partial_json": part.arguments}
-                    yield event("content_block_delta", index=index, delta=delta)
-                    yield event("content_block_stop", index=index)
-                    continue
-                if not text_open:
-                    text_open, index = True, index + 1
-                    yield event("content_block_start", index=index, content_block=_block(""))
-                yield event("content_block_delta", index=index, delta={"type": "text_delta", "text": part})
+        index, text_open, called = -1, False, False
+        async for part in parts_of(answer, self._calls):
+            if isinstance(part, tools.Call):
+                called, index = True, index + 1
+                start = {**_block(part), "input": {}}
+                yield event("content_block_start", index=index, content_block=start)
+                delta = {"type": "input_json_delta", "partial_json": part.arguments}
+                yield event("content_block_delta", index=index, delta=delta)
+                yield event("content_block_stop", index=index)
+                continue
+            if not text_open:
+                text_open, index = True, index + 1
+                yield event("content_block_start", index=index, content_block=_block(""))
+            yield event("content_block_delta", index=index, delta={"type": "text_delta", "text": part})
         if text_open:
             yield event("content_block_stop", index=index)
         reason, sequence = _reason(answer, called)

@@ -52,7 +52,7 @@ def start(served: Served, ask: Ask) -> list[Answer]:
         raise BadRequest(
             f"the prompt has {len(ask.prompt)} tokens, and the context of {served.name} {model.context}: shorten it, "
             "or serve the model with a larger --context",
-            "messages",
+            "prompt" if ask.talk is None else "messages",
             code="context_length_exceeded",
         )
     room = model.context - len(ask.prompt) + 1  # the last token needs no position
@@ -226,7 +226,7 @@ async def constraint_of(served: Served, talk: Talk) -> Callable[[], Constraint] 
     form = talk.form.path if talk.form is not None else ""
     try:
         if talk.may_call:
-            if kind not in ("text", "json"):
+            if kind not in ("text", "json") and talk.choice == "auto":
                 raise BadRequest(f"{form}.type: found {kind!r}, expected a JSON schema beside tools", f"{form}.type")
             if kind == "json":  # by itself first: its faults are its own
                 await served.compiled(lambda grammars: grammars.json_schema(source))
@@ -267,7 +267,7 @@ def _form_of(form: Fields | None) -> tuple[str, Any]:
     if kind == "json_object":
         return "json", ANY_JSON
     if kind == "json_schema":
-        within = form if "schema" in form else form.object("json_schema")
+        within = form if "schema" in form or form.path != "response_format" else form.object("json_schema")
         if within is None:
             raise form.fail("json_schema", "an object with a schema")
         schema = within.get("schema")
@@ -296,9 +296,18 @@ def functions_of(entries: Sequence[Fields], schema: str = "parameters") -> list[
         name, parameters = entry.text("name"), entry.get(schema)
         if not name or not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", name):
             raise entry.fail("name", "up to 128 letters, digits, dots, dashes and underscores")
-        if parameters is not None and not isinstance(parameters, dict):
-            raise entry.fail(schema, "a JSON schema, an object")
-        found.append(tools.Tool(name, entry.text("description", "") or "", parameters or {}, entry.flag("strict")))
+        if parameters is not None and not (
+            isinstance(parameters, dict) and parameters.get("type", "object") == "object"
+        ):
+            raise entry.fail(schema, "a JSON schema of an object")
+        found.append(
+            tools.Tool(
+                name,
+                entry.text("description", "") or "",
+                {"type": "object", **(parameters or {})},
+                entry.flag("strict"),
+            )
+        )
     if len({tool.name for tool in found}) < len(found):
         raise BadRequest("tools: two functions of the same name", "tools")
     return found

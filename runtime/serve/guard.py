@@ -62,25 +62,24 @@ class Guard:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        refusal = self._refusal(scope, headers, origin)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        if origin in self._origins and scope["method"] == "OPTIONS":
-            await Response(status_code=204, headers=_cors(origin))(scope, receive, send)
-            return
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start" and origin in self._origins:
-                pairs = [(name.encode(), value.encode()) for name, value in _cors(origin).items()]
+                pairs = [(name.encode(), value.encode("latin-1")) for name, value in _cors(headers).items()]
                 message["headers"] = [*message.get("headers", []), *pairs]
             await send(message)
 
+        refusal = self._refusal(scope, headers, origin)
+        if refusal is None and origin in self._origins and scope["method"] == "OPTIONS":
+            refusal = Response(status_code=204)
+        if refusal is not None:
+            await refusal(scope, receive, send_with_headers)
+            return
         body = _Body(receive, scope["path"], self._most)
         try:
             await self._app(scope, body.receive, send_with_headers)
         except _Refused as refused:
-            await refused.response(scope, receive, send)
+            await refused.response(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope, headers: Headers, origin: str | None) -> Response | None:
         path = scope["path"]
@@ -145,10 +144,10 @@ def _name(host: str) -> str:
     return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
-def _cors(origin: str | None) -> dict[str, str]:
+def _cors(asked: Headers) -> dict[str, str]:
     return {
-        "access-control-allow-origin": origin or "",
-        "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version",
+        "access-control-allow-origin": asked.get("origin", ""),
+        "access-control-allow-headers": asked.get("access-control-request-headers", ""),  # clients have their own
         "access-control-allow-methods": "GET, POST, OPTIONS",
         "vary": "Origin",
     }

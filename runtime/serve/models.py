@@ -73,11 +73,13 @@ class Models:
     """By name; the first is the one that is meant where none is named.
 
     Each file is opened at once, so that what cannot be served is known now. Raises InvalidRequest for what is no GGUF
-    file, and what `load` raises.
+    file, OSError where there can be no folder for what is kept, and what `load` raises.
     """
 
     def __init__(self, paths: Mapping[str, Path], setting: Setting) -> None:
         self.paths, self._setting = dict(paths), setting
+        if setting.cache_folder is not None:
+            setting.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.facts = {name: self._facts(path) for name, path in self.paths.items()}
         self.loaded: dict[str, Served] = {}
         self._lock = asyncio.Lock()

@@ -55,6 +55,8 @@ def _function(tool: Fields) -> Fields:
 def _choice(fields: Fields) -> str:
     if isinstance(fields.get("tool_choice"), dict):
         choice = fields.object("tool_choice") or fields
+        if choice.text("type", "function") != "function":
+            raise choice.fail("type", "function")
         function = choice.object("function")
         if function is None or not function.text("name"):
             raise choice.fail("function", "an object with the name of a function")
@@ -192,7 +194,8 @@ class Form:
         texts = await asyncio.gather(*(answer.text() for answer in answers))  # one that is not read waits
         for i, (answer, text) in enumerate(zip(answers, texts, strict=True)):
             chances = answer.writer.chances
-            found = list(tools.Calls(self._calls).push(text))
+            reader = tools.Calls(self._calls)
+            found = [*reader.push(text), *reader.end()]
             calls = [part for part in found if isinstance(part, tools.Call)]
             text = "".join(part for part in found if isinstance(part, str))
             if self._chat:
@@ -238,6 +241,8 @@ class Form:
                 yield self._part(i, content, logprobs)
                 logprobs = None if self._calls else logprobs
         for i, answer in enumerate(answers):
+            for rest in readers[i].end():
+                yield self._part(i, {"delta": {"content": rest}})
             text, left = "", answer.writer.chances[told[i] :]
             if self._echo and i not in begun:
                 text, read = self._prompt(answer)

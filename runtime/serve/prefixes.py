@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -100,13 +101,16 @@ class Stored:
 
     def save(self, prefixes: Prefixes) -> Iterator[None]:
         """Put what is kept in memory into files, one by one; the oldest files go where they become too many."""
+        with suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have emptied it
         for kept in list(prefixes):
             digest = hashlib.sha256(self._model.identity()["model"].encode() + kept.ids.tobytes()).hexdigest()
             path = self._folder / f"{digest[:32]}.session"
             with suppress(OSError, InvalidRequest):  # without room it is read again the next time
-                if path in self._saved:
-                    path.touch(exist_ok=True)
+                if path in self._saved and path.exists():
+                    os.utime(path)
                     continue
+                path.unlink(missing_ok=True)  # a damaged one, which would not be written over
                 write_session(path, self._model, kept.ids.tolist(), kept.caches.snapshot())
                 self._saved.add(path)
             yield

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from ..text import chat
 from . import asks, tools
-from .answers import Answer, together
+from .answers import Answer, parts_of, whole_of
 from .fields import BadRequest, Fields
 from .models import Served
 from .shapes import Json, event, new_id
@@ -19,6 +19,9 @@ async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
     for name in ("previous_response_id", "conversation"):
         if name in fields:
             raise BadRequest(f"{name}: nothing of earlier responses is kept: send the whole conversation", name)
+    include = fields.texts("include", asks.MOST_STOPS)
+    if fields.get("top_logprobs") or "message.output_text.logprobs" in include:
+        raise BadRequest("logprobs: only /v1/chat/completions and /v1/completions tell them", "include")
     if fields.flag("background"):
         raise BadRequest("background: nothing of responses is kept: ask without it, or stream", "background")
     functions = asks.functions_of([tool for tool in fields.objects("tools") if _is_function(tool)])
@@ -49,6 +52,8 @@ def _is_function(tool: Fields) -> bool:
 def _choice(fields: Fields) -> str:
     if isinstance(fields.get("tool_choice"), dict):
         choice = fields.object("tool_choice") or fields
+        if choice.text("type") != "function":
+            raise choice.fail("type", "function")
         return f"call {choice.text('name')}"
     return fields.choice("tool_choice", ("none", "auto", "required")) or "auto"
 
@@ -122,9 +127,9 @@ class Form:
 
     async def whole(self, answers: Sequence[Answer]) -> Json:
         (answer,) = answers
-        text = await answer.text()
-        parts = list(tools.Calls(self._calls).push(text))
-        return self._response(answer, [_item(part, _status(answer)) for part in parts], "completed")
+        calls, text = await whole_of(answer, self._calls)
+        items = [_item(call) for call in calls] + ([_item(text, _status(answer))] if text else [])
+        return self._response(answer, items, "completed")
 
     async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:
         """The events of a stream."""
@@ -137,30 +142,27 @@ class Form:
         (answer,) = answers
         yield event("response.created", response=self._response(answer, [], "in_progress"))
         yield event("response.in_progress", response=self._response(answer, [], "in_progress"))
-        reader, output = tools.Calls(self._calls), list[Json]()
+        output = list[Json]()
         message: Json | None = None
-        async for _, text, _ in together(answers):
-            for part in reader.push(text):
-                if isinstance(part, tools.Call):
-                    item = _item(part)
-                    place = {"output_index": len(output), "item_id": item["id"]}
-                    output.append(item)
-                    begun = {**item, "arguments": "", "status": "in_progress"}
-                    yield event("response.output_item.added", output_index=place["output_index"], item=begun)
-                    yield event("response.function_call_arguments.delta", **place, delta=part.arguments)
-                    yield event(
-                        "response.function_call_arguments.done", **place, arguments=part.arguments, name=part.name
-                    )
-                    yield event("response.output_item.done", output_index=place["output_index"], item=item)
-                    continue
-                if message is None:
-                    message = _item("")
-                    begun = {**message, "content": [], "status": "in_progress"}
-                    yield event("response.output_item.added", output_index=len(output), item=begun)
-                    output.append(message)
-                    yield event("response.content_part.added", **_place(message), part=_text(""))
-                message["content"][0]["text"] += part
-                yield event("response.output_text.delta", **_place(message), delta=part, logprobs=[])
+        async for part in parts_of(answer, self._calls):
+            if isinstance(part, tools.Call):
+                item = _item(part)
+                place = {"output_index": len(output), "item_id": item["id"]}
+                output.append(item)
+                begun = {**item, "arguments": "", "status": "in_progress"}
+                yield event("response.output_item.added", output_index=place["output_index"], item=begun)
+                yield event("response.function_call_arguments.delta", **place, delta=part.arguments)
+                yield event("response.function_call_arguments.done", **place, arguments=part.arguments, name=part.name)
+                yield event("response.output_item.done", output_index=place["output_index"], item=item)
+                continue
+            if message is None:
+                message = _item("")
+                begun = {**message, "content": [], "status": "in_progress"}
+                yield event("response.output_item.added", output_index=len(output), item=begun)
+                output.append(message)
+                yield event("response.content_part.added", **_place(message), part=_text(""))
+            message["content"][0]["text"] += part
+            yield event("response.output_text.delta", **_place(message), delta=part, logprobs=[])
         if message is not None:
             said = message["content"][0]["text"]
             yield event("response.output_text.done", **_place(message), text=said, logprobs=[])

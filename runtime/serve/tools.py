@@ -9,6 +9,7 @@ function that there is, with arguments that its schema describes; or an answer i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ MOST_CALLS = 8  # in an answer
 _START = '{"tool_calls": ['
 _NAME, _ARGUMENTS = '{"name": ', ', "arguments": '
 _ANY_OBJECT = {"type": "object"}
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # in these, names are free
 
 _WORDS = """\
 You can call these functions, whose parameters JSON schemas describe:
@@ -131,11 +133,13 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(part, place) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in ("const", "enum", "default", "examples"):  # no schemas
+        if key in _BY_NAME and isinstance(value, dict):
+            found[key] = {name: _moved(part, place) for name, part in value.items()}
+        elif key in ("const", "enum", "default", "examples"):  # no schemas
             found[key] = value
-        elif key == "$ref" and isinstance(value, str) and value[:1] == "#":
+        elif key == "$ref" and isinstance(value, str) and re.match("#(/|$)", value):
             found[key] = place + value[1:]
         elif key != "$id":  # which would be another place for references to begin
             found[key] = _moved(value, place)
@@ -147,6 +151,7 @@ class Calls:
 
     def __init__(self, expected: bool) -> None:
         self._held, self._begun, self._expected, self._is_text = "", False, expected, False
+        self._called = False
 
     def push(self, text: str) -> Iterator[str | Call]:
         if not self._expected:
@@ -165,7 +170,14 @@ class Calls:
                 name, arguments, self._held = _call(self._held)
             except ValueError:  # not all of it is there
                 return
+            self._called = True
             yield Call(name, arguments)
+
+    def end(self) -> Iterator[str]:
+        """What is no call because it was cut, as the text that it is; behind a call that was told, nothing."""
+        text = (_START if self._begun else "") + self._held
+        if text and not self._called:
+            yield text
 
 
 def _call(text: str) -> tuple[str, str, str]:

@@ -85,6 +85,7 @@ class Writer:
         self._decoder, self._sampler, self._stop_ids = tokenizer.stream(), Sampler(sampling), stop_ids
         self._max_tokens, self._stop, self._hold_last = max_tokens, [s for s in stop if s], hold_last
         self._constraint, self._logprobs = constraint, logprobs
+        self._forced: list[int] = []  # ids that are sure to come next
         self.chances: list[Chance] = []
         self.keeps_chances = logprobs is not None
         self._ends: list[int] = []  # of each id: how long the text is with it
@@ -107,17 +108,19 @@ class Writer:
     def _take(self, logits: Floats, seen: Sequence[int]) -> str:
         if self._is_full():
             return self.end("length")
-        allowed = None if self._constraint is None else self._constraint.allowed()
-        token = self._sampler(logits, seen, self.ids, allowed)
-        if token in self._stop_ids:
-            return self.end("stop")
-        self.fed = [token]
+        if not self._forced:
+            allowed = None if self._constraint is None else self._constraint.allowed()
+            token = self._sampler(logits, seen, self.ids, allowed)
+            if token in self._stop_ids:
+                return self.end("stop")
+            self._forced = [token]
+            if self._constraint is not None:
+                self._constraint.accept(token)
+                self._forced += self._constraint.forced()
+        together = 1 if self._logprobs is not None else len(self._forced)
+        self.fed, self._forced = self._forced[:together], self._forced[together:]
         if self._logprobs is not None:
-            self.chances.append(chance(logits, token, self._logprobs))
-        if self._constraint is not None:
-            self._constraint.accept(token)
-            if self._logprobs is None:
-                self.fed += self._constraint.forced()
+            self.chances.append(chance(logits, self.fed[0], self._logprobs))
         text = ""
         for i, token in enumerate(self.fed):
             self.ids.append(token)

@@ -50,12 +50,12 @@ class Grammars:
         from llguidance import LLMatcher
 
         text = _json(schema)
-        options: Any = {**_COMPACT, "lenient": lenient}
+        options: Any = {**_COMPACT, "lenient": lenient, "coerce_one_of": lenient}
         return self._compiled("JSON schema", text, lambda: LLMatcher.grammar_from_json_schema(text, overrides=options))
 
     def json_or(self, schema: Mapping[str, Any], other: Mapping[str, Any] | None) -> Grammar:
         """JSON of a schema, taken leniently, or of another one; where that is None, or text without a brace first."""
-        first = _json({**schema, "x-guidance": {**_COMPACT, "lenient": True}})
+        first = _json({**schema, "x-guidance": {**_COMPACT, "lenient": True, "coerce_one_of": True}})
         second = "TEXT" if other is None else f"%json {_json({**other, 'x-guidance': _COMPACT})}"
         source = f"start: first | second\nfirst: %json {first}\nsecond: {second}\nTEXT: /([^{{](.|\\n)*)?/\n"
         return self._compiled("JSON schema", source, lambda: source)
@@ -154,5 +154,5 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 def _first_line(text: str) -> str:
     """The beginning of what llguidance says, on one line, without the state that it is in."""
-    said = " ".join(text.partition("<state>")[0].split())[:300]
+    said = " ".join(text.partition("<state>")[0].split()).partition(". Enable ")[0][:300]
     return {"NoExtensionBias": "nothing may come next"}.get(said, said)

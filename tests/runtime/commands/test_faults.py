@@ -391,6 +391,7 @@ def test_a_loaded_chat_keeps_its_instructions(demo: Path, tmp_path: Path) -> Non
     ("lines", "message"),
     [
         (['"""A story', "of a cat.", 'and a dog."""', "/bye"], "A story\nof a cat.\nand a dog."),
+        (['"""', "/undo", '"""', "/bye"], "/undo"),
         (['"""A "quoted" story."""', "/bye"], 'A "quoted" story.'),
         (['A story """of', "/bye"], 'A story """of'),
     ],
@@ -398,6 +399,15 @@ def test_a_loaded_chat_keeps_its_instructions(demo: Path, tmp_path: Path) -> Non
 def test_quoted_messages(lines: list[str], message: str, demo: Path) -> None:
     done = CliRunner().invoke(main, ["chat", str(demo), "-n", "1", "--show-prompt"], input="\n".join(lines))
     assert f"<start_of_turn>user\n{message}<end_of_turn>" in done.stderr
+
+
+@pytest.mark.parametrize("pasted", ['"""Doc."""\ndef f(): pass', "/* one */\nint main() {}", "// two\nint main() {}"])
+def test_what_is_pasted_is_one_message(pasted: str, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As readline gives it: in one."""
+    lines = iter([pasted, "/bye"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    done = CliRunner().invoke(main, ["chat", str(demo), "-n", "1", "--show-prompt"])
+    assert f"<start_of_turn>user\n{pasted}<end_of_turn>" in done.stderr
 
 
 def test_half_a_quoted_message_is_not_sent(demo: Path) -> None:

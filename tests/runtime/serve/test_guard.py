@@ -111,6 +111,21 @@ def test_pages_of_other_sites(origin: str, right: bool, address: str) -> None:
     assert allowed == ("https://friend.example" if origin == "https://friend.example" else None)
 
 
+def test_what_a_site_s_page_may_send_and_read(file: Path) -> None:
+    site = {"origin": "https://friend.example"}
+    with serving({"fairy": file}, origins=("https://friend.example",), key="secret") as address:
+        asked = {**site, "access-control-request-headers": "authorization,content-type,x-stainless-os"}
+        allowed = httpx.options(address + CHAT, headers=asked).headers["access-control-allow-headers"]
+        assert "x-stainless-os" in allowed
+        refused = httpx.post(address + CHAT, headers=site, json=ASK)  # the page must see why
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, site["origin"])
+
+
+def test_a_folder_that_cannot_be_there(file: Path) -> None:
+    done = CliRunner().invoke(main, ["serve", str(file), "--cache-dir", str(file / "kept"), "--port", "0"])
+    assert (done.exit_code, f"Error: {file / 'kept'}: Not a directory" in done.output) == (1, True), done.output
+
+
 def test_the_key(locked: str) -> None:
     for headers, right in (
         ({}, False),

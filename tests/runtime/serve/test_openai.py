@@ -337,6 +337,68 @@ def test_a_response_with_tools_has_its_form(client: openai.OpenAI) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "form", [{"type": "regex", "pattern": "Once upon a time (a|the) [a-z]{3,8}"}, {"type": "json_object"}]
+)
+def test_logprobs_change_no_text(form: dict[str, Any], client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "max_tokens": 40, "response_format": form}
+    for seed in range(4):
+        texts = [
+            client.chat.completions.create(**asked, seed=seed, logprobs=wanted).choices[0].message.content
+            for wanted in (False, True)
+        ]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["default", "const", "enum", "$id", "$ref", "properties"])
+def test_a_parameter_may_have_any_name(name: str, client: openai.OpenAI) -> None:
+    schema = {"properties": {name: {"$ref": "#/$defs/x"}}, "required": [name], "additionalProperties": False}
+    schema["$defs"] = {"x": {"enum": ["p"]}}
+    tool: Any = {"type": "function", "function": {"name": "ask", "parameters": schema}}
+    asked: dict[str, Any] = {"model": "fairy", "messages": TOLD, "tools": [tool], "tool_choice": "required"}
+    found = client.chat.completions.create(**asked, parallel_tool_calls=False, seed=1, max_tokens=300)
+    (call,) = found.choices[0].message.tool_calls or []
+    assert json.loads(call.function.arguments) == {name: "p"}  # an object, which the schema does not say
+
+
+def test_arguments_are_an_object(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "ask", "parameters": {"type": "string"}}}
+    with pytest.raises(openai.BadRequestError, match="a JSON schema of an object"):
+        client.chat.completions.create(model="fairy", messages=TOLD, tools=[tool])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_call_that_is_cut_is_text(streamed: bool, address: str) -> None:
+    """By a stop string, or the end of its tokens: what was written is not lost."""
+    tool = {"type": "function", **TOOLS[0]["function"]}
+    begun = '{"tool_calls": [{"name": "describe", "arg'
+    for cut in ({"max_tokens": 30}, {"stop": ['"age"']}):
+        body = {"messages": TOLD, "tools": TOOLS, "tool_choice": "required", "seed": 1, "stream": streamed, **cut}
+        found = httpx.post(address + "/v1/chat/completions", json=body, timeout=60)
+        assert told(found.text, "content").startswith(begun)
+    body = {"input": "A", "tools": [tool], "tool_choice": "required", "max_output_tokens": 30, "stream": streamed}
+    found = httpx.post(address + "/v1/responses", json=body, timeout=60)
+    assert told(found.text, "delta" if streamed else "text").startswith(begun)
+    tool = {"name": "describe", "input_schema": SCHEMA}
+    body = {"messages": TOLD, "tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": 30, "stream": streamed}
+    found = httpx.post(address + "/v1/messages", json=body, timeout=60)
+    assert told(found.text, "text").startswith(begun)
+
+
+def told(text: str, name: str) -> str:
+    """All strings of this name in a JSON text, or in the events of a stream."""
+    found = re.findall(rf'"{name}": ?"((?:[^"\\]|\\.)*)"', text)
+    return "".join(json.loads(f'"{part}"') for part in found)
+
+
+def test_a_message_in_a_form(address: str) -> None:
+    form = {"type": "json_schema", "schema": SCHEMA}
+    for asked in ({"output_config": {"format": form}}, {"output_format": form}):
+        body = {"messages": TOLD, "max_tokens": 300, **asked}
+        found = httpx.post(address + "/v1/messages", json=body, timeout=60).json()
+        assert json.loads(found["content"][0]["text"]).keys() == SCHEMA["properties"].keys()
+
+
 def test_a_tool_s_keywords_that_no_grammar_sees_to(client: openai.OpenAI) -> None:
     """They do not stand in the way, but where the arguments must be those of the schema."""
     many = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True, "items": {"enum": [1]}}}}
@@ -418,6 +480,8 @@ def test_what_is_wrong_is_said(
         ("/tokenize", [], 400, "the body is [], expected an object"),
         ("/v1/completions", {"prompt": "A", "best_of": 2}, 400, "best_of: found 2, expected n, 1"),
         ("/v1/embeddings", {"input": "A"}, 404, "none of these gives embeddings"),
+        ("/v1/responses", {"input": "A", "include": ["message.output_text.logprobs"]}, 400, "logprobs: only /v1/chat"),
+        ("/v1/responses", {"input": "A", "tool_choice": {"type": "web_search"}}, 400, "tool_choice.type: found"),
         ("/v1/responses", {"input": "A", "background": True}, 400, "background: nothing of responses is kept"),
         (
             "/v1/responses",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -215,11 +216,35 @@ def test_what_was_read_in_an_earlier_run(model: Model, tmp_path: Path) -> None:
 
     assert [cached(), cached()] == [0, len(prompt) - 1]
     whole = {file: file.read_bytes() for file in folder.iterdir()}
-    for damage in (lambda x: x[:-100], lambda x: x[:200], lambda _: b"", lambda x: x[:-1] + bytes([x[-1] ^ 1])):
+    damages: list[Callable[[bytes], bytes]] = [
+        lambda x: x[:-100],
+        lambda x: x[:200],
+        lambda _: b"",
+        lambda x: x[:20] + b"??" + x[22:],
+        lambda x: x[:-1] + bytes([x[-1] ^ 1]),
+    ]
+    for damage in damages:
         for file, data in whole.items():
             file.write_bytes(damage(data))
-        assert cached() == 0  # and it is written anew
-    assert cached() == len(prompt) - 1
+        assert [cached(), cached()] == [0, len(prompt) - 1]  # it is written anew
+
+
+def test_a_folder_that_was_emptied_meanwhile(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REST_SECONDS", 0.05)
+    folder = tmp_path / "kept"
+    for emptied in (lambda: [file.unlink() for file in folder.iterdir()], lambda: shutil.rmtree(folder)):
+        scheduler = Scheduler(model, 2, 64 << 20, folder)
+        client = Client(model, model.prompt_ids(SYSTEM), Sampling(temperature=0), 4)
+        scheduler.submit(client.task)
+        client.answer()
+        until = time.monotonic() + 20
+        while scheduler._unsaved or not list(folder.glob("*.session")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        emptied()
+        scheduler.close()
+        assert all(file.stat().st_size for file in folder.iterdir())
+        assert list(folder.glob("*.session"))
 
 
 def test_what_was_read_is_in_files_before_the_end(

@@ -120,7 +120,7 @@ class Form:
     async def whole(self, answers: Sequence[Answer]) -> Json:
         (answer,) = answers
         calls, text = await whole_of(answer, self._calls)
-        content = [_block(part) for part in (*calls, text) if part or not calls]
+        content = [_block(call) for call in calls] + ([_block(text)] if text or not calls else [])
         return self._message(answer, content, bool(calls))
 
     async def parts(self, answers: Sequence[Answer]) -> AsyncIterator[Json]:

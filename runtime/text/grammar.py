@@ -13,6 +13,7 @@ from .sampling import Bits
 from .tokenizer import Tokenizer
 
 ANY_JSON = {"type": "object"}
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 MOST_BYTES = 1 << 18  # of a schema, an expression or a grammar
 _COMPACT: Any = {
     "whitespace_flexible": False,
@@ -146,6 +147,16 @@ class _Pieces:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            for name in _BOUNDS & part.keys():
+                if isinstance(part[name], (int, float)) and abs(part[name]) >= 1 << 63:  # which llguidance would cut
+                    raise InvalidRequest(f"JSON schema: {name}: found {str(part[name])[:20]}, expected less than 2^63")
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
     try:
         return json.dumps(schema, allow_nan=False)
     except (ValueError, RecursionError) as error:

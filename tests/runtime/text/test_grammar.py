@@ -72,6 +72,12 @@ def test_a_grammar_that_no_answer_can_follow(source: str, model: Model) -> None:
         model.grammars.lark(source)
 
 
+@pytest.mark.parametrize("bound", [10**399, -(1 << 63), 1e30])
+def test_bounds_that_would_be_cut(bound: float, model: Model) -> None:
+    with pytest.raises(InvalidRequest, match=r"^JSON schema: maximum: found .*, expected less than 2\^63$"):
+        model.grammars.json_schema({"type": "object", "properties": {"a": {"type": "integer", "maximum": bound}}})
+
+
 def test_keywords_that_no_grammar_sees_to(model: Model) -> None:
     schema = {"type": "array", "items": {"enum": ["a"]}, "minItems": 2, "maxItems": 2, "uniqueItems": True}
     with pytest.raises(InvalidRequest, match="uniqueItems"):

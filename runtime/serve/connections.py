@@ -6,16 +6,22 @@ import asyncio
 import logging
 import socket
 from types import FrameType
+from typing import Protocol
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .models import Models
-
 _log = logging.getLogger("bezel.serve")
 _HEAD_SECONDS = 10.0
 _TELL_SECONDS = 2.0  # in which clients should have read that their answers are ended
+
+
+class Answering(Protocol):
+    """What answers come from; see `Models`."""
+
+    def drain(self) -> int: ...
+    def stop(self) -> None: ...
 
 
 class Server(uvicorn.Server):
@@ -23,7 +29,7 @@ class Server(uvicorn.Server):
     to end for the second time, it ends those that there are, and tells their clients.
     """
 
-    def __init__(self, config: uvicorn.Config, models: Models, drain: float) -> None:
+    def __init__(self, config: uvicorn.Config, models: Answering, drain: float) -> None:
         super().__init__(config)
         self._models, self._drain = models, drain
         self._loop = asyncio.get_running_loop()

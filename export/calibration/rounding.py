@@ -80,12 +80,12 @@ def export_calibrated(
             sequential = Sequential(checkpoint, text, formats, kept, progress)
             return export_gguf(checkpoint, out, recipe, None, None, force, sequential)
     try:
-        from ..tuning.tuned import BATCH, Tuned
+        from ..tuning.tuned import Tuned
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise InvalidRequest("tuning needs the package torch: pip install 'bezel-lm[tune]'") from None
-    more = read_text(checkpoint, calibration, tune_steps * BATCH * SEQUENCE)
+    more = read_text(checkpoint, calibration, Tuned.tokens_for(checkpoint, tune_steps, SEQUENCE))
     part = _Parts(progress, Tuned.products(checkpoint, more, tune_steps))
     with work_on(out, key) as kept:
         sequential = Sequential(checkpoint, text, formats, kept, part.first)

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ...quant import lattice
 from ...quant.base import Format
 from ...quant.formats import F32
 from ...runtime.arrays import Floats
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Weights, head_of, logits, run_layers
+from ...runtime.model.forward import Weights, head_of, run_layers
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from .latent import Latent
+from .targets import Targets
 from .torch_model import Batch, TorchOps, value
 
-_HEAD_NUMBERS = 1 << 24  # logits that are there at a time
+_ROWS = 128  # positions whose wanted rows of the head are there at a time
 
 
 class Factors:
@@ -41,12 +41,11 @@ class Factors:
 
 
 class Student:
-    """A rounded model, and `teacher`, the exact one that it is to follow.
+    """A rounded model that is to follow an exact one.
 
     `exact` gives a tensor's numbers, (rows, inputs) or those of a norm; `rounded` its format and blocks (rows,
-    row_bytes). Both are asked in the order of the model's tensors. What the format keeps
-    exactly stays. So do embedding and head, as they are rounded: what they learn from one text does not hold for
-    another.
+    row_bytes). Both are asked in the order of the model's tensors. What the format keeps exactly stays. So do
+    embedding and head, as they are rounded: what they learn from one text does not hold for another.
     """
 
     def __init__(
@@ -57,42 +56,48 @@ class Student:
     ) -> None:
         self.config = config
         self.moving: dict[str, Latent | Factors] = {}  # by GGUF name
-        teacher, own = (defaultdict[int | None, dict[str, Tensor | Latent | Factors]](dict) for _ in range(2))
+        weights = defaultdict[int | None, dict[str, Tensor | Latent | Factors]](dict)
         for spec in tensor_specs(config):
-            numbers, (form, blocks) = exact(spec), rounded(spec)
+            form, blocks = rounded(spec)
             weight: Tensor | Latent | Factors
             if spec.is_norm:
                 weight = self.moving[spec.gguf] = Factors(form.dequantize(blocks)[0])
-            elif form.block > 1 and spec.layer is not None and not lattice.is_kept(form, numbers, blocks):
-                weight = self.moving[spec.gguf] = Latent(form, blocks, numbers)
+            elif form.block > 1 and spec.layer is not None:
+                numbers = exact(spec)
+                kept = lattice.is_kept(form, numbers, blocks)
+                weight = torch.from_numpy(form.dequantize(blocks)) if kept else Latent(form, blocks, numbers)
+                if isinstance(weight, Latent):
+                    self.moving[spec.gguf] = weight
             else:
                 weight = torch.from_numpy(form.dequantize(blocks))
-            teacher[spec.layer][spec.role], own[spec.layer][spec.role] = torch.from_numpy(numbers), weight
-        self.teacher, self.weights = (Weights(x[None], [x[i] for i in range(config.n_layers)]) for x in (teacher, own))
+            weights[spec.layer][spec.role] = weight
+        self.weights = Weights(weights[None], [weights[i] for i in range(config.n_layers)])
 
     def parameters(self, kind: str) -> Iterator[Tensor]:
         """What moves, of a kind, in the order of the model's tensors."""
         yield from (weight.moving[kind] for weight in self.moving.values() if kind in weight.moving)
 
-    def divergence(self, ids: Tensor) -> Tensor:
-        """Mean KL divergence from the exact model, in nats a token, over sequences (n, length)."""
-        with torch.no_grad():
-            exact = self._answer(self.teacher, ids)
-        found = self._answer(self.weights, ids)
-        heads = head_of(self.config, self.teacher), value(head_of(self.config, self.weights))
-        step = max(1, _HEAD_NUMBERS // self.config.vocab_size)
-        total = found.new_zeros(())
-        for start in range(0, len(found), step):
-            rows = slice(start, start + step)
-            total = total + checkpoint(self._piece, exact[rows], found[rows], *heads, use_reentrant=False)
-        return total / len(found)
+    def divergence(self, ids: Tensor, wanted: Targets) -> float:
+        """Mean KL divergence from the exact model among the tokens that are `wanted`, in nats a token, over sequences
+        (n, length). Its gradients are left in what moves.
+        """
+        [(_, hidden)] = deque(run_layers(self.config, TorchOps(), self.weights, Batch(self.config, ids)), maxlen=1)
+        gradient, total = torch.empty_like(hidden), 0.0
+        tokens, exact = (x.flatten(0, 1) for x in (wanted.tokens, wanted.logits))
+        for start in range(0, len(hidden), _ROWS):
+            rows = slice(start, start + _ROWS)
+            found = hidden[rows].detach().requires_grad_()
+            divergence = self._piece(found, tokens[rows], exact[rows]) / len(hidden)
+            (gradient[rows],) = torch.autograd.grad(divergence, found)
+            total += float(divergence.detach())
+        hidden.backward(gradient)
+        return total
 
-    def _answer(self, weights: Weights, ids: Tensor) -> Tensor:
-        [(_, h)] = deque(run_layers(self.config, TorchOps(), weights, Batch(self.config, ids)), maxlen=1)
-        return h
-
-    def _piece(self, exact: Tensor, found: Tensor, exact_head: Tensor, head: Tensor) -> Tensor:
-        with torch.no_grad():
-            p = logits(self.config, TorchOps(), exact_head, exact).log_softmax(-1)
-        q = logits(self.config, TorchOps(), head, found).log_softmax(-1)
+    def _piece(self, hidden: Tensor, tokens: Tensor, exact: Tensor) -> Tensor:
+        """Of positions (n,), all together."""
+        rows = value(head_of(self.config, self.weights))[tokens]  # (n, k, hidden)
+        (found,) = (rows @ hidden[..., None]).unbind(-1)
+        if self.config.final_softcap is not None:
+            found = TorchOps().softcap(found, self.config.final_softcap)
+        p, q = exact.log_softmax(-1), found.log_softmax(-1)
         return (p.exp() * (p - q)).sum()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -16,27 +18,30 @@ from ...quant.formats import Format
 from ...runtime.arrays import Arrays
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.memory import available_memory
+from ...runtime.model.forward import Weights
 from ...runtime.model.tensors import TensorSpec
 from ..calibration.moments import CalibrationText
+from ..calibration.noting import site_of
 from ..gguf.writer import Calibrated
 from ..kept import KeptWork
 from ..metadata import TUNED
 from ..sources.checkpoint import Checkpoint
 from .latent import Latent
 from .student import Student
+from .targets import LIKELIEST, Targets, targets_of
 
 BATCH = 6  # sequences in a step
 RATES = {"place": 0.003, "factors": 0.003, "norm": 0.003}  # of codes, scales and norms, where the schedule is highest
 _BETAS = 0.9, 0.999
 _TINY = 1e-12  # gradients of one code are small, and their size says nothing
 _WARM_UP = 0.05  # of the steps
-_PASSES = 4  # through the layers in a step: the exact model's, and what is tuned forwards and twice as long backwards
-_HEAD_PASSES = 6  # through the head: its logits are made again for going back
+_PASSES = 3  # through the layers in a step: forwards, and twice as long backwards
+_TARGET_SHARE = 1 / 8  # of the work of the steps, that the exact model may take at most
 _KEEP_SECONDS = 300.0  # between states that an interrupted run goes on from
-_STATE = 0  # its number among what is kept
+_STATE, _TARGETS = range(2)  # their numbers among what is kept
 # Bytes of memory for each weight of a layer and of embedding and head, and of kept activations and scores how many
-# copies; 13 GB for Gemma 3 270M, of which 11.5 were measured.
-_LAYER_BYTES, _HEAD_BYTES, _COPIES, _OTHER_BYTES = 40, 16, 6, 1_000_000_000
+# copies; 12.5 GB for Gemma 3 270M, of which 9.8 were measured.
+_LAYER_BYTES, _HEAD_BYTES, _COPIES, _OTHER_BYTES = 40, 10, 6, 1_000_000_000
 
 
 class Tuned:
@@ -57,7 +62,7 @@ class Tuned:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """`progress` is called with (done, in all), in products of a weight and a token."""
-        _check_memory(checkpoint, len(text.sequences[0]))
+        _check_memory(checkpoint, text)
         self._checkpoint, self._begun, self._text, self._formats = checkpoint, begun, text, formats
         self._kept, self._steps, self._progress = kept, steps, progress
         self.method = f"{begun.method}, then {steps} {TUNED}"
@@ -67,17 +72,20 @@ class Tuned:
     @staticmethod
     def key(begun: Mapping[str, object], steps: int, text: CalibrationText) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
-        return {**begun, "tuning": 1, "steps": steps, "tuning_tokens": text.tokens, "rates": RATES, "batch": BATCH}
+        return {**begun, "tuning": 2, "steps": steps, "tuning_tokens": text.tokens, "rates": RATES, "batch": BATCH}
+
+    @staticmethod
+    def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:
+        """How many of a text so many steps can make use of."""
+        layers, everything = _weights(checkpoint)
+        taken = steps * BATCH * length
+        return min(taken, max(BATCH * length, int(taken * _TARGET_SHARE * _PASSES * layers / everything)))
 
     @staticmethod
     def products(checkpoint: Checkpoint, text: CalibrationText, steps: int) -> int:
-        """Of a weight and a token, in so many steps."""
-        weights = sum(
-            math.prod(spec.shape) * (_HEAD_PASSES if spec.layer is None else _PASSES)
-            for spec in checkpoint.specs
-            if spec.is_matrix
-        )
-        return steps * BATCH * len(text.sequences[0]) * weights
+        """Of a weight and a token, in so many steps and before them."""
+        layers, everything = _weights(checkpoint)
+        return text.tokens * everything + steps * BATCH * len(text.sequences[0]) * _PASSES * layers
 
     def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
         if self._found is None:
@@ -95,29 +103,44 @@ class Tuned:
             form, found[spec.gguf] = self._rounded(spec)
             return form, found[spec.gguf]
 
-        def exact(spec: TensorSpec) -> NDArray[np.float32]:
-            rows = self._checkpoint.rows(spec, 0, _rows(spec))
-            return rows[0] if spec.is_norm else rows
+        ids = torch.from_numpy(np.stack(self._text.sequences))
+        layers, everything = _weights(self._checkpoint)
+        done, total = 0, self.products(self._checkpoint, self._text, self._steps)
 
-        student = Student(self._checkpoint.config, exact, rounded)
+        def tell(more: int) -> None:
+            nonlocal done
+            done += more
+            if self._progress:
+                self._progress(done, total)
+
+        student = Student(self._checkpoint.config, partial(_exact, self._checkpoint), rounded)
         if not any(isinstance(weight, Latent) for weight in student.moving.values()):
             raise InvalidRequest(
                 f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
             )
+        wanted = self._targets(ids, lambda tokens: tell(tokens * everything))
         descent = Descent(student, self._steps)
         state = self._kept.load(_STATE)
         if state is not None:
             descent.restore(state)
-        first, saved = descent.step, time.monotonic()
-        ids, one = torch.from_numpy(np.stack(self._text.sequences)), self.products(self._checkpoint, self._text, 1)
-        for chosen in islice(_order(len(ids), self._steps), first, None):
-            descent.take(ids[chosen])
-            if self._progress:
-                self._progress(one * (descent.step - first), one * (self._steps - first))
+        saved, one = time.monotonic(), BATCH * ids.shape[1] * _PASSES * layers
+        total -= one * descent.step
+        for chosen in islice(_order(len(ids), self._steps), descent.step, None):
+            descent.take(ids[chosen], wanted[chosen])
+            tell(one)
             if time.monotonic() - saved > _KEEP_SECONDS:
                 self._kept.save(_STATE, descent.state())
                 saved = time.monotonic()
         return found | {name: weight.blocks() for name, weight in student.moving.items()}
+
+    def _targets(self, ids: Tensor, progress: Callable[[int], None]) -> Targets:
+        kept = self._kept.load(_TARGETS)
+        if kept is not None:
+            progress(ids.numel())
+            return Targets.restored(kept)
+        found = targets_of(self._checkpoint.config, exact_weights(self._checkpoint), ids, progress=progress)
+        self._kept.save(_TARGETS, found.arrays())
+        return found
 
 
 class Descent:
@@ -129,16 +152,15 @@ class Descent:
         groups = [{"params": found, "lr": 0.0} for found in self._groups.values()]
         self._adam = torch.optim.Adam(groups, betas=_BETAS, eps=_TINY)
 
-    def take(self, ids: Tensor) -> float:
+    def take(self, ids: Tensor, wanted: Targets) -> float:
         """A step on sequences (n, length), from what the divergence was, which comes back."""
         for group, rate in zip(self._adam.param_groups, RATES.values(), strict=True):
             group["lr"] = rate * self._height()
         self._adam.zero_grad(set_to_none=True)
-        divergence = self._student.divergence(ids)
-        divergence.backward()
+        divergence = self._student.divergence(ids, wanted)
         self._adam.step()
         self.step += 1
-        return float(divergence.detach())
+        return divergence
 
     def _height(self) -> float:
         warm_up = max(1, round(_WARM_UP * self._steps))
@@ -174,12 +196,32 @@ def _order(n: int, steps: int) -> Iterator[list[int]]:
         left = left[BATCH:]
 
 
+def exact_weights(checkpoint: Checkpoint) -> Weights:
+    """All of a checkpoint's, in memory."""
+    found = defaultdict[int | None, dict[str, Tensor]](dict)
+    for spec in checkpoint.specs:
+        found[spec.layer][spec.role] = torch.from_numpy(_exact(checkpoint, spec))
+    return Weights(found[None], [found[i] for i in range(checkpoint.config.n_layers)])
+
+
+def _exact(checkpoint: Checkpoint, spec: TensorSpec) -> NDArray[np.float32]:
+    rows = checkpoint.rows(spec, 0, _rows(spec))
+    return rows[0] if spec.is_norm else rows
+
+
+def _weights(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many weights the matrices of the layers have, and how many all have that a token is multiplied with."""
+    sizes = [(spec, math.prod(spec.shape)) for spec in checkpoint.specs if site_of(spec, checkpoint.config)]
+    return sum(n for spec, n in sizes if spec.layer is not None), sum(n for _, n in sizes)
+
+
 def _rows(spec: TensorSpec) -> int:
     return 1 if spec.is_norm else spec.shape[0]
 
 
-def _check_memory(checkpoint: Checkpoint, length: int) -> None:
-    need, tokens = _OTHER_BYTES, BATCH * length
+def _check_memory(checkpoint: Checkpoint, text: CalibrationText) -> None:
+    length = len(text.sequences[0])
+    need, tokens = _OTHER_BYTES + 8 * LIKELIEST * text.tokens, BATCH * length
     for spec in checkpoint.specs:
         need += math.prod(spec.shape) * (_HEAD_BYTES if spec.layer is None else _LAYER_BYTES)
         if spec.role == "ffn_gate":

@@ -27,7 +27,8 @@ torch = pytest.importorskip("torch")
 from bezel.export.tuning import tuned as module  # noqa: E402
 from bezel.export.tuning.latent import Latent  # noqa: E402
 from bezel.export.tuning.student import Student  # noqa: E402
-from bezel.export.tuning.tuned import Descent  # noqa: E402
+from bezel.export.tuning.targets import Targets, targets_of  # noqa: E402
+from bezel.export.tuning.tuned import Descent, exact_weights  # noqa: E402
 
 BLOCKS = [form for form in FORMATS.values() if form.block > 1]
 IDS = np.random.default_rng(3).integers(4, 1000, (2, 40))
@@ -93,23 +94,62 @@ def student_of(folder: Path, rounded: Path) -> Student:
         return Student(source.config, exact, blocks)
 
 
+def targets_for(folder: Path, k: int = 1 << 20) -> Targets:
+    """Of IDS; all tokens, where no other number is given."""
+    with open_checkpoint(folder) as source:
+        return targets_of(source.config, exact_weights(source), torch.from_numpy(IDS), k)
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, "demo"])
 def test_the_divergence_is_the_file_s(name: str, tmp_path: Path) -> None:
     """Of several sequences at once, beyond windows, with every family's norms, soft-caps and RoPE."""
     folder = checkpoint_folder(name, tmp_path)
     exact, rounded = export(folder, tmp_path / "f32.gguf"), export(folder, tmp_path / "q8_0.gguf", "q8_0")
     expected = np.mean([divergence(logits(exact, ids), logits(rounded, ids)) for ids in IDS])
-    found = float(student_of(folder, rounded).divergence(torch.from_numpy(IDS)).detach())
+    found = student_of(folder, rounded).divergence(torch.from_numpy(IDS), targets_for(folder))
     assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_the_likeliest_tokens(tmp_path: Path) -> None:
+    """Are those of the reference engine's logits, and the divergence is the one among them."""
+    exact, rounded = export(DEMO, tmp_path / "f32.gguf"), export(DEMO, tmp_path / "q4_0.gguf", "q4_0")
+    found, expected = targets_for(DEMO, 20), []
+    for ids, tokens, values in zip(IDS, found.tokens.numpy(), found.logits.numpy(), strict=True):
+        y, x = logits(exact, ids), logits(rounded, ids)
+        best = np.argsort(-y, axis=-1)[:, :20]
+        np.testing.assert_array_equal(np.sort(tokens), np.sort(best))
+        np.testing.assert_allclose(values, np.take_along_axis(y, tokens.astype(np.int64), -1), atol=1e-3)
+        expected.append(divergence(*(np.take_along_axis(z, best, -1) for z in (y, x))))
+    student = student_of(DEMO, rounded)
+    assert student.divergence(torch.from_numpy(IDS), found) == pytest.approx(np.mean(expected), rel=0.02)
+
+
+def test_gradients_of_the_divergence(tmp_path: Path) -> None:
+    """Of norms, which no rounding is behind, against small steps."""
+    student = student_of(DEMO, export(DEMO, tmp_path / "q4_0.gguf", "q4_0"))
+    ids, wanted = torch.from_numpy(IDS), targets_for(DEMO, 50)
+    for name in ("blk.1.ffn_norm.weight", "output_norm.weight"):
+        norm, values, toward = student.moving[name].moving["norm"], [], 0.01
+        norm.grad = None
+        student.divergence(ids, wanted)
+        assert norm.grad is not None
+        found = float(norm.grad.sum())
+        for step in (toward, -2 * toward):
+            with torch.no_grad():
+                norm += step
+            values.append(student.divergence(ids, wanted))
+        with torch.no_grad():
+            norm += toward
+        assert found == pytest.approx((values[0] - values[1]) / (2 * toward), rel=0.05)
 
 
 def test_steps_bring_the_whole_model_closer(tmp_path: Path) -> None:
     student = student_of(DEMO, export(DEMO, tmp_path / "q4_0.gguf", "q4_0"))
-    descent, ids = Descent(student, 40), torch.from_numpy(IDS)
-    before = descent.take(ids)
+    descent, ids, wanted = Descent(student, 40), torch.from_numpy(IDS), targets_for(DEMO)
+    before = descent.take(ids, wanted)
     for _ in range(39):
-        descent.take(ids)
-    assert float(student.divergence(ids).detach()) < 0.7 * before
+        descent.take(ids, wanted)
+    assert student.divergence(ids, wanted) < 0.7 * before
 
 
 @pytest.fixture
@@ -165,12 +205,12 @@ def test_a_broken_off_tuning_goes_on(text: Path, tmp_path: Path, monkeypatch: py
     steps: list[int] = []
     take = Descent.take
 
-    def broken_off(self: Descent, ids: Any) -> float:
+    def broken_off(self: Descent, *args: Any) -> float:
         if self.step == 2 and not any(step > 2 for step in steps) and steps.count(2) == 0:
             steps.append(2)
             raise KeyboardInterrupt
         steps.append(self.step)
-        return take(self, ids)
+        return take(self, *args)
 
     monkeypatch.setattr(Descent, "take", broken_off)
     with pytest.raises(KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -15,11 +15,11 @@ from ...quant.base import Format
 from ...quant.formats import F32
 from ...runtime.arrays import Floats
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Weights, head_of, run_layers
+from ...runtime.model.forward import Weights, capped, head_of
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from .latent import Latent
 from .targets import Targets
-from .torch_model import Batch, TorchOps, value
+from .torch_model import TorchOps, hidden_of, value
 
 _ROWS = 128  # positions whose wanted rows of the head are there at a time
 
@@ -62,12 +62,10 @@ class Student:
             weight: Tensor | Latent | Factors
             if spec.is_norm:
                 weight = self.moving[spec.gguf] = Factors(form.dequantize(blocks)[0])
-            elif form.block > 1 and spec.layer is not None:
-                numbers = exact(spec)
-                kept = lattice.is_kept(form, numbers, blocks)
-                weight = torch.from_numpy(form.dequantize(blocks)) if kept else Latent(form, blocks, numbers)
-                if isinstance(weight, Latent):
-                    self.moving[spec.gguf] = weight
+            elif (
+                form.block > 1 and spec.layer is not None and not lattice.is_kept(form, numbers := exact(spec), blocks)
+            ):
+                weight = self.moving[spec.gguf] = Latent(form, blocks, numbers)
             else:
                 weight = torch.from_numpy(form.dequantize(blocks))
             weights[spec.layer][spec.role] = weight
@@ -81,7 +79,7 @@ class Student:
         """Mean KL divergence from the exact model among the tokens that are `wanted`, in nats a token, over sequences
         (n, length). Its gradients are left in what moves.
         """
-        [(_, hidden)] = deque(run_layers(self.config, TorchOps(), self.weights, Batch(self.config, ids)), maxlen=1)
+        hidden = hidden_of(self.config, self.weights, ids)
         gradient, total = torch.empty_like(hidden), 0.0
         tokens, exact = (x.flatten(0, 1) for x in (wanted.tokens, wanted.logits))
         for start in range(0, len(hidden), _ROWS):
@@ -96,8 +94,6 @@ class Student:
     def _piece(self, hidden: Tensor, tokens: Tensor, exact: Tensor) -> Tensor:
         """Of positions (n,), all together."""
         rows = value(head_of(self.config, self.weights))[tokens]  # (n, k, hidden)
-        (found,) = (rows @ hidden[..., None]).unbind(-1)
-        if self.config.final_softcap is not None:
-            found = TorchOps().softcap(found, self.config.final_softcap)
+        found = capped(self.config, TorchOps(), (rows @ hidden[..., None]).squeeze(-1))
         p, q = exact.log_softmax(-1), found.log_softmax(-1)
         return (p.exp() * (p - q)).sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from ...runtime.arrays import Arrays
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Weights, head_of, logits, run_layers
-from .torch_model import Batch, TorchOps
+from ...runtime.model.forward import Weights, head_of, logits
+from .torch_model import TorchOps, hidden_of
 
 LIKELIEST = 256  # tokens at a position; what a model of 262,144 tokens believes of others is seldom more than 5 %
 _HEAD_NUMBERS = 1 << 24  # logits that are there at a time
@@ -47,7 +46,7 @@ def targets_of(
     found = []
     with torch.no_grad():
         for ids in sequences:
-            [(_, hidden)] = deque(run_layers(config, TorchOps(), weights, Batch(config, ids[None])), maxlen=1)
+            hidden = hidden_of(config, weights, ids[None])
             parts = zip(*_likeliest(config, head_of(config, weights), hidden, k), strict=True)
             found.append([torch.cat(part) for part in parts])
             progress(len(ids))

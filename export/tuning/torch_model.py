@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Ops
+from ...runtime.model.forward import Ops, Weights, run_layers
 
 
 def value(weight: Any) -> Tensor:
@@ -85,3 +86,10 @@ class Batch:
 
     def wanted(self, x: Tensor) -> Tensor:
         return x
+
+
+def hidden_of(config: ModelConfig, weights: Weights, ids: Tensor) -> Tensor:
+    """What the last norm makes of all positions of sequences (n, length): (n · length, hidden)."""
+    [(_, hidden)] = deque(run_layers(config, TorchOps(), weights, Batch(config, ids)), maxlen=1)
+    made: Tensor = hidden
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +90,6 @@ def serve(
             raise
         raise InvalidRequest(f"`bezel serve` needs {error.name}: pip install 'bezel-lm[serve]'") from None
     import asyncio
-    import socket
 
     if api_key is not None and not api_key.strip():
         raise InvalidRequest("--api-key: is empty; leave it out, or give one")
@@ -117,14 +117,7 @@ def serve(
         server_header=False,
         limit_concurrency=1024,
     )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise InvalidRequest(f"cannot listen at {host}, port {port}: {error.strerror}") from None
-        listener.listen(128)
+    with _listening(host, port) as listener:
 
         async def run() -> None:
             await registry.get(None)
@@ -141,6 +134,19 @@ def serve(
             asyncio.run(run())
         except KeyboardInterrupt:  # as the line above said
             sys.exit(130)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Raises InvalidRequest where that is not possible."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise InvalidRequest(f"cannot listen at {host}, port {port}: {error.strerror}") from None
+    return listener
 
 
 def _named(models: Sequence[str]) -> dict[str, Path]:

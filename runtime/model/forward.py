@@ -93,7 +93,12 @@ def head_of(config: ModelConfig, weights: Weights) -> Any:
 def logits(config: ModelConfig, ops: Ops, head: Any, h: Any) -> Any:
     """(n, vocab) of what the last norm made, (n, hidden)."""
     (found,) = ops.linear(h, head)
-    return found if config.final_softcap is None else ops.softcap(found, config.final_softcap)
+    return capped(config, ops, found)
+
+
+def capped(config: ModelConfig, ops: Ops, products: Any) -> Any:
+    """Logits of products with the head, all or some."""
+    return products if config.final_softcap is None else ops.softcap(products, config.final_softcap)
 
 
 def layer(

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ..text.generation import Writer
-from .scheduler import Scheduler, Task
+from .scheduler import Scheduler
+from .tasks import Task
 from .tools import Call, Calls
 
 _MOST_UNREAD = 64  # pieces that a client may leave unread; its answer waits then …
@@ -46,10 +47,6 @@ class Answer:
                 self._scheduler.wake()
         if self.task.error is not None:
             raise self.task.error
-
-    async def text(self) -> str:
-        """All of it. Raises what went wrong."""
-        return "".join([text async for text, _ in self])
 
     def cancel(self) -> None:
         """Nobody waits for it any more; nothing happens where it has ended."""

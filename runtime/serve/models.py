@@ -19,6 +19,7 @@ from ..errors import BezelError, InvalidRequest
 from ..files.memory import available_memory
 from ..text.grammar import Grammar, Grammars
 from .fields import BadRequest
+from .prefixes import make_folder
 from .scheduler import Scheduler
 
 _log = logging.getLogger("bezel.serve")
@@ -79,7 +80,7 @@ class Models:
     def __init__(self, paths: Mapping[str, Path], setting: Setting) -> None:
         self.paths, self._setting = dict(paths), setting
         if setting.cache_folder is not None:
-            setting.cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(setting.cache_folder)
         self.facts = {name: self._facts(path) for name, path in self.paths.items()}
         self.loaded: dict[str, Served] = {}
         self._lock = asyncio.Lock()

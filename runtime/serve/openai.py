@@ -10,7 +10,7 @@ from ..text import chat
 from ..text.generation import Chance
 from ..text.tokenizer import Tokenizer
 from . import asks, tools
-from .answers import Answer, together
+from .answers import Answer, together, whole_of
 from .fields import BadRequest, Fields
 from .models import Served
 from .shapes import Json, new_id
@@ -191,13 +191,9 @@ class Form:
 
     async def whole(self, answers: Sequence[Answer]) -> Json:
         choices = []
-        texts = await asyncio.gather(*(answer.text() for answer in answers))  # one that is not read waits
-        for i, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+        found = await asyncio.gather(*(whole_of(answer, self._calls) for answer in answers))  # unread, they wait
+        for i, (answer, (calls, text)) in enumerate(zip(answers, found, strict=True)):
             chances = answer.writer.chances
-            reader = tools.Calls(self._calls)
-            found = [*reader.push(text), *reader.end()]
-            calls = [part for part in found if isinstance(part, tools.Call)]
-            text = "".join(part for part in found if isinstance(part, str))
             if self._chat:
                 message: Json = {"role": "assistant", "content": None if calls else text, "refusal": None}
                 if calls:

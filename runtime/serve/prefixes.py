@@ -72,15 +72,19 @@ def _covers(kept: Kept, other: Kept) -> bool:
     return common(kept.ids, other.ids) == n and kept.caches.reaches(n)
 
 
+def make_folder(folder: Path) -> None:
+    """For `Stored`, where it is not there. Raises OSError where there can be none."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people wrote can be read from it
+
+
 class Stored:
     """Sequences in files of a folder, each a saved session; of these files up to `limit` bytes are kept.
 
-    What is damaged, or of another model, counts as absent. Raises OSError where there can be no such folder.
+    What is damaged, or of another model, counts as absent.
     """
 
     def __init__(self, folder: Path, model: Runnable, new_caches: Callable[[], Caches], limit: int) -> None:
         self._folder, self._model, self._new_caches, self._limit = folder, model, new_caches, limit
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people wrote can be read from it
         self._ids: dict[Path, Ints] = {}
         self._saved: set[Path] = set()  # by this process
         for path in folder.glob("*.session"):
@@ -101,8 +105,8 @@ class Stored:
 
     def save(self, prefixes: Prefixes) -> Iterator[None]:
         """Put what is kept in memory into files, one by one; the oldest files go where they become too many."""
-        with suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have emptied it
+        with suppress(OSError):  # somebody may have removed it
+            make_folder(self._folder)
         for kept in list(prefixes):
             digest = hashlib.sha256(self._model.identity()["model"].encode() + kept.ids.tobytes()).hexdigest()
             path = self._folder / f"{digest[:32]}.session"

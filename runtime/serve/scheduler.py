@@ -24,63 +24,16 @@ from ..engines.protocol import ModelBackend
 from ..engines.rows import Segment
 from ..errors import BezelError, InvalidRequest
 from ..session import unsound
-from ..text.generation import Chance, Writer, chance
+from ..text.generation import chance
 from .fields import BadRequest
 from .prefixes import Kept, Prefixes, Stored, common
+from .tasks import Task
 
 _PASS = 0.3  # seconds that a pass should take at most: as long do others wait for their next token
 _FEWEST = 16  # rows of a prompt in a pass, however slow
 _WORTH = 16  # ids: fewer are not worth waiting for, nor keeping
 _AHEAD = 8  # chats whose next prompt is waited for
 _REST_SECONDS = 30.0  # without work, until what is kept goes to files
-
-
-@dataclass
-class Figures:
-    """What an answer took. Times in seconds: until the prompt was read, and after that."""
-
-    prompt_tokens: int
-    cached_tokens: int = 0
-    tokens: int = 0
-    prompt_seconds: float = 0.0
-    seconds: float = 0.0
-
-
-class Task:
-    """An answer to be written after the ids of a `prompt`.
-
-    `tell` is called in the scheduler's thread with each piece of text that there is, and at the end once with None;
-    `writer.finish` then says why it ended ("cancelled" too), or `error` what went wrong. `paused` leaves it out of the
-    passes, `cancelled` ends it; any thread may set them. With `scored`, `chances` tells how likely the model found the
-    ids of the prompt from the second on, and so many likeliest ones; all of it is then read anew. `following` tells
-    what the prompt of the next turn begins with, from the text of the answer.
-    """
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        writer: Writer,
-        tell: Callable[[str | None], None],
-        *,
-        scored: int | None = None,
-        following: Callable[[str], Sequence[int]] | None = None,
-    ) -> None:
-        self.prompt, self.writer, self.tell = np.array(prompt, np.int64), writer, tell
-        self.following, self.text = following, ""
-        self.figures = Figures(len(prompt))
-        self.scored, self.chances = scored, list[Chance]()
-        self.error: Exception | None = None
-        self.cancelled = self.paused = False
-        self.held: list[int] = []  # ids that the caches hold
-        self.pending: list[int] = list(prompt)  # ids that come next
-        self.caches: Caches | None = None
-        self.boundaries: set[int] = set()  # where others may want to go on
-        self.began = time.monotonic()
-
-    @property
-    def reads(self) -> bool:
-        """Whether it is still at its prompt."""
-        return len(self.held) < len(self.prompt)
 
 
 @dataclass

@@ -14,7 +14,8 @@ import pytest
 from bezel.runtime import Message, Model, Sampling
 from bezel.runtime.serve import scheduler as module
 from bezel.runtime.serve.prefixes import Prefixes, common
-from bezel.runtime.serve.scheduler import Scheduler, Task
+from bezel.runtime.serve.scheduler import Scheduler
+from bezel.runtime.serve.tasks import Task
 from bezel.runtime.text.generation import Constraint, Writer
 from bezel.runtime.text.sampling import Sampler
 

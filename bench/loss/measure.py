@@ -1,45 +1,18 @@
-"""Measures what quantization cost: candidates and their reference read the same texts side by side.
-
-Nothing but a few figures of each position is kept: a piece of logits of all models is compared and dropped.
-"""
+"""Measures what quantization cost: candidates and their reference read the same texts side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from ...runtime.arrays import Floats
-from ...runtime.engines.protocol import Engine
-from ...runtime.errors import BezelError, InvalidRequest
-from ...runtime.model.config import ModelConfig
-from ...runtime.text.tokenizer import SPACE
 from ...runtime.version import bezel_version
 from ..progress import Progress, silent
-from .metrics import NotFinite, Records, compare
-from .passages import Passage, cut, first_of_each, read_texts, sequence_length
+from .passages import cut, first_of_each, read_texts, sequence_length
 from .result import Effect, MeasuredText, Measurement, Reference
-from .state import Arrays, KeptResults
-from .subjects import Opener, Spec, Subject, key_of, unique_names
+from .scoring import Subjects, compute
+from .subjects import Opener, Spec
 from .summary import Pooled, describe, pairs
-
-_ROWS = 64  # positions compared at a time …
-_LOGIT_BYTES = 512 << 20  # … or fewer, so that the logits of all models take no more than this
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A candidate and what it is compared with, as indices into the subjects; `effect` says what it isolates."""
-
-    reference: int
-    candidate: int
-    effect: str | None = None
-    of: str = ""  # the candidate that an effect belongs to
 
 
 def measure(
@@ -63,7 +36,7 @@ def measure(
     computed is kept in the folder `states`, and not computed again.
     Raises InvalidRequest, and what opening the models raises.
     """
-    work = _Subjects(candidates, reference, effects, Opener(threads))
+    work = Subjects(candidates, reference, effects, Opener(threads))
     chunk = sequence_length(chunk, protocol, min(subject.config.context_length for subject in work.subjects))
     read = read_texts(texts, work.subjects[0].tokenizer)
     passages = cut(read, protocol, chunk)
@@ -74,7 +47,7 @@ def measure(
         "passages": [(passage.text, passage.start, len(passage.ids)) for passage in passages],
     }
     chosen = first_of_each(passages, limit)
-    found, passages = _compute(work, chosen, key, states, progress), list(chosen.values())
+    found, passages = compute(work, chosen, key, states, progress), list(chosen.values())
     pooled = [Pooled(arrays, passages, protocol, confidence) for arrays in found]
     compared = list(zip(work.comparisons, pooled, strict=True))
     # The result takes its candidates in the order of the command line.
@@ -95,154 +68,3 @@ def measure(
         pairs=pairs([(subject.name, p) for subject, p in main]),
         effects=[Effect(c.of, c.effect, p.metrics()) for c, p in compared if c.effect is not None],
     )
-
-
-class _Subjects:
-    """The subjects, the reference first, each only once; and which is compared with which."""
-
-    def __init__(self, candidates: Sequence[Spec], reference: Spec, effects: bool, opener: Opener) -> None:
-        self.subjects: list[Subject] = []
-        self.comparisons: list[Comparison] = []
-        self._opener = opener
-        names = unique_names([reference, *candidates])
-        self._add(reference, names[0])
-        for spec, name in zip(candidates, names[1:], strict=True):
-            self.comparisons.append(Comparison(0, self._add(spec, name)))
-        if effects:
-            for path in dict.fromkeys(spec.path for spec in candidates):
-                spec, name = next((s, n) for s, n in zip(candidates, names[1:], strict=True) if s.path == path)
-                self._add_effects(spec, name)
-        for subject in self.subjects[1:]:
-            _check_same_model(self.subjects[0], subject)
-
-    def _add(self, spec: Spec, name: str) -> int:
-        subject = self._opener.open(spec, name)
-        self.subjects.append(subject)
-        return len(self.subjects) - 1
-
-    def _find(self, spec: Spec, name: str) -> int:
-        """The subject for an effect: one that is there already, or a new one."""
-        for i, subject in enumerate(self.subjects):
-            if replace(subject.spec, name=None) == replace(spec, name=None):
-                return i
-        return self._add(spec, name)
-
-    def _add_effects(self, spec: Spec, name: str) -> None:
-        if spec.engine == "ort":  # its graph fixes how it computes
-            self.comparisons.append(Comparison(0, self._find(spec, name), "weights", name))
-            return
-        plain = self._find(replace(spec, kv="f32", activations="f32"), name)
-        self.comparisons.append(Comparison(0, plain, "weights", name))
-        variants = [("kv f16", {"kv": "f16"}), ("kv int8", {"kv": "int8"})]
-        if spec.engine == "native":
-            variants.insert(0, ("activations int8", {"activations": "int8"}))
-        for effect, change in variants:
-            one = self._find(replace(self.subjects[plain].spec, **change), name)  # type: ignore[arg-type]
-            self.comparisons.append(Comparison(plain, one, effect, name))
-
-
-def _check_same_model(reference: Subject, candidate: Subject) -> None:
-    """Logits can be compared only where a token is the same token."""
-    a, b = reference.tokenizer, candidate.tokenizer
-    # Some tokenizers write a space as itself, others by its sign.
-    pieces = ([t.piece(i).replace(" ", SPACE) for i in range(t.vocab_size)] for t in (a, b))
-    if a.vocab_size != b.vocab_size or next(pieces) != next(pieces):
-        raise InvalidRequest(
-            f"{candidate.spec.path}: its vocabulary is not that of the reference, {reference.spec.path}; they belong "
-            "to different models"
-        )
-
-
-def _compute(
-    work: _Subjects, passages: Mapping[int, Passage], key: Mapping[str, Any], folder: Path, progress: Progress
-) -> list[list[Arrays]]:
-    """For each comparison the arrays of each passage, by its number among all, computed or loaded."""
-    keys = [key_of(subject.spec) for subject in work.subjects]
-    states = [
-        KeptResults(folder, {**key, "reference": keys[c.reference], "candidate": keys[c.candidate]})
-        for c in work.comparisons
-    ]
-    out: list[list[Arrays]] = [[] for _ in work.comparisons]
-    for done, (number, passage) in enumerate(passages.items()):
-        progress(done, len(passages), _so_far(work, out))
-        found: dict[int, Arrays] = {i: a for i, state in enumerate(states) if (a := state.load(number)) is not None}
-        missing = [i for i in range(len(states)) if i not in found]
-        computed = _score(work.subjects, [work.comparisons[i] for i in missing], passage) if missing else []
-        for i, arrays in zip(missing, computed, strict=True):
-            states[i].save(number, arrays)
-            found[i] = arrays
-        for i, kept in enumerate(out):
-            kept.append(found[i])
-    progress(len(passages), len(passages), _so_far(work, out))
-    return out
-
-
-def _score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passage: Passage) -> list[Arrays]:
-    """Run the passage through the models that the comparisons need; the records and layer errors of each."""
-    used = sorted({i for c in comparisons for i in (c.reference, c.candidate)})
-    place = {subject: i for i, subject in enumerate(used)}
-    pairs = [(place[c.reference], place[c.candidate]) for c in comparisons]
-    n = len(passage.ids) - 1  # nothing follows the last token that could score it
-    started = [subjects[i].start(n) for i in used]
-    records: list[list[Records]] = [[] for _ in comparisons]
-    layers = [_LayerErrors(subjects[c.reference].config, subjects[c.candidate].config) for c in comparisons]
-    rows = _LOGIT_BYTES // (4 * subjects[0].config.vocab_size * len(used))
-    rows = max(1, min(_ROWS, rows, *(engine.chunk for engine in started)))
-    for start, stop in _pieces(n, passage.first, rows):
-        wanted = stop - start if start >= passage.first else 0
-        streams: list[list[Floats]] = [[] for _ in started]
-        logits = [_forward(e, passage.ids[start:stop], wanted, s) for e, s in zip(started, streams, strict=True)]
-        if not wanted:
-            continue
-        try:
-            compared = compare(logits, pairs, start, passage.ids[start + 1 : stop + 1])
-        except NotFinite as error:
-            where = f"position {start + error.row} of the sequence at token {passage.start}"
-            raise BezelError(
-                f"{subjects[used[error.which]].spec.path}: a logit that is not finite at {where}"
-            ) from None
-        for (a, b), new, kept, errors in zip(pairs, compared, records, layers, strict=True):
-            kept.append(new)
-            errors.add(streams[a], streams[b])
-    return [
-        {"records": np.concatenate(kept), "layers": errors.sums} for kept, errors in zip(records, layers, strict=True)
-    ]
-
-
-def _forward(engine: Engine, ids: npt.NDArray[np.int64], wanted: int, streams: list[Floats]) -> Floats:
-    """`engine.forward` in steps that it takes; all ids are wanted, in one step, or none."""
-    for i in range(0, len(ids), engine.chunk):
-        logits = engine.forward(ids[i : i + engine.chunk], wanted, streams if wanted else None)
-    return logits
-
-
-def _pieces(n: int, first: int, rows: int) -> Iterator[tuple[int, int]]:
-    """0 … n cut into what is only read and, from `first` on, pieces of `rows` to compare."""
-    if first:
-        yield 0, first
-    for start in range(first, n, rows):
-        yield start, min(start + rows, n)
-
-
-class _LayerErrors:
-    """Sums over positions and channels of (candidate − reference)² and reference², after each layer: (2, layers)."""
-
-    def __init__(self, reference: ModelConfig, candidate: ModelConfig) -> None:
-        same = (reference.hidden_size, reference.n_layers) == (candidate.hidden_size, candidate.n_layers)
-        self.sums = np.zeros((2, reference.n_layers if same else 0))
-
-    def add(self, reference: list[Floats], candidate: list[Floats]) -> None:
-        if not reference or not candidate:  # an engine that does not tell
-            self.sums = np.zeros((2, 0))
-        elif self.sums.size:
-            for i, (x, y) in enumerate(zip(reference, candidate, strict=True)):
-                x = x[-len(y) :].astype(np.float64)
-                self.sums[:, i] += np.square(y[-len(x) :] - x).sum(), np.square(x).sum()
-
-
-def _so_far(work: _Subjects, found: Sequence[Sequence[Arrays]]) -> str:
-    if not found[0]:
-        return ""
-    means = (np.concatenate([a["records"]["kld"] for a in arrays]).mean() for arrays in found[:3])
-    klds = [f"{work.subjects[c.candidate].name} {mean:.4g}" for c, mean in zip(work.comparisons, means, strict=False)]
-    return f"mean KLD {', '.join(klds)}"

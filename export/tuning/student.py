@@ -45,7 +45,8 @@ class Student:
 
     `exact` gives a tensor's numbers, (rows, inputs) or those of a norm; `rounded` its format and blocks (rows,
     row_bytes). Both are asked in the order of the model's tensors. What the format keeps exactly stays. So do
-    embedding and head, as they are rounded: what they learn from one text does not hold for another.
+    embedding and head, as they are rounded: what they learn from one text does not hold for another. The layers'
+    products are in `precision`, whose errors are a hundredth of what a code's step is.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Student:
         config: ModelConfig,
         exact: Callable[[TensorSpec], Floats],
         rounded: Callable[[TensorSpec], tuple[type[Format], NDArray[np.uint8]]],
+        precision: torch.dtype = torch.float32,
     ) -> None:
-        self.config = config
+        self.config, self._precision = config, precision
         self.moving: dict[str, Latent | Factors] = {}  # by GGUF name
         weights = defaultdict[int | None, dict[str, Tensor | Latent | Factors]](dict)
         for spec in tensor_specs(config):
@@ -79,7 +81,7 @@ class Student:
         """Mean KL divergence from the exact model among the tokens that are `wanted`, in nats a token, over sequences
         (n, length). Its gradients are left in what moves.
         """
-        hidden = hidden_of(self.config, self.weights, ids)
+        hidden = hidden_of(self.config, self.weights, ids, self._precision)
         gradient, total = torch.empty_like(hidden), 0.0
         tokens, exact = (x.flatten(0, 1) for x in (wanted.tokens, wanted.logits))
         for start in range(0, len(hidden), _ROWS):

@@ -13,6 +13,12 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Ops, Weights, run_layers
 
 
+def quick_precision() -> torch.dtype:
+    """Of products that need not be exact: bfloat16 where the processor multiplies it, twice as fast as float32."""
+    has = torch.cpu.get_capabilities()
+    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+
+
 def value(weight: Any) -> Tensor:
     """A weight's numbers: it is a tensor, or makes one."""
     made: Tensor = weight if isinstance(weight, Tensor) else weight()
@@ -20,7 +26,10 @@ def value(weight: Any) -> Tensor:
 
 
 class TorchOps:
-    """`forward.Ops` on float32 tensors, as `ops.py` has them."""
+    """`forward.Ops` on float32 tensors, as `ops.py` has them; `linear` multiplies numbers in `precision`."""
+
+    def __init__(self, precision: torch.dtype = torch.float32) -> None:
+        self._precision = precision
 
     def embed(self, weight: Any, ids: Tensor, scale: float) -> Tensor:
         return value(weight)[ids] * scale
@@ -29,7 +38,8 @@ class TorchOps:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * value(weight)
 
     def linear(self, x: Tensor, *weights: Any) -> list[Tensor]:
-        return [functional.linear(x, value(weight)) for weight in weights]
+        short = x.to(self._precision)
+        return [functional.linear(short, value(weight).to(self._precision)).float() for weight in weights]
 
     def split_heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, -1))
@@ -88,8 +98,8 @@ class Batch:
         return x
 
 
-def hidden_of(config: ModelConfig, weights: Weights, ids: Tensor) -> Tensor:
+def hidden_of(config: ModelConfig, weights: Weights, ids: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
     """What the last norm makes of all positions of sequences (n, length): (n · length, hidden)."""
-    [(_, hidden)] = deque(run_layers(config, TorchOps(), weights, Batch(config, ids)), maxlen=1)
+    [(_, hidden)] = deque(run_layers(config, TorchOps(precision), weights, Batch(config, ids)), maxlen=1)
     made: Tensor = hidden
     return made

@@ -29,6 +29,7 @@ from ..sources.checkpoint import Checkpoint
 from .latent import Latent
 from .student import Student
 from .targets import LIKELIEST, Targets, targets_of
+from .torch_model import quick_precision
 
 BATCH = 6  # sequences in a step
 RATES = {"place": 0.003, "factors": 0.003, "norm": 0.003}  # of codes, scales and norms, where the schedule is highest
@@ -72,7 +73,7 @@ class Tuned:
     @staticmethod
     def key(begun: Mapping[str, object], steps: int, text: CalibrationText) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
-        return {**begun, "tuning": 2, "steps": steps, "tuning_tokens": text.tokens, "rates": RATES, "batch": BATCH}
+        return {**begun, "tuning": 3, "steps": steps, "tuning_tokens": text.tokens, "rates": RATES, "batch": BATCH}
 
     @staticmethod
     def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:
@@ -113,7 +114,7 @@ class Tuned:
             if self._progress:
                 self._progress(done, total)
 
-        student = Student(self._checkpoint.config, partial(_exact, self._checkpoint), rounded)
+        student = Student(self._checkpoint.config, partial(_exact, self._checkpoint), rounded, quick_precision())
         if not any(isinstance(weight, Latent) for weight in student.moving.values()):
             raise InvalidRequest(
                 f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"

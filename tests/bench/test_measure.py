@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bezel.bench.commands.shared import ProgressLine
-from bezel.bench.loss import measure as driver
+from bezel.bench.loss import scoring as driver
 from bezel.bench.loss.measure import measure
 from bezel.bench.loss.metrics import NotFinite, compare
 from bezel.bench.loss.passages import BLOCK, Passage, cut, read_texts
@@ -249,7 +249,7 @@ def test_effects_run_no_model_twice(gguf_of: Callable[..., Path]) -> None:
     file = gguf_of(TINY, "q8_0")
     candidate, exact = (parse_spec(f"{file}@kv=int8,activations={a}", Spec(Path())) for a in ("int8", "f32"))
     exact = replace(exact, kv="f32")
-    work = driver._Subjects([candidate], exact, True, Opener())
+    work = driver.Subjects([candidate], exact, True, Opener())
     settings = [(s.spec.kv, s.spec.activations) for s in work.subjects]
     assert settings == [("f32", "f32"), ("int8", "int8"), ("f32", "int8"), ("f16", "f32"), ("int8", "f32")]
     assert [(c.reference, c.candidate, c.effect) for c in work.comparisons] == [
@@ -303,7 +303,7 @@ def test_a_measurement_that_was_stopped_goes_on(
 ) -> None:
     files, reference = [str(gguf_of(TINY, preset)) for preset in ("q8_0", "q4_0")], str(gguf_of(TINY))
     scored: list[int] = []
-    original = driver._score
+    original = driver.score
 
     def counting(*arguments: Any) -> Any:
         if len(scored) == 3:
@@ -311,10 +311,10 @@ def test_a_measurement_that_was_stopped_goes_on(
         scored.append(len(arguments[1]))
         return original(*arguments)
 
-    monkeypatch.setattr(driver, "_score", counting)
+    monkeypatch.setattr(driver, "score", counting)
     with pytest.raises(KeyboardInterrupt):
         run(files[:1], reference, chunk=64, limit=6)
-    monkeypatch.setattr(driver, "_score", lambda *a: scored.append(len(a[1])) or original(*a))
+    monkeypatch.setattr(driver, "score", lambda *a: scored.append(len(a[1])) or original(*a))
     run(files[:1], reference, chunk=64, limit=6)
     assert scored == [1] * 6  # three before, three after
     run(files[:1], reference, chunk=64, limit=6)
@@ -480,7 +480,7 @@ def test_ctrl_c_says_how_to_go_on(gguf_of: Callable[..., Path], text: Path, monk
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(driver, "_score", stop)
+    monkeypatch.setattr(driver, "score", stop)
     file = str(gguf_of(TINY))
     command = ["measure", file, "--reference", file, "--text", str(text), "--chunk", "64", "--state", str(text.parent)]
     stopped = CliRunner().invoke(main, command)

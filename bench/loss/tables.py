@@ -22,22 +22,27 @@ def show(result: Measurement) -> None:
         f"{result.chunks} {what} of {result.chunk} tokens of {texts}, {result.scored:,} positions scored; "
         f"± the longer side of the {result.confidence:.0%} confidence interval"
     )
-    perplexity = _value(reference.perplexity, "{:.4g}")
+    perplexity = with_interval(reference.perplexity, "{:.4g}")
     click.echo(f"reference: {reference.name}, {reference.setting}: perplexity {perplexity}\n")
     heads = ["mean KLD", "99.9 %", "same top, %", "RMS Δp, %", "perplexity ratio"]
     rows = [
         [c.name, f"{c.file_bytes / 1e6:,.1f}", f"{c.bits_per_weight:.2f}", *_figures(c.metrics)] for c in result.ranked
     ]
-    _table(["candidate", "MB", "bits", *heads], rows)
+    print_table(["candidate", "MB", "bits", *heads], rows)
     _show_texts(result)
     _show_pairs(result)
     if result.effects:
         click.echo("\neach effect alone")
         effects = [
-            [e.candidate, e.effect, _value(e.metrics.kld_mean, "{:.2g}"), _value(e.metrics.top1, "{:.2f}", 100)]
+            [
+                e.candidate,
+                e.effect,
+                with_interval(e.metrics.kld_mean, "{:.2g}"),
+                with_interval(e.metrics.top1, "{:.2f}", 100),
+            ]
             for e in result.effects
         ]
-        _table(["candidate", "effect", "mean KLD", "same top, %"], effects)
+        print_table(["candidate", "effect", "mean KLD", "same top, %"], effects)
 
 
 def show_sensitivity(result: Sensitivity) -> None:
@@ -46,19 +51,22 @@ def show_sensitivity(result: Sensitivity) -> None:
     for form in result.formats:
         entries = result.ranking(form)
         click.echo(f"\nmean KLD when one {result.by} alone is {form}")
-        rows = [[entry.part, _value(Interval(entry.kld, entry.low, entry.high), "{:.2g}")] for entry in entries[:_MOST]]
-        _table([result.by, "mean KLD"], rows)
+        rows = [
+            [entry.part, with_interval(Interval(entry.kld, entry.low, entry.high), "{:.2g}")]
+            for entry in entries[:_MOST]
+        ]
+        print_table([result.by, "mean KLD"], rows)
         if len(entries) > _MOST:
             click.echo(f"and {len(entries) - _MOST} with less")
 
 
 def _figures(metrics: Metrics) -> list[str]:
     return [
-        _value(metrics.kld_mean, "{:.5f}"),
-        _value(metrics.kld_p999, "{:.4f}"),
-        _value(metrics.top1, "{:.2f}", 100),
-        _value(metrics.rms_dp, "{:.3f}", 100),
-        _value(metrics.perplexity_ratio, "{:.4f}"),
+        with_interval(metrics.kld_mean, "{:.5f}"),
+        with_interval(metrics.kld_p999, "{:.4f}"),
+        with_interval(metrics.top1, "{:.2f}", 100),
+        with_interval(metrics.rms_dp, "{:.3f}", 100),
+        with_interval(metrics.perplexity_ratio, "{:.4f}"),
     ]
 
 
@@ -72,17 +80,17 @@ def _show_texts(result: Measurement) -> None:
             rows.append(
                 [
                     f"{c.name}, {name}",
-                    _value(found.kld_mean, "{:.5f}"),
-                    _value(found.kld_p999, "{:.4f}"),
-                    _value(found.top1, "{:.2f}", 100),
-                    _value(found.perplexity_ratio, "{:.4f}"),
+                    with_interval(found.kld_mean, "{:.5f}"),
+                    with_interval(found.kld_p999, "{:.4f}"),
+                    with_interval(found.top1, "{:.2f}", 100),
+                    with_interval(found.perplexity_ratio, "{:.4f}"),
                     f"{found.bits_per_byte.value:.4f}",
                     f"{found.reference_bits_per_byte.value:.4f}",
                 ]
             )
     click.echo("\neach text alone")
     heads = ["mean KLD", "99.9 %", "same top, %", "perplexity ratio", "bits a byte", "reference's"]
-    _table(["candidate, text", *heads], rows)
+    print_table(["candidate, text", *heads], rows)
 
 
 def _show_pairs(result: Measurement) -> None:
@@ -106,14 +114,16 @@ def _show_pairs(result: Measurement) -> None:
             click.echo(line)
 
 
-def _value(figure: Interval, form: str, times: float = 1) -> str:
+def with_interval(figure: Interval, form: str, times: float = 1) -> str:
+    """A figure and the longer side of its interval, both times `times` and in the format `form`."""
     shown = form.format(times * figure.value)
     if figure.low is None or figure.high is None:
         return shown
     return f"{shown} ±{form.format(times * max(figure.value - figure.low, figure.high - figure.value))}"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """In columns as wide as they need be, all but the first to the right."""
     lines = [list(heads), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     for line in lines:

@@ -6,6 +6,7 @@ untrusted: everything goes through `svg.element`, and the page forbids itself sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -66,6 +67,35 @@ def figure(title: str, plot: Element, caption: str, legend: Sequence[tuple[int, 
         keys.append(element("li", element("svg", line, viewBox="0 0 26 10", aria_hidden="true"), name))
     parts = (keys if len(legend) > 1 else None, plot, element("figcaption", caption))
     return element("figure", element("h3", title), *parts)
+
+
+def heat_figure(
+    title: str,
+    cells: Sequence[tuple[str, str, float, str]],
+    columns: Sequence[str],
+    lines: Sequence[str],
+    axis: str,
+    caption: str,
+) -> Element | None:
+    """Losses, not below 0, as a map of cells (column, line, nats a token, name), with its scale; None if all are 0.
+
+    The scale is logarithmic where they are far apart, and `caption`, which says what is shown, goes on to say so.
+    """
+    losses = [loss for _, _, loss, _ in cells]
+    top = max(losses, default=0.0)
+    if top <= 0:
+        return None
+    floor = max(min(losses), top / 1000)
+    log = top > 20 * floor
+
+    def strength(loss: float) -> float:
+        return math.log(max(loss, floor) / floor) / math.log(top / floor) if log else max(loss / top, 0.0)
+
+    drawn = [(column, line, strength(loss), f"{name}: {number(loss)}") for column, line, loss, name in cells]
+    says = f"{caption}: the more colour, the more is lost{' (logarithmic scale)' * log}."
+    made = figure(title, svg.heat_map(drawn, columns, lines, axis, title), says)
+    made.insert(2, element("div.scale", number(floor if log else 0), element("i"), number(top), " nats per token"))
+    return made
 
 
 def axis_of(rows: Sequence[Row], label: str) -> Axis:

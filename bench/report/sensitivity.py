@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..loss.result import Sensitivity, SensitivityEntry
 from . import svg
-from .page import KLD, axis_of, figure, joined, section, write_page
+from .page import KLD, axis_of, figure, heat_figure, joined, section, write_page
 from .svg import Row, element, number
 
 _MOST_RANKED = 20
@@ -37,25 +36,11 @@ def _ranking(entries: Sequence[SensitivityEntry], form: str) -> Element:
 def _heat_map(entries: Sequence[SensitivityEntry], form: str) -> Element | None:
     """By layer and role; for single tensors only."""
     cells = [(e.layer, e.role, e) for e in entries if e.role is not None and e.layer is not None]
-    klds = [e.kld for *_, e in cells]
-    top = max(klds, default=0.0)
-    if top <= 0:
-        return None
-    floor = max(min(klds), top / 1000)
-    log = top > 20 * floor
-
-    def strength(kld: float) -> float:
-        return math.log(max(kld, floor) / floor) / math.log(top / floor) if log else max(kld / top, 0.0)
-
-    drawn = [(layer, role, strength(e.kld), f"{e.part}: {number(e.kld)}") for layer, role, e in cells]
     columns, roles = sorted({layer for layer, *_ in cells}), list(dict.fromkeys(role for _, role, _ in cells))
     roles.sort(key=lambda role: -sum(e.kld for _, other, e in cells if other == role))
-    caption = f"Mean loss when one tensor alone is in {form}: the more colour, the more sensitive"
-    caption += " (logarithmic scale)." if log else "."
+    caption = f"Mean loss when one tensor alone is in {form}"
     others = [f"{e.part} {number(e.kld)}" for e in entries if e.role is None or e.layer is None]
     if others:
-        caption += f" Outside the layers: {joined(others[:6])}."
-    made = figure("Layer by role", svg.heat_map(drawn, columns, roles, "sensitivity by layer and role"), caption)
-    scale = element("div.scale", number(floor if log else 0), element("i"), number(top), " nats per token")
-    made.insert(2, scale)
-    return made
+        caption += f" (outside the layers: {joined(others[:6])})"
+    drawn = [(str(layer), role, e.kld, e.part) for layer, role, e in cells]
+    return heat_figure("Layer by role", drawn, [*map(str, columns)], roles, "layer", caption)

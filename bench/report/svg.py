@@ -90,7 +90,9 @@ class Axis:
             room = max((high / low) ** 0.08, 1.15)
             return cls(label, low / room, high * room, True, percent)
         room = 0.06 * (max(high, 0) - min(low, 0)) or 1.0
-        return cls(label, min(low - room, 0) if low < 0 else 0, high + room if high > 0 else 0, False, percent)
+        return cls(
+            label, min(low - room, 0) if low < 0 else 0, high + room if high > 0 or low == 0 else 0, False, percent
+        )
 
     def place(self, value: float) -> float:
         """Where a value lies, from 0 to 1; what lies outside is moved to the end."""
@@ -265,9 +267,9 @@ def rows(data: Sequence[Row], axis: Axis, label: str, bars: bool = True) -> Elem
 
 
 def heat_map(
-    cells: Sequence[tuple[int, str, float, str]], columns: Sequence[int], lines: Sequence[str], label: str
+    cells: Sequence[tuple[str, str, float, str]], columns: Sequence[str], lines: Sequence[str], axis: str, label: str
 ) -> Element:
-    """Cells (column, line, strength from 0 to 1, title): the stronger, the more colour."""
+    """Cells (column, line, strength from 0 to 1, title): the stronger, the more colour; `axis` names the columns."""
     left, top, right = 4 + _LETTER * max(map(len, lines)) + 8, 4.0, Plot.WIDTH - 8.0
     side = (right - left) / len(columns)
     height = min(max(side, 16.0), 26.0)
@@ -280,9 +282,9 @@ def heat_map(
     for i, column in enumerate(columns):
         if i % every == 0:
             x = left + side * (i + 0.5)
-            grid.append(element("text", str(column), x=x, y=bottom + 15, text_anchor="middle"))
+            grid.append(element("text", column, x=x, y=bottom + 15, text_anchor="middle"))
     svg.append(grid)
-    svg.append(element("text.axis", "layer", x=(left + right) / 2, y=bottom + 33, text_anchor="middle"))
+    svg.append(element("text.axis", axis, x=(left + right) / 2, y=bottom + 33, text_anchor="middle"))
     for column, line, strength, title in cells:
         x, y = left + side * columns.index(column), top + height * lines.index(line)
         attributes = {"x": x + 0.5, "y": y + 0.5, "width": side - 1, "height": height - 1}

@@ -33,6 +33,7 @@ _VERBS = {
     "bench": ("bezel.bench.commands.bench", "Measure speed and memory, next to llama.cpp if asked."),
     "measure": ("bezel.bench.commands.measure", "Measure what quantization cost, against a reference."),
     "sensitivity": ("bezel.bench.commands.sensitivity", "Measure which tensors suffer from quantization, for export."),
+    "stress": ("bezel.bench.commands.stress", "Measure what quantization costs where texts are odd."),
     "tasks": ("bezel.bench.commands.tasks", "Answer multiple-choice questions, and compare models by them."),
     "demo": ("bezel.bench.commands.demo", "Do it all on the bundled model, in under a minute."),
 }

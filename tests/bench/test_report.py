@@ -162,7 +162,7 @@ def test_a_sensitivity(tmp_path: Path) -> None:
     page, source = report(sensitivity(), tmp_path, sensitivity_report.write_report)
     assert "How sensitive exact is to quantization" in page.text
     assert page.text.index("sensitive to q4_0") < page.text.index("sensitive to q8_0")
-    labels = ["sensitivity by layer and role", "sensitivity ranking"]
+    labels = ["Layer by role", "sensitivity ranking"]
     assert [svg.get("aria-label") for svg in plots(source)] == labels * 2
     assert "Outside the layers: token_embd 0.0200." in page.text
 

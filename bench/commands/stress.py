@@ -1,0 +1,146 @@
+"""The command `bezel stress`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from ...runtime.commands.model_path import MODEL_SPEC
+from ...runtime.errors import InvalidRequest
+from ..loss.subjects import Spec, parse_spec
+from ..stress.stress import CHUNK, CORNERS, GRID, PARAMETERS, PASSAGES
+from ..stress.stress import stress as run
+from ..stress.tables import show
+from .shared import goes_on, html_option, json_option, progress_line, state_option, texts_option, threads_option
+
+
+@click.command()
+@click.argument("candidates", nargs=-1, type=MODEL_SPEC, required=True, metavar="CANDIDATE...")
+@click.option(
+    "--reference", type=MODEL_SPEC, metavar="MODEL", required=True, help="What the candidates are compared with."
+)
+@texts_option
+@click.option(
+    "--turn",
+    "turned",
+    multiple=True,
+    metavar="NAME[=LEVEL,…]",
+    help=f"A parameter to turn, and how far; may be given several times: {', '.join(PARAMETERS)}.  [default: all]",
+)
+@click.option(
+    "--grid",
+    metavar="NAME,NAME",
+    help=f"Two that are turned together, for the map; 'none' for no map.  [default: {','.join(GRID)}]",
+)
+@click.option(
+    "--corners",
+    type=click.IntRange(min=0),
+    default=CORNERS,
+    show_default=True,
+    help="Poses that turn any of them, at random.",
+)
+@click.option("--chunk", type=int, help=f"Tokens in a passage, whose second half is scored.  [default: {CHUNK}]")
+@click.option(
+    "--chunks",
+    "limit",
+    type=click.IntRange(min=1),
+    default=PASSAGES,
+    show_default=True,
+    help="Read so many of each text.",
+)
+@threads_option
+@state_option
+@html_option
+@json_option
+def stress(
+    candidates: tuple[str, ...],
+    reference: str,
+    texts: tuple[Path, ...],
+    turned: tuple[str, ...],
+    grid: str | None,
+    corners: int,
+    chunk: int | None,
+    limit: int,
+    threads: int | None,
+    states: Path,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what quantization costs where texts are odd: in capitals, misspelt, deep in a context.
+
+    Each CANDIDATE is compared with the reference on passages of the texts, seen from many sides: each parameter is
+    turned alone, two of them together, and any of them at random. The table and the report say in which pose a
+    candidate leaves the reference most, in what share of the positions another token becomes the likeliest, and
+    whether what hurts one candidate hurts the others. Models are given as to `bezel measure`.
+
+    \b
+    case         words in capitals (a share of them)
+    typos        letters left out, doubled or changed with the next (a share)
+    spacing      spaces left out, doubled or turned into new lines (a share)
+    homoglyphs   letters of another alphabet that look the same (a share)
+    digits       words that become numbers (a share)
+    repetition   every sentence so many times more
+    shuffle      sentences that change places (a share)
+    depth        tokens of the text that come before
+    temperature  at which the reference wrote what comes just before
+
+    What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there.
+
+    \b
+    Examples:
+      bezel stress gemma-q4_0.gguf --reference gemma-2-2b/ --text wiki.test.txt
+      bezel stress a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --html stress.html
+      bezel stress a.gguf --reference gemma-f16.gguf --text wiki.test.txt --turn typos=0.1,0.3 --turn depth --grid none
+    """
+    default = Spec(Path())
+    with goes_on():
+        result = run(
+            [parse_spec(text, default) for text in candidates],
+            parse_spec(reference, Spec(Path(), None, "f32", "f32")),
+            texts,
+            levels=_levels(turned),
+            grid=_grid(grid, turned),
+            corners=corners,
+            chunk=chunk,
+            limit=limit,
+            threads=threads,
+            states=states,
+            progress=progress_line("measuring"),
+        )
+    result = replace(result, command=f"bezel {shlex.join(sys.argv[1:])}")
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        show(result)
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if html:
+        from ..report.stress import write_report
+
+        write_report(result, html)
+        click.echo(f"written to {html}", err=True)
+
+
+def _levels(turned: Sequence[str]) -> dict[str, list[float] | None]:
+    """What --turn asks for; None where the usual levels do."""
+    found: dict[str, list[float] | None] = {}
+    for text in turned:
+        name, given, numbers = text.partition("=")
+        try:
+            found[name] = [float(number) for number in numbers.split(",")] if given else None
+        except ValueError:
+            raise InvalidRequest(f"--turn: found {text!r}, expected numbers, as typos=0.1,0.2") from None
+    return found
+
+
+def _grid(text: str | None, turned: Sequence[str]) -> list[str] | None:
+    """The two parameters of the map; the usual ones only where everything is turned."""
+    if text is None:
+        return None if turned else [*GRID]
+    return None if text == "none" else text.split(",")

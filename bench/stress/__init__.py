@@ -1,0 +1,1 @@
+"""Texts seen from odd sides: where a rounded model leaves the exact one most."""

@@ -1,0 +1,92 @@
+"""What `bezel stress` finds, as its table and its report take it; `to_json` is the form that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..loss.intervals import Interval
+from ..loss.result import MeasuredModel, MeasuredText
+
+ORIGIN = 0
+"""The index of the pose in which the texts are as they are."""
+
+
+@dataclass(frozen=True)
+class PoseLoss:
+    """Of a candidate in a pose: its mean KLD, by how much that is more than at the origin (paired), the share of
+    positions whose top token is another than the reference's.
+    """
+
+    kld: Interval
+    more: Interval
+    flips: Interval
+
+
+@dataclass(frozen=True)
+class Stressed(MeasuredModel):
+    """A candidate, with a loss for each pose."""
+
+    losses: list[PoseLoss]
+
+    @property
+    def worst(self) -> int:
+        """The index of the pose that costs most."""
+        return max(range(len(self.losses)), key=lambda i: self.losses[i].kld.value)
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A pose: the parameters that are turned, and how far; `perplexity` is the reference's there, and `sample` how the
+    first passage begins.
+    """
+
+    turned: dict[str, float]
+    perplexity: Interval
+    sample: str
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How alike the poses rank by what they cost a and b: Spearman's rank correlation, 1 in the same order."""
+
+    a: str
+    b: str
+    rank_correlation: float
+
+
+@dataclass(frozen=True)
+class Stress:
+    """Poses: the origin, every level of every parameter alone, then the `grid` of two parameters and the corners.
+
+    `passages` were read in each pose, of `chunk` tokens, of which the second half is scored.
+    """
+
+    time: str
+    tool: str
+    texts: list[MeasuredText]
+    chunk: int
+    passages: int
+    scored: int
+    confidence: float
+    warnings: list[str]
+    reference: MeasuredModel
+    levels: dict[str, list[float]]
+    grid: list[str]
+    poses: list[Posed]
+    candidates: list[Stressed]
+    transfer: list[Transfer]
+    command: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bezel_stress": 1, **asdict(self)}
+
+    def find(self, turned: dict[str, float]) -> int:
+        """The index of a pose that was measured."""
+        return next(i for i, pose in enumerate(self.poses) if pose.turned == turned)
+
+
+def pose_name(turned: Mapping[str, float]) -> str:
+    """As `typos 0.05, depth 128`."""
+    return ", ".join(f"{name} {level:g}" for name, level in turned.items()) or "as it is"

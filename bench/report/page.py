@@ -76,10 +76,11 @@ def heat_figure(
     lines: Sequence[str],
     axis: str,
     caption: str,
+    beside: str = "",
 ) -> Element | None:
     """Losses, not below 0, as a map of cells (column, line, nats a token, name), with its scale; None if all are 0.
 
-    The scale is logarithmic where they are far apart, and `caption`, which says what is shown, goes on to say so.
+    The scale is logarithmic where they are far apart, as the caption then says between its two parts.
     """
     losses = [loss for _, _, loss, _ in cells]
     top = max(losses, default=0.0)
@@ -92,7 +93,7 @@ def heat_figure(
         return math.log(max(loss, floor) / floor) / math.log(top / floor) if log else max(loss / top, 0.0)
 
     drawn = [(column, line, strength(loss), f"{name}: {number(loss)}") for column, line, loss, name in cells]
-    says = f"{caption}: the more colour, the more is lost{' (logarithmic scale)' * log}."
+    says = f"{caption}: the more colour, the more is lost{' (logarithmic scale)' * log}.{beside}"
     made = figure(title, svg.heat_map(drawn, columns, lines, axis, title), says)
     made.insert(2, element("div.scale", number(floor if log else 0), element("i"), number(top), " nats per token"))
     return made

@@ -38,9 +38,8 @@ def _heat_map(entries: Sequence[SensitivityEntry], form: str) -> Element | None:
     cells = [(e.layer, e.role, e) for e in entries if e.role is not None and e.layer is not None]
     columns, roles = sorted({layer for layer, *_ in cells}), list(dict.fromkeys(role for _, role, _ in cells))
     roles.sort(key=lambda role: -sum(e.kld for _, other, e in cells if other == role))
-    caption = f"Mean loss when one tensor alone is in {form}"
     others = [f"{e.part} {number(e.kld)}" for e in entries if e.role is None or e.layer is None]
-    if others:
-        caption += f" (outside the layers: {joined(others[:6])})"
     drawn = [(str(layer), role, e.kld, e.part) for layer, role, e in cells]
-    return heat_figure("Layer by role", drawn, [*map(str, columns)], roles, "layer", caption)
+    caption = f"Mean loss when one tensor alone is in {form}"
+    beside = f" Outside the layers: {joined(others[:6])}." if others else ""
+    return heat_figure("Layer by role", drawn, [*map(str, columns)], roles, "layer", caption, beside)

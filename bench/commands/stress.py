@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.errors import InvalidRequest
 from ..loss.subjects import Spec, parse_spec
+from ..stress.result import Search, Stress
 from ..stress.stress import CHUNK, CORNERS, GRID, PARAMETERS, PASSAGES
 from ..stress.stress import stress as run
-from ..stress.tables import show
+from ..stress.tables import show, show_search
 from .shared import goes_on, html_option, json_option, progress_line, state_option, texts_option, threads_option
 
 
@@ -45,14 +47,29 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
     show_default=True,
     help="Poses that turn any of them, at random.",
 )
-@click.option("--chunk", type=int, help=f"Tokens in a passage, whose second half is scored.  [default: {CHUNK}]")
+@click.option(
+    "--search",
+    "searches",
+    is_flag=True,
+    help="Rather than poses, search for the few changed words that hurt most (extra: tune).",
+)
+@click.option(
+    "--distance",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="How far a search may move a text: the share of its words that unrelated ones may replace.",
+)
+@click.option(
+    "--chunk",
+    type=int,
+    help=f"Tokens in a passage, whose second half is scored.  [default: {CHUNK}; 64 in a search]",
+)
 @click.option(
     "--chunks",
     "limit",
     type=click.IntRange(min=1),
-    default=PASSAGES,
-    show_default=True,
-    help="Read so many of each text.",
+    help=f"Read so many of each text.  [default: {PASSAGES}; 8 in a search]",
 )
 @threads_option
 @state_option
@@ -65,8 +82,10 @@ def stress(
     turned: tuple[str, ...],
     grid: str | None,
     corners: int,
+    searches: bool,
+    distance: float,
     chunk: int | None,
-    limit: int,
+    limit: int | None,
     threads: int | None,
     states: Path,
     html: Path | None,
@@ -90,6 +109,10 @@ def stress(
     depth        tokens of the text that come before
     temperature  at which the reference wrote what comes just before
 
+    With --search a few words of each passage are changed instead, where the gradient of the loss says that it hurts
+    most, and no farther than --distance by the word mover's distance: what a text can do at its worst, next to random
+    words as far away. It takes 4 bytes of memory a weight for each of two models.
+
     What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there.
 
     \b
@@ -97,34 +120,47 @@ def stress(
       bezel stress gemma-q4_0.gguf --reference gemma-2-2b/ --text wiki.test.txt
       bezel stress a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --html stress.html
       bezel stress a.gguf --reference gemma-f16.gguf --text wiki.test.txt --turn typos=0.1,0.3 --turn depth --grid none
+      bezel stress a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --search --html worst.html
     """
-    default = Spec(Path())
+    specs = [parse_spec(text, Spec(Path())) for text in candidates]
+    exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
+    asked: dict[str, Any] = {
+        "chunk": chunk,
+        "threads": threads,
+        "states": states,
+        "progress": progress_line("measuring"),
+    }
+    if limit is not None:
+        asked["limit"] = limit
+    result: Stress | Search
     with goes_on():
-        result = run(
-            [parse_spec(text, default) for text in candidates],
-            parse_spec(reference, Spec(Path(), None, "f32", "f32")),
-            texts,
-            levels=_levels(turned),
-            grid=_grid(grid, turned),
-            corners=corners,
-            chunk=chunk,
-            limit=limit,
-            threads=threads,
-            states=states,
-            progress=progress_line("measuring"),
-        )
+        if searches:
+            result = _search()(specs, exact, texts, distance=distance, **asked)
+        else:
+            levels, pair = _levels(turned), _grid(grid, turned)
+            result = run(specs, exact, texts, levels=levels, grid=pair, corners=corners, **asked)
     result = replace(result, command=f"bezel {shlex.join(sys.argv[1:])}")
     if as_json:
         click.echo(json.dumps(result.to_json()))
+    elif isinstance(result, Search):
+        show_search(result)
     else:
         show(result)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
     if html:
-        from ..report.stress import write_report
+        from ..report.stress import write_report, write_search
 
-        write_report(result, html)
+        write_search(result, html) if isinstance(result, Search) else write_report(result, html)
         click.echo(f"written to {html}", err=True)
+
+
+def _search() -> Callable[..., Search]:
+    try:
+        from ..stress.search import search
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(f"--search: {error}; install it: pip install 'bezel-lm[tune]'") from None
+    return search
 
 
 def _levels(turned: Sequence[str]) -> dict[str, list[float] | None]:

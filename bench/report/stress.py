@@ -1,4 +1,4 @@
-"""The report of `bezel stress`: what each parameter costs, two together, the worst poses, and who suffers alike."""
+"""The reports of `bezel stress`: what each pose costs and who suffers alike; what a search found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..loss.intervals import Interval
-from ..stress.result import ORIGIN, Stress, Stressed, pose_name
+from ..stress.result import ORIGIN, FoundPassage, Search, Stress, Stressed, pose_name
 from .page import KLD, figure, heat_figure, joined, percent, section, table, value, write_page
 from .svg import Axis, Plot, element, number
 
@@ -38,6 +38,58 @@ def write_report(result: Stress, path: str | Path) -> None:
     parts += _worst(result)
     parts += _transfer(result)
     write_page(path, f"Where quantization hurts: {names}", subtitle, [*parts, *_method(result)])
+
+
+def write_search(result: Search, path: str | Path) -> None:
+    """Write the report of a search to `path`; the file is whole or absent."""
+    names = joined([c.name for c in result.candidates])
+    subtitle = f"Against the reference {result.reference.name}. {result.tool}, {result.time}"
+    parts = [element("p.warning", warning) for warning in result.warnings]
+    rows = []
+    for toll in result.tolls:
+        head = element("th", toll.measured, element("span.sub", f"searched for {toll.searched}"), scope="row")
+        losses = (toll.plain, toll.random, toll.random_worst, toll.found)
+        rows.append([head, *(_cell(loss, number) for loss in losses), _cell(toll.flips, percent, " %")])
+    words = (
+        f"Mean loss on passages of {result.chunk} tokens, of which the second half counts: as they are, with random "
+        f"tokens (the mean and the worst of {result.draws} draws, as far from the text and in as many places), and "
+        "with those that a search found. What was found for one candidate is measured on the others too. Far is the "
+        f"word mover's distance, here at most {100 * result.distance:g} % of what lies between two tokens of the text."
+    )
+    heads = ["candidate", "as it is", "random", "worst random", "found", "other top token"]
+    parts += [table(heads, rows), element("p.soft", words), element("h2", "What was found")]
+    for place, (name, found) in enumerate(result.found.items()):
+        ranked = sorted(found, key=lambda passage: -passage.losses[place].found)
+        cards = (_found(passage, place) for passage in ranked)
+        parts.append(element("details", element("summary", name), *cards, open="" if place == 0 else None))
+    parts.append(element("h2", "What was measured"))
+    parts += [element("p.hash", f"{text.path}: {text.tokens:,} tokens, sha256 {text.sha256}") for text in result.texts]
+    if result.command is not None:
+        parts.append(element("pre", result.command))
+    write_page(path, f"Where a few words hurt: {names}", subtitle, parts)
+
+
+def _found(passage: FoundPassage, place: int) -> Element:
+    """The passage before and after, side by side, with the changed tokens marked."""
+    loss, changed = passage.losses[place], dict(zip(passage.places, passage.after, strict=True))
+    where = (
+        f"KLD {number(loss.plain)} → {number(loss.found)} (random {number(loss.random)}, at worst "
+        f"{number(loss.random_worst)}); moved by {percent(passage.distance)} %; {len(changed)} tokens; token "
+        f"{passage.start:,} of {Path(passage.text).name}"
+    )
+    sides = []
+    for name, put in (("before", {}), ("after", changed)):
+        line = element("blockquote")
+        read = element("span")
+        for i, token in enumerate(passage.before[1:], 1):
+            shown = put.get(i, token).replace("▁", " ")
+            read.append(element("mark" if i in changed else "span", element("bdi", shown)))
+            if i + 1 == passage.read:
+                line.append(read)
+                read = element("span.soft")
+        line.append(read)
+        sides.append(element("div", element("span.soft", name), line))
+    return element("div.worst", element("span.soft", where), element("div.sides", *sides))
 
 
 def _sentence(candidate: Stressed, result: Stress) -> str:

@@ -90,3 +90,72 @@ class Stress:
 def pose_name(turned: Mapping[str, float]) -> str:
     """As `typos 0.05, depth 128`."""
     return ", ".join(f"{name} {level:g}" for name, level in turned.items()) or "as it is"
+
+
+@dataclass(frozen=True)
+class SearchLoss:
+    """Of a candidate on one passage: mean KLD over the scored positions as the text is, as it was changed, and with
+    random tokens as far away in as many places, on average and in the worst draw; and the shares of positions whose
+    top token is not the reference's.
+    """
+
+    plain: float
+    found: float
+    random: float
+    random_worst: float
+    plain_flips: float
+    found_flips: float
+    random_flips: float
+
+
+@dataclass(frozen=True)
+class FoundPassage:
+    """A passage by its tokens, of which the first `read` are read only, and what was put in their `places`.
+
+    `distance` is the word mover's distance between both, in mean distances of two tokens. `losses` are in the order of
+    the candidates.
+    """
+
+    text: str
+    start: int
+    read: int
+    before: list[str]
+    places: list[int]
+    after: list[str]
+    distance: float
+    losses: list[SearchLoss]
+
+
+@dataclass(frozen=True)
+class Toll:
+    """What passages that were changed to make `searched` suffer cost the candidate `measured`: means over them."""
+
+    searched: str
+    measured: str
+    plain: Interval
+    random: Interval
+    random_worst: Interval
+    found: Interval
+    flips: Interval
+
+
+@dataclass(frozen=True)
+class Search:
+    """For each candidate the passages that were changed until they hurt it, no farther than `distance`."""
+
+    time: str
+    tool: str
+    texts: list[MeasuredText]
+    chunk: int
+    distance: float
+    draws: int
+    confidence: float
+    warnings: list[str]
+    reference: MeasuredModel
+    candidates: list[MeasuredModel]
+    found: dict[str, list[FoundPassage]]
+    tolls: list[Toll]
+    command: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bezel_search": 1, **asdict(self)}

@@ -15,7 +15,7 @@ def test_the_python_page_is_the_docstrings() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "python tests/make_docs.py writes it anew"
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md"])
 def test_what_a_page_points_to_is_there(name: str) -> None:
     """Links, and paths in backticks that begin with a room."""
     text = (ROOT / name).read_text(encoding="utf-8")

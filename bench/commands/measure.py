@@ -22,7 +22,17 @@ from ..loss.passages import CHUNK, PROTOCOLS
 from ..loss.result import Measurement
 from ..loss.subjects import Spec, parse_spec
 from ..loss.tables import show
-from .shared import goes_on, html_option, json_option, progress_line, state_option, texts_option, threads_option
+from .shared import (
+    goes_on,
+    html_option,
+    json_option,
+    progress_line,
+    scheduler_option,
+    spread_by,
+    state_option,
+    texts_option,
+    threads_option,
+)
 
 
 @click.command()
@@ -53,6 +63,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
 @click.option("--chunks", "limit", type=click.IntRange(min=1), help="Read so many of each text only.  [default: all]")
 @click.option("--effects", is_flag=True, help="Measure weights, activations and keys and values apart, too.")
 @threads_option
+@scheduler_option
 @state_option
 @html_option
 @click.option("--receipt", is_flag=True, help="Write the loss into the candidates' GGUF files, for `bezel inspect`.")
@@ -69,6 +80,7 @@ def measure(
     limit: int | None,
     effects: bool,
     threads: int | None,
+    scheduler: str | None,
     states: Path,
     html: Path | None,
     receipt: bool,
@@ -84,6 +96,9 @@ def measure(
     What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there. `bezel sensitivity`
     says which tensors suffer, `bezel tasks` how well models answer questions.
 
+    --scheduler gives the passages to dask's workers on any number of machines, which read the models at the same paths
+    (pip install 'bezel-lm[cluster]'). --threads are then those of each worker.
+
     \b
     Examples:
       bezel measure gemma-q4_0.gguf --reference gemma-2-2b/ --text wiki.test.txt
@@ -91,12 +106,13 @@ def measure(
       bezel measure a.gguf@kv=int8 a.gguf@kv=f16 --reference a.gguf --text book.txt --protocol long
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --effects --json
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --receipt
+      bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --scheduler tcp://desk1:8786
     """
     default = Spec(Path(), engine, kv, activations)
     specs = [parse_spec(text, default) for text in candidates]
     if receipt:
         _check_receipts(specs)
-    with goes_on():
+    with goes_on(), spread_by(scheduler) as spread:
         result = run(
             specs,
             parse_spec(reference, Spec(Path(), None, "f32", "f32")),
@@ -108,6 +124,7 @@ def measure(
             threads=threads,
             states=states,
             progress=progress_line("measuring"),
+            spread=spread,
         )
     result = replace(result, command=f"bezel {shlex.join(sys.argv[1:])}")
     if receipt:

@@ -13,7 +13,17 @@ from ..loss.passages import CHUNK
 from ..loss.sensitivity import BY, CHUNKS
 from ..loss.sensitivity import sensitivity as run
 from ..loss.tables import show_sensitivity
-from .shared import Output, goes_on, html_option, json_option, progress_line, state_option, texts_option
+from .shared import (
+    Output,
+    goes_on,
+    html_option,
+    json_option,
+    progress_line,
+    scheduler_option,
+    spread_by,
+    state_option,
+    texts_option,
+)
 
 _FILE = Output(b'{\n "bezel_sensitivity": 1')
 
@@ -37,6 +47,7 @@ _FILE = Output(b'{\n "bezel_sensitivity": 1')
     show_default=True,
     help="Read so many of each text.",
 )
+@scheduler_option
 @state_option
 @click.option("-o", "--out", type=_FILE, help="Write the file for an export; an earlier one is replaced.")
 @html_option
@@ -48,6 +59,7 @@ def sensitivity(
     by: str,
     chunk: int | None,
     limit: int,
+    scheduler: str | None,
     states: Path,
     out: Path | None,
     html: Path | None,
@@ -61,13 +73,17 @@ def sensitivity(
 
     What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there.
 
+    --scheduler has the tensors rounded by dask's workers on any number of machines, which read the model at the same
+    path (pip install 'bezel-lm[cluster]'). Each worker takes all cores that it may use.
+
     \b
     Examples:
       bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_k,iq4_xs,q5_k,q6_k -o sens.json
       bezel export gemma-2-2b/ best.gguf --target 4.55bpw --sensitivity sens.json
       bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_0 --by role --html report.html
+      bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_k --scheduler tcp://desk1:8786
     """
-    with goes_on():
+    with goes_on(), spread_by(scheduler) as spread:
         result = run(
             model,
             texts,
@@ -77,6 +93,7 @@ def sensitivity(
             limit=limit,
             states=states,
             progress=progress_line("rounding"),
+            spread=spread,
         )
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -17,6 +17,7 @@ from ...runtime.files.atomic import check_output
 from ..loss.state import state_folder
 from ..progress import Progress, silent
 from ..report import PAGE_BEGINS
+from ..spread import Cluster, Spread, here
 
 
 class Output(click.Path):
@@ -53,6 +54,11 @@ state_option = click.option(
     help="Folder for what is computed, so that the same command can go on.  [default: the user's cache]",
 )
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="[default: the performance cores]")
+scheduler_option = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Compute on the workers of this dask scheduler, tcp://HOST:8786, or of that whose file this is.",
+)
 html_option = click.option("--html", type=REPORT, help="Write a report for a browser here; an earlier one is replaced.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 
@@ -65,6 +71,16 @@ def goes_on() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("\nstopped; the same command goes on from here", err=True)
         raise SystemExit(130) from None
+
+
+@contextmanager
+def spread_by(scheduler: str | None) -> Iterator[Spread]:
+    """Over the scheduler's workers, or here where there is none. Raises InvalidRequest, BezelError."""
+    if scheduler is None:
+        yield here
+        return
+    with Cluster(scheduler, lambda said: click.echo(said, err=True)) as cluster:
+        yield cluster
 
 
 def progress_line(what: str) -> Progress:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...runtime.version import bezel_version
 from ..progress import Progress, silent
+from ..spread import Spread, here
 from .passages import cut, first_of_each, read_texts, sequence_length
 from .result import Effect, MeasuredText, Measurement, Reference
 from .scoring import Subjects, compute
@@ -28,12 +29,13 @@ def measure(
     threads: int | None = None,
     states: Path,
     progress: Progress = silent,
+    spread: Spread = here,
 ) -> Measurement:
     """Compare every candidate, of which there is at least one, with the reference over the texts.
 
     `chunk` is the tokens in a sequence (default: 512, or for "long" as many as every model takes) and `limit` the
     most sequences of each text. `effects` also measures weights, activations and keys and values apart. What has been
-    computed is kept in the folder `states`, and not computed again.
+    computed is kept in the folder `states`, and not computed again; `spread` says where the passages are computed.
     Raises InvalidRequest, and what opening the models raises.
     """
     work = Subjects(candidates, reference, effects, Opener(threads))
@@ -47,7 +49,7 @@ def measure(
         "passages": [(passage.text, passage.start, len(passage.ids)) for passage in passages],
     }
     chosen = first_of_each(passages, limit)
-    found, passages = compute(work, chosen, key, states, progress), list(chosen.values())
+    found, passages = compute(work, chosen, key, states, progress, spread), list(chosen.values())
     pooled = [Pooled(arrays, passages, protocol, confidence) for arrays in found]
     compared = list(zip(work.comparisons, pooled, strict=True))
     # The result takes its candidates in the order of the command line.

@@ -19,10 +19,11 @@ from ...runtime.errors import BezelError, InvalidRequest
 from ...runtime.model.config import ModelConfig
 from ...runtime.text.tokenizer import SPACE
 from ..progress import Progress
+from ..spread import Recipe, Spread, here
 from .metrics import NotFinite, Records, compare
 from .passages import Passage
 from .state import Arrays, KeptResults
-from .subjects import Opener, Spec, Subject, key_of, unique_names
+from .subjects import Opener, Spec, Subject, key_of, sizes_of, unique_names
 
 _ROWS = 64  # positions compared at a time …
 _LOGIT_BYTES = 512 << 20  # … or fewer, so that the logits of all models take no more than this
@@ -44,7 +45,7 @@ class Subjects:
     def __init__(self, candidates: Sequence[Spec], reference: Spec, effects: bool, opener: Opener) -> None:
         self.subjects: list[Subject] = []
         self.comparisons: list[Comparison] = []
-        self._opener = opener
+        self.threads, self._opener = opener.threads, opener
         names = unique_names([reference, *candidates])
         self._add(reference, names[0])
         for spec, name in zip(candidates, names[1:], strict=True):
@@ -95,27 +96,57 @@ def _check_same_model(reference: Subject, candidate: Subject) -> None:
 
 
 def compute(
-    work: Subjects, passages: Mapping[int, Passage], key: Mapping[str, Any], folder: Path, progress: Progress
+    work: Subjects,
+    passages: Mapping[int, Passage],
+    key: Mapping[str, Any],
+    folder: Path,
+    progress: Progress,
+    spread: Spread = here,
 ) -> list[list[Arrays]]:
-    """For each comparison the arrays of each passage, by its number among all, computed or loaded."""
+    """For each comparison the arrays of each passage, by its number among all, computed by `spread` or loaded."""
     keys = [key_of(subject.spec) for subject in work.subjects]
     states = [
         KeptResults(folder, {**key, "reference": keys[c.reference], "candidate": keys[c.candidate]})
         for c in work.comparisons
     ]
-    out: list[list[Arrays]] = [[] for _ in work.comparisons]
-    for done, (number, passage) in enumerate(passages.items()):
-        progress(done, len(passages), _so_far(work, out))
-        found: dict[int, Arrays] = {i: a for i, state in enumerate(states) if (a := state.load(number)) is not None}
-        missing = [i for i in range(len(states)) if i not in found]
-        computed = score(work.subjects, [work.comparisons[i] for i in missing], passage) if missing else []
-        for i, arrays in zip(missing, computed, strict=True):
+    found: list[dict[int, Arrays]] = [
+        {number: kept for number in passages if (kept := state.load(number)) is not None} for state in states
+    ]
+    missing = {number: [i for i, kept in enumerate(found) if number not in kept] for number in passages}
+    items = {
+        number: (passages[number], [work.comparisons[i] for i in lacking])
+        for number, lacking in missing.items()
+        if lacking
+    }
+    done = len(passages) - len(items)
+    progress(done, len(passages), _so_far(work, found))
+    for number, computed in spread(Scoring(work.subjects, work.threads), items):
+        for i, arrays in zip(missing[number], computed, strict=True):
             states[i].save(number, arrays)
-            found[i] = arrays
-        for i, kept in enumerate(out):
-            kept.append(found[i])
-    progress(len(passages), len(passages), _so_far(work, out))
-    return out
+            found[i][number] = arrays
+        done += 1
+        progress(done, len(passages), _so_far(work, found))
+    return [[kept[number] for number in passages] for kept in found]
+
+
+class Scoring:
+    """The work on a passage: some comparisons of it by the subjects, as `score`."""
+
+    def __init__(self, subjects: Sequence[Subject], threads: int | None) -> None:
+        self._subjects, self._threads = subjects, threads
+
+    def __call__(self, item: tuple[Passage, Sequence[Comparison]]) -> list[Arrays]:
+        passage, comparisons = item
+        return score(self._subjects, comparisons, passage)
+
+    def recipe(self) -> Recipe:
+        specs = [replace(s.spec, path=s.spec.path.absolute()) for s in self._subjects]
+        return Recipe(_open_scoring, (specs, self._threads), sizes_of(s.path for s in specs), self._threads)
+
+
+def _open_scoring(specs: Sequence[Spec], threads: int | None) -> Scoring:
+    opener = Opener(threads)
+    return Scoring([opener.open(spec) for spec in specs], threads)
 
 
 def score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passage: Passage) -> list[Arrays]:
@@ -181,9 +212,12 @@ class _LayerErrors:
                 self.sums[:, i] += np.square(y[-len(x) :] - x).sum(), np.square(x).sum()
 
 
-def _so_far(work: Subjects, found: Sequence[Sequence[Arrays]]) -> str:
+def _so_far(work: Subjects, found: Sequence[Mapping[int, Arrays]]) -> str:
     if not found[0]:
         return ""
-    means = (np.concatenate([a["records"]["kld"] for a in arrays]).mean() for arrays in found[:3])
-    klds = [f"{work.subjects[c.candidate].name} {mean:.4g}" for c, mean in zip(work.comparisons, means, strict=False)]
+    klds = [
+        f"{work.subjects[c.candidate].name} {np.concatenate([a['records']['kld'] for a in arrays.values()]).mean():.4g}"
+        for c, arrays in zip(work.comparisons[:3], found, strict=False)
+        if arrays
+    ]
     return f"mean KLD {', '.join(klds)}"

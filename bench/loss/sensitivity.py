@@ -29,12 +29,13 @@ from ...runtime.model.forward import Weights
 from ...runtime.model.tensors import TensorSpec
 from ...runtime.text.tokenizer import Tokenizer
 from ..progress import Progress, silent
+from ..spread import Recipe, Spread, here
 from .intervals import FEW_UNITS, Bootstrap
 from .metrics import compare
 from .passages import Passage, cut, read_texts, sequence_length
 from .result import Sensitivity, SensitivityEntry
-from .state import KeptResults
-from .subjects import FloatBackend, Spec, key_of
+from .state import Arrays, KeptResults
+from .subjects import FloatBackend, Spec, key_of, sizes_of
 
 BY = ("tensor", "role", "layer")
 CHUNKS = FEW_UNITS  # enough to rank by: what is compared reads the same text
@@ -69,12 +70,13 @@ def sensitivity(
     confidence: float = 0.95,
     states: Path,
     progress: Progress = silent,
+    spread: Spread = here,
 ) -> Sensitivity:
     """The mean KLD, nats per token, that rounding each tensor (or role, or layer) to each format costs.
 
     `model` is a checkpoint folder or a GGUF file that is not quantized; it is held in memory in float32. What a format
     does not fit, for want of whole blocks, is left out. What has been computed is kept in the folder `states`, and not
-    computed again. Raises InvalidRequest, InvalidCheckpoint, InvalidModelFile.
+    computed again; `spread` says where it is computed. Raises InvalidRequest, InvalidCheckpoint, InvalidModelFile.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
@@ -83,11 +85,12 @@ def sensitivity(
         chunk = sequence_length(chunk, "chunks", checkpoint.config.context_length)
         read = read_texts(texts, Tokenizer(checkpoint.vocabulary(), str(model)))
         passages = cut(read, "chunks", chunk, limit)
-        groups = _groups(checkpoint, by)
+        sweep = _Sweep(checkpoint, by)
+        groups = sweep.groups
         work = [(group, FORMATS[name]) for name in formats for group in groups if _fits(group, FORMATS[name])]
         key = {"texts": [t.sha256 for t in read], "chunk": chunk, "model": key_of(Spec(model)), "by": by}
         kept = {name: KeptResults(states, key | {"format": name}) for name in formats}
-        klds = _compute(checkpoint, passages, work, len(groups), kept, progress)
+        klds = _compute(sweep, passages, work, kept, progress, spread)
     bootstrap, units = Bootstrap(len(passages), confidence), np.repeat(range(len(passages)), passages[0].scored)
     entries = []
     for (group, form), kld in zip(work, klds, strict=True):
@@ -129,37 +132,75 @@ def _fits(group: Group, form: type[Format]) -> bool:
 
 
 def _compute(
-    checkpoint: Checkpoint,
+    sweep: _Sweep,
     passages: Sequence[Passage],
     work: Sequence[tuple[Group, type[Format]]],
-    n_groups: int,
     states: Mapping[str, KeptResults],
     progress: Progress,
+    spread: Spread,
 ) -> npt.NDArray[np.float64]:
     """KLD (work, positions) of all scored positions; computed or loaded."""
-    exact: FloatBackend | None = None
-    out = np.empty((len(work), sum(passage.scored for passage in passages)))
-    total, done, column = len(work) * len(passages), 0, 0
+    columns = np.cumsum([0, *(passage.scored for passage in passages)])
+    out = np.empty((len(work), columns[-1]))
+
+    def state(number: int, i: int) -> tuple[KeptResults, int]:
+        group, form = work[i]
+        return states[form.name], number * len(sweep.groups) + group.index
+
+    items: dict[tuple[int, int], _Item] = {}
     # By multiples of the golden ratio: what takes long, the first layers', and what does not come in turns all along,
     # so that the time that is left can be told.
     order = sorted(range(len(work)), key=lambda i: i * 0.6180339887 % 1)
     for number, passage in enumerate(passages):
-        run: _Exact | None = None
         for i in order:
-            group, form = work[i]
-            progress(done, total, "")
-            state, place = states[form.name], number * n_groups + group.index
-            found = state.load(place)
+            kept, place = state(number, i)
+            found = kept.load(place)
             if found is None:
-                exact = exact or FloatBackend(checkpoint)
-                run = run or _Exact(exact, passage)
-                found = {"kld": run.without(group, form)}
-                state.save(place, found)
-            out[i, column : column + passage.scored] = found["kld"]
-            done += 1
-        column += passage.scored
+                items[number, i] = (passage, work[i][0].index, work[i][1].name)
+            else:
+                out[i, columns[number] : columns[number + 1]] = found["kld"]
+    total = len(work) * len(passages)
+    done = total - len(items)
     progress(done, total, "")
+    for (number, i), computed in spread(sweep, items):
+        kept, place = state(number, i)
+        kept.save(place, computed)
+        out[i, columns[number] : columns[number + 1]] = computed["kld"]
+        done += 1
+        progress(done, total, "")
     return out
+
+
+_Item = tuple[Passage, int, str]  # a group's index and a format's name
+
+
+class _Sweep:
+    """The work on an item: a group of a checkpoint's tensors is rounded, and a passage read.
+
+    The exact weights are loaded for the first item; the exact model's run of a passage serves the items that follow.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, by: str) -> None:
+        self.groups = _groups(checkpoint, by)
+        self._checkpoint, self._by = checkpoint, by
+        self._exact: FloatBackend | None = None
+        self._run: _Exact | None = None
+
+    def __call__(self, item: _Item) -> Arrays:
+        passage, group, form = item
+        self._exact = self._exact or FloatBackend(self._checkpoint)
+        if self._run is None or not self._run.reads(passage):
+            self._run = None  # first: its logits are large
+            self._run = _Exact(self._exact, passage)
+        return {"kld": self._run.without(self.groups[group], FORMATS[form])}
+
+    def recipe(self) -> Recipe:
+        path = self._checkpoint.path.absolute()
+        return Recipe(_open_sweep, (path, self._by), sizes_of([path]))
+
+
+def _open_sweep(path: Path, by: str) -> _Sweep:
+    return _Sweep(open_checkpoint(path), by)
 
 
 class _Exact:
@@ -172,6 +213,9 @@ class _Exact:
             ops.embed(backend.weights.shared["token_embd"], self._ids, backend.config.embedding_scale)
         ]  # each layer; the last entry, after all of them, holds scored rows only
         self._logits = self._forward(self._before[0], backend.weights, 0, self._before)
+
+    def reads(self, passage: Passage) -> bool:
+        return passage.first == self._passage.first and np.array_equal(passage.ids, self._passage.ids)
 
     def without(self, group: Group, form: type[Format]) -> npt.NDArray[np.float64]:
         """KLD (scored,) when the group is rounded to the format."""

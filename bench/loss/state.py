@@ -15,7 +15,7 @@ from ...export.kept import KeptWork
 from ...runtime.arrays import Arrays
 from ...runtime.files.user_cache import cache_folder
 
-__all__ = ["Arrays", "KeptResults", "state_folder"]
+__all__ = ["Arrays", "KeptResults", "code_hash", "state_folder"]
 
 _KEPT_DAYS = 30
 
@@ -24,7 +24,7 @@ class KeptResults(KeptWork):
     """Arrays by number, for one `key` and this version of the code, another one of which may compute something else."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
-        super().__init__(folder, {**key, "code": _code()})
+        super().__init__(folder, {**key, "code": code_hash()})
 
 
 def state_folder() -> Path:
@@ -46,11 +46,11 @@ def _last_use(kept: Path) -> float:
 
 
 @cache
-def _code() -> str:
-    """A hash of the code that computes: another version may compute something else."""
+def code_hash(kinds: tuple[str, ...] = (".py", ".so", ".pyd")) -> str:
+    """A hash of the files of these kinds that compute: another version may compute something else."""
     root, digest = Path(__file__).parents[2], hashlib.sha256()
     for room in ("quant", "runtime", "export", "bench"):
         for path in sorted((root / room).rglob("*")):
-            if path.suffix in (".py", ".so", ".pyd") and path.parent.name not in ("commands", "report"):
+            if path.suffix in kinds and path.parent.name not in ("commands", "report"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()

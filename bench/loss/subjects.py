@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ class Opener:
     """Opens subjects; those that differ only in their caches share their weights."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads
+        self.threads = threads
         self._opened: dict[tuple[Path, str | None, str], _Opened] = {}
 
     def open(self, spec: Spec, name: str = "") -> Subject:
@@ -162,7 +162,7 @@ class Opener:
         return Subject(spec, name or spec.name or _stem(spec.path), self._opened[key])
 
     def _open_model(self, spec: Spec) -> _Opened:
-        model = load(spec.path, spec.engine, kv=spec.kv, activations=spec.activations, threads=self._threads)
+        model = load(spec.path, spec.engine, kv=spec.kv, activations=spec.activations, threads=self.threads)
         tensors = model.file.tensors.values()
         return _Opened(
             config=model.config,
@@ -218,6 +218,11 @@ def unique_names(specs: Sequence[Spec]) -> list[str]:
             name += "'"
         names.append(name)
     return names
+
+
+def sizes_of(paths: Iterable[Path]) -> dict[str, int]:
+    """The bytes of every file of some models, by absolute path."""
+    return {str(file.absolute()): file.stat().st_size for path in paths for file in _files(path)}
 
 
 def _files(path: Path) -> list[Path]:

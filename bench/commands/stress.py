@@ -19,7 +19,17 @@ from ..stress.result import Search, Stress
 from ..stress.stress import CHUNK, CORNERS, GRID, PARAMETERS, PASSAGES
 from ..stress.stress import stress as run
 from ..stress.tables import show, show_search
-from .shared import goes_on, html_option, json_option, progress_line, state_option, texts_option, threads_option
+from .shared import (
+    goes_on,
+    html_option,
+    json_option,
+    progress_line,
+    scheduler_option,
+    spread_by,
+    state_option,
+    texts_option,
+    threads_option,
+)
 
 
 @click.command()
@@ -72,6 +82,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
     help=f"Read so many of each text.  [default: {PASSAGES}; 8 in a search]",
 )
 @threads_option
+@scheduler_option
 @state_option
 @html_option
 @json_option
@@ -87,6 +98,7 @@ def stress(
     chunk: int | None,
     limit: int | None,
     threads: int | None,
+    scheduler: str | None,
     states: Path,
     html: Path | None,
     as_json: bool,
@@ -113,6 +125,9 @@ def stress(
     most, and no farther than --distance by the word mover's distance: what a text can do at its worst, next to random
     words as far away. It takes 4 bytes of memory a weight for each of two models.
 
+    --scheduler gives the passages to dask's workers on any number of machines, as `bezel measure` does; a search for
+    words stays here, and what it found is measured there.
+
     What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there.
 
     \b
@@ -133,7 +148,8 @@ def stress(
     if limit is not None:
         asked["limit"] = limit
     result: Stress | Search
-    with goes_on():
+    with goes_on(), spread_by(scheduler) as spread:
+        asked["spread"] = spread
         if searches:
             result = _search()(specs, exact, texts, distance=distance, **asked)
         else:

@@ -38,6 +38,7 @@ from ..loss.scoring import Subjects, compute
 from ..loss.state import Arrays, KeptResults
 from ..loss.subjects import Opener, Spec, key_of
 from ..progress import Progress, silent
+from ..spread import Spread, here
 from .result import FoundPassage, Search, SearchLoss, Toll
 
 CHUNK, PASSAGES, DISTANCE = 64, 8, 0.05
@@ -61,6 +62,7 @@ def search(
     threads: int | None = None,
     states: Path,
     progress: Progress = silent,
+    spread: Spread = here,
 ) -> Search:
     """Change the first half of passages so that on their second half a candidate leaves the reference, for each.
 
@@ -92,7 +94,7 @@ def search(
             reads[_number(ids)] = Passage(passage.text, passage.start, ids, passage.first)
     records = [
         dict(zip(reads, (arrays["records"] for arrays in of_one), strict=True))
-        for of_one in compute(work, reads, key, states, progress)
+        for of_one in compute(work, reads, key, states, progress, spread)
     ]
     pieces, measured = exact.tokenizer.piece, range(len(names))
     found = {

@@ -25,6 +25,7 @@ from ..loss.state import Arrays, KeptResults
 from ..loss.subjects import Opener, Spec, Subject, key_of
 from ..loss.writing import written
 from ..progress import Progress, silent
+from ..spread import Spread, here
 from .poses import Pose, posed
 from .result import ORIGIN, Posed, PoseLoss, Stress, Stressed, Transfer, pose_name
 
@@ -62,12 +63,14 @@ def stress(
     threads: int | None = None,
     states: Path,
     progress: Progress = silent,
+    spread: Spread = here,
 ) -> Stress:
     """Compare every candidate with the reference in every pose of the texts' first passages, at most `limit` of each.
 
     `levels` are those of the parameters to turn (default: all of PARAMETERS); two that are in `grid` are turned
     together, at every two levels, and `corners` poses turn any of them, at random. What has been computed is kept in
-    the folder `states`, and not computed again. Raises InvalidRequest, and what opening the models raises.
+    the folder `states`, and not computed again; `spread` says where the passages are computed. Raises InvalidRequest,
+    and what opening the models raises.
     """
     work = Subjects(candidates, reference, False, Opener(threads))
     context = min(subject.config.context_length for subject in work.subjects)
@@ -81,7 +84,7 @@ def stress(
     poses = list(_poses(turned, grid, corners))
     passages = [sources.passage(i, pose) for pose in poses for i in range(sources.n)]
     numbers = [_number(pose, i) for pose in poses for i in range(sources.n)]
-    found = compute(work, dict(zip(numbers, passages, strict=True)), key, states, progress)
+    found = compute(work, dict(zip(numbers, passages, strict=True)), key, states, progress, spread)
     bootstrap = Bootstrap(sources.n, confidence)
     units = np.repeat(range(sources.n), passages[0].scored)
     records = [_by_pose(arrays, len(poses)) for arrays in found]

@@ -20,6 +20,7 @@ from bezel.bench.loss.result import Measurement
 from bezel.bench.loss.sensitivity import sensitivity
 from bezel.bench.loss.subjects import Spec, parse_spec
 from bezel.bench.spread import Cluster, Recipe, Spread, here
+from bezel.bench.stress.stress import stress
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import BezelError, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
@@ -130,6 +131,21 @@ def test_a_sweep_has_the_bits_of_one_machines(
     assert swept("there", cluster) == swept("alone", here)
     assert kept(tmp_path / "there") == kept(tmp_path / "alone")
     assert len(kept(tmp_path / "there")) == limit * groups
+
+
+def test_poses_have_the_bits_of_one_machines(
+    gguf_of: Callable[..., Path], cluster: Cluster, tmp_path: Path, text: Path
+) -> None:
+    exact = parse_spec(str(checkpoint_folder(TINY, tmp_path)), Spec(Path()))
+    rounded = parse_spec(str(gguf_of(TINY, "q4_0")), Spec(Path()))
+
+    def stressed(states: str, spread: Spread) -> Any:
+        options: dict[str, Any] = {"levels": {"typos": [0.1]}, "grid": None, "corners": 0, "chunk": 32, "limit": 6}
+        return stress([rounded], exact, [text], states=tmp_path / states, spread=spread, **options)
+
+    there, alone = stressed("there", cluster), stressed("alone", here)
+    assert vars(there) | {"time": ""} == vars(alone) | {"time": ""}
+    assert kept(tmp_path / "there") == kept(tmp_path / "alone")
 
 
 def test_what_a_killed_worker_had_is_done_by_another(workers: Any, cluster: Cluster, tmp_path: Path) -> None:

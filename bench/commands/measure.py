@@ -57,7 +57,9 @@ from .shared import (
     type=click.Choice(PROTOCOLS),
     default="chunks",
     show_default=True,
-    help="chunks: each read afresh, its second half scored. long: read across windows, every position scored.",
+    help="chunks: each read afresh, its second half scored. long: read across windows, every position scored. "
+    "written: the second half of each chunk is what the reference writes. chat: each line is a user's message, and the "
+    "reference's answer is scored.",
 )
 @click.option("--chunk", type=int, help=f"Tokens in a chunk.  [default: {CHUNK}; long: all that the models take]")
 @click.option("--chunks", "limit", type=click.IntRange(min=1), help="Read so many of each text only.  [default: all]")
@@ -104,6 +106,7 @@ def measure(
       bezel measure gemma-q4_0.gguf --reference gemma-2-2b/ --text wiki.test.txt
       bezel measure a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --chunks 100 --html report.html
       bezel measure a.gguf@kv=int8 a.gguf@kv=f16 --reference a.gguf --text book.txt --protocol long
+      bezel measure a.gguf --reference gemma-2-2b-it/ --text questions.txt --protocol chat --chunks 50
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --effects --json
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --receipt
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --scheduler tcp://desk1:8786

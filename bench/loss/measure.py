@@ -9,11 +9,13 @@ from pathlib import Path
 from ...runtime.version import bezel_version
 from ..progress import Progress, silent
 from ..spread import Spread, here
-from .passages import cut, first_of_each, read_texts, sequence_length
+from .passages import WRITTEN, cut, first_of_each, prompts, read_texts, sequence_length
 from .result import Effect, MeasuredText, Measurement, Reference
 from .scoring import Subjects, compute
-from .subjects import Opener, Spec
+from .state import KeptResults
+from .subjects import Opener, Spec, key_of
 from .summary import Pooled, describe, pairs
+from .writing import with_answers
 
 
 def measure(
@@ -33,15 +35,17 @@ def measure(
 ) -> Measurement:
     """Compare every candidate, of which there is at least one, with the reference over the texts.
 
-    `chunk` is the tokens in a sequence (default: 512, or for "long" as many as every model takes) and `limit` the
-    most sequences of each text. `effects` also measures weights, activations and keys and values apart. What has been
-    computed is kept in the folder `states`, and not computed again; `spread` says where the passages are computed.
+    `protocol` is one of PROTOCOLS, `chunk` the tokens in a sequence (default: 512, or for "long" as many as every model
+    takes) and `limit` the most sequences of each text. `effects` also measures weights, activations and keys and values
+    apart. What has been computed is kept in the folder `states`, and not computed again; `spread` says where the
+    passages are computed.
     Raises InvalidRequest, and what opening the models raises.
     """
     work = Subjects(candidates, reference, effects, Opener(threads))
+    exact = work.subjects[0]
     chunk = sequence_length(chunk, protocol, min(subject.config.context_length for subject in work.subjects))
-    read = read_texts(texts, work.subjects[0].tokenizer)
-    passages = cut(read, protocol, chunk)
+    read = read_texts(texts, exact.tokenizer)
+    passages = prompts(read, exact.tokenizer, chunk) if protocol == "chat" else cut(read, protocol, chunk)
     key = {
         "texts": [text.sha256 for text in read],
         "protocol": protocol,
@@ -49,12 +53,14 @@ def measure(
         "passages": [(passage.text, passage.start, len(passage.ids)) for passage in passages],
     }
     chosen = first_of_each(passages, limit)
+    if protocol in WRITTEN:
+        kept = KeptResults(states, {**key, "writer": key_of(reference)})
+        chosen = with_answers(exact, chosen, chunk, kept, progress)
     found, passages = compute(work, chosen, key, states, progress, spread), list(chosen.values())
     pooled = [Pooled(arrays, passages, protocol, confidence) for arrays in found]
     compared = list(zip(work.comparisons, pooled, strict=True))
     # The result takes its candidates in the order of the command line.
     main = [(work.subjects[c.candidate], p) for c, p in compared if c.effect is None]
-    tokenizer = work.subjects[0].tokenizer
     return Measurement(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         tool=f"bezel {bezel_version()}",
@@ -65,8 +71,8 @@ def measure(
         scored=sum(passage.scored for passage in passages),
         confidence=confidence,
         warnings=pooled[0].warnings(),
-        reference=Reference(**vars(work.subjects[0].facts), perplexity=pooled[0].reference_perplexity()),
-        candidates=[describe(s.facts, p, passages, read, tokenizer, protocol, chunk) for s, p in main],
+        reference=Reference(**vars(exact.facts), perplexity=pooled[0].reference_perplexity()),
+        candidates=[describe(s.facts, p, passages, read, exact.tokenizer, protocol, chunk) for s, p in main],
         pairs=pairs([(subject.name, p) for subject, p in main]),
         effects=[Effect(c.of, c.effect, p.metrics()) for c, p in compared if c.effect is not None],
     )

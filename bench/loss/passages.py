@@ -13,9 +13,12 @@ import numpy.typing as npt
 
 from ...runtime.arrays import Ints
 from ...runtime.errors import InvalidRequest
+from ...runtime.text.chat import Message, render
 from ...runtime.text.tokenizer import Tokenizer
 
-PROTOCOLS = ("chunks", "long")
+PROTOCOLS = ("chunks", "long", "written", "chat")
+WRITTEN = ("written", "chat")
+"""Those in which what is scored was written by the reference."""
 CHUNK = 512  # tokens in a chunk, unless something else is asked for
 BLOCK = 128  # scored positions of a long sequence that are drawn together in the bootstrap
 
@@ -78,7 +81,8 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
     """The passages of the texts, at most `limit` of each.
 
     "chunks", as llama.cpp's perplexity tool: whole chunks of `chunk` tokens, the first token of each replaced by
-    <bos>, of which chunk/2 … chunk−2 are scored. "long": sequences of up to `chunk` tokens, scored from the first.
+    <bos>, of which chunk/2 … chunk−2 are scored; "written" the same. "long": sequences of up to `chunk` tokens, scored
+    from the first.
     Raises InvalidRequest for texts that are too short.
     """
     passages = []
@@ -88,7 +92,7 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
             ids[0] = text.ids[0]
             if protocol == "long" and (len(ids) > BLOCK or (start == 0 and len(ids) > 1)):
                 passages.append(Passage(index, start, ids, 0))
-            elif protocol == "chunks" and len(ids) == chunk:
+            elif protocol in ("chunks", "written") and len(ids) == chunk:
                 passages.append(Passage(index, start, ids, chunk // 2))
     if not passages:
         longest = max(texts, key=lambda text: len(text.ids))
@@ -97,6 +101,29 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
             "--chunk"
         )
     return list(first_of_each(passages, limit).values())
+
+
+def prompts(texts: Sequence[Text], tokenizer: Tokenizer, chunk: int) -> list[Passage]:
+    """Chats that await their answer: every line of the texts is what a user says, in Gemma's template.
+
+    `start` counts the lines. Raises InvalidRequest for a line that leaves no room for an answer in `chunk` tokens, and
+    for a vocabulary without turns.
+    """
+    found = []
+    for index, text in enumerate(texts):
+        for number, line in enumerate(text.path.read_text("utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            ids = np.array(render(tokenizer, [Message("user", line)]), np.int64)
+            if len(ids) >= chunk:
+                raise InvalidRequest(
+                    f"{text.path}: line {number}: found {len(ids)} tokens with the template, expected fewer than the "
+                    f"{chunk} of --chunk"
+                )
+            found.append(Passage(index, number, ids, len(ids) - 1))
+    if not found:
+        raise InvalidRequest(f"{texts[0].path}: found no line, expected a user's message on each")
+    return found
 
 
 def first_of_each(passages: Sequence[Passage], limit: int | None) -> dict[int, Passage]:

@@ -144,7 +144,7 @@ def describe(
         **vars(model),
         metrics=pooled.metrics(),
         by_text=pooled.by_text(passages, texts, tokenizer),
-        by_position=_by_position(pooled, 0 if protocol == "long" else chunk // 2, chunk),
+        by_position=_by_position(pooled, chunk // 2 if protocol in ("chunks", "written") else 0, chunk),
         histogram=Histogram(_LOG10_EDGES.tolist(), counts.tolist()),
         quantiles=Quantiles(levels, np.quantile(kld, levels, method="inverted_cdf").tolist()),
         worst=_worst(pooled, passages, texts, tokenizer),

@@ -17,7 +17,7 @@ def show(result: Measurement) -> None:
     """Print a measurement result."""
     reference = result.reference
     texts = ", ".join(Path(text.path).name for text in result.texts)
-    what = "sequences" if result.protocol == "long" else "chunks"
+    what = {"long": "sequences", "chat": "chats"}.get(result.protocol, "chunks")
     click.echo(
         f"{result.chunks} {what} of {result.chunk} tokens of {texts}, {result.scored:,} positions scored; "
         f"± the longer side of the {result.confidence:.0%} confidence interval"

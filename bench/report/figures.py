@@ -56,7 +56,7 @@ def by_position(result: Measurement) -> Element | None:
             if y is not None
         ]
         curves.append((i, [(x, y) for x, y, _, _ in known], [(x, low, high) for x, _, low, high in known]))
-    place = "text" if result.protocol == "long" else "chunk"
+    place = {"long": "text", "chat": "chat"}.get(result.protocol, "chunk")
     edges = [edge for c in result.candidates for edge in c.by_position.edges]
     caption = "Mean loss by how many tokens came before"
     caption += ", with confidence intervals." if len(curves) <= _MOST_BANDS else "."

@@ -41,6 +41,8 @@ _SHARES = ("top1", "flips", "top5", "rms_dp")
 _MAIN = ("kld_mean", "kld_p999", "top1", "rms_dp", "perplexity_ratio")
 _PROTOCOLS = {
     "chunks": "Each chunk of the texts is read afresh, and the second half of it is scored.",
+    "written": "Of each chunk of the texts the first half is read, and what the reference writes then is scored.",
+    "chat": "Each line of the texts is what a user says in a chat, and the reference's answer is scored.",
     "long": "Each text is read in one go, across several windows, and every position is scored.",
 }
 

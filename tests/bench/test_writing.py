@@ -93,6 +93,30 @@ def test_an_answer_ends_with_the_turn(exact: Spec) -> None:
     assert stopped.tolist() == free[: free.tolist().index(free[4]) + 1].tolist()
 
 
+def test_special_tokens_are_never_written(exact: Spec) -> None:
+    tokenizer = Opener().open(exact).tokenizer
+
+    class Loud:
+        """A model that expects nothing but special tokens."""
+
+        chunk = 8
+
+        def __init__(self) -> None:
+            self.tokenizer = tokenizer
+
+        def start(self, _: int) -> Loud:
+            return self
+
+        def forward(self, _: Any, __: int) -> np.ndarray:
+            logits = np.zeros((1, tokenizer.vocab_size), np.float32)
+            logits[0, list(tokenizer.special_ids)] = 50
+            return logits
+
+    loud: Any = Loud()
+    assert not tokenizer.special_ids & set(module.written(loud, np.array([2]), 20, 1.0, 0).tolist())
+    assert module.written(loud, np.array([2]), 20, 1.0, 0, ends={1}).tolist() == [1]
+
+
 def test_what_was_written_is_kept(run: Callable[..., Measurement], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run("chat", LINES)
     monkeypatch.setattr(module, "written", None)

@@ -130,15 +130,22 @@ def importance_of(checkpoint: Checkpoint, sequences: Sequence[Ints]) -> dict[str
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Give every tensor the format that it has in this GGUF file.",
 )
+@click.option("--requantize", is_flag=True, help="Let CHECKPOINT be quantized itself.")
 def command(
-    checkpoint: Path, out: Path, mix: str, imatrix_text: Path | None, chunks: int | None, formats_of: Path | None
+    checkpoint: Path,
+    out: Path,
+    mix: str,
+    imatrix_text: Path | None,
+    chunks: int | None,
+    formats_of: Path | None,
+    requantize: bool,
 ) -> None:
     """Quantize CHECKPOINT, a folder or an unquantized GGUF file, to OUT with llama.cpp's own quantizer."""
     formats = None
     if formats_of is not None:
         with GGUFModel(formats_of) as file:
             formats = {name: info.format for name, info in file.tensors.items() if len(info.shape) > 1}
-    with open_checkpoint(checkpoint) as source, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with open_checkpoint(checkpoint, requantize) as source, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         importance = None
         if imatrix_text is not None:
             text = read_texts([imatrix_text], Tokenizer(source.vocabulary(), str(checkpoint)))

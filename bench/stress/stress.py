@@ -44,7 +44,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
 
 PARAMETERS = (*LEVELS, "depth")
 GRID = ("typos", "case")
-_MOST = {"depth": math.inf, "repetition": 20.0, "temperature": 5.0}  # of what is no share
+_MOST = {"repetition": 20.0, "temperature": 5.0}  # of what is no share
 _SOURCE = 2  # chunks of text that a passage is made of: some changes leave fewer tokens
 _SAMPLE = 160  # characters
 
@@ -83,7 +83,7 @@ def stress(
     sources = _Sources(exact, read, chunk, limit, KeptResults(states, {**key, "writer": key_of(reference)}), progress)
     poses = list(_poses(turned, grid, corners))
     passages = [sources.passage(i, pose) for pose in poses for i in range(sources.n)]
-    numbers = [_number(pose, i) for pose in poses for i in range(sources.n)]
+    numbers = [sources.number(i, pose) for pose in poses for i in range(sources.n)]
     found = compute(work, dict(zip(numbers, passages, strict=True)), key, states, progress, spread)
     bootstrap = Bootstrap(sources.n, confidence)
     units = np.repeat(range(sources.n), passages[0].scored)
@@ -132,12 +132,18 @@ class _Sources:
                 "text or a smaller --chunk"
             )
 
+    def number(self, i: int, pose: Pose) -> int:
+        """What a passage in a pose is kept as, whichever others there are."""
+        text, _, start = self._found[i]
+        digest = hashlib.sha256(json.dumps([text, start, sorted(pose.items())]).encode()).digest()
+        return int.from_bytes(digest[:7], "big")
+
     def passage(self, i: int, pose: Pose) -> Passage:
         """<bos>, `depth` tokens of the text from elsewhere, and what the pose makes of the stretch, a chunk in all."""
         number, ids, start = self._found[i]
         tokenizer, depth = self._writer.tokenizer, int(pose.get("depth", 0))
         text = tokenizer.decode(self._stretch(i, pose.get("temperature", 0.0)).tolist())
-        made = tokenizer.encode(posed(text, pose, f"{i}"))[: self._chunk - 1]
+        made = tokenizer.encode(posed(text, pose, f"{number} {start}"))[: self._chunk - 1]
         if len(made) < self._chunk - 1:
             raise InvalidRequest(
                 f"{pose_name(pose)}: leaves {len(made)} tokens of {_SOURCE * self._chunk}, expected at least "
@@ -151,12 +157,12 @@ class _Sources:
         _, ids, start = self._found[i]
         stretch, quarter = ids[start : start + _SOURCE * self._chunk].copy(), self._chunk // 4
         if temperature:
-            place = _number({"temperature": temperature}, i)
+            place = self.number(i, {"temperature": temperature})
             found = self._kept.load(place)
             if found is None:
                 self._progress(i, self.n, f"the reference writes at temperature {temperature:g}")
                 begun = np.concatenate([ids[:1], stretch[:quarter]])
-                found = {"ids": written(self._writer, begun, quarter, temperature, seed=i)}
+                found = {"ids": written(self._writer, begun, quarter, temperature, seed=start)}
                 self._kept.save(place, found)
             stretch[quarter : 2 * quarter] = found["ids"]
         return stretch
@@ -179,7 +185,7 @@ def _check(levels: Mapping[str, Sequence[float]], grid: Sequence[str] | None, de
     for name, some in levels.items():
         if name not in PARAMETERS:
             raise InvalidRequest(f"--turn: found {name!r}, expected one of {', '.join(PARAMETERS)}")
-        most = min(_MOST.get(name, 1.0), deepest)
+        most = deepest if name == "depth" else _MOST.get(name, 1.0)
         if not some or not all(0 < level <= most for level in some) or len({*some}) < len(some):
             raise InvalidRequest(
                 f"--turn: {name}: found {', '.join(f'{x:g}' for x in some) or 'no level'}, expected different levels "
@@ -196,7 +202,7 @@ def _check(levels: Mapping[str, Sequence[float]], grid: Sequence[str] | None, de
 
 def _poses(levels: Mapping[str, Sequence[float]], grid: Sequence[str] | None, corners: int) -> Iterator[Pose]:
     """Each once: the origin, each parameter alone, the grid, and so many that turn each parameter or do not."""
-    random, seen = Random(0), set[str]()
+    random, seen = Random(0), set[frozenset[tuple[str, float]]]()
     alone: list[Pose] = [{name: level} for name, some in levels.items() for level in some]
     both = [dict(zip(grid, pair, strict=True)) for pair in product(*(levels[name] for name in grid))] if grid else []
     mixed: list[Pose] = []
@@ -204,15 +210,9 @@ def _poses(levels: Mapping[str, Sequence[float]], grid: Sequence[str] | None, co
         drawn = {name: random.choice((0.0, random.choice(some))) for name, some in levels.items()}
         mixed.append({name: level for name, level in drawn.items() if level})
     for pose in ({}, *alone, *both, *mixed):
-        if (name := pose_name(pose)) not in seen:
-            seen.add(name)
+        if (turned := frozenset(pose.items())) not in seen:
+            seen.add(turned)
             yield pose
-
-
-def _number(pose: Pose, passage: int) -> int:
-    """What a passage in a pose is kept as, whichever other poses there are."""
-    digest = hashlib.sha256(json.dumps([sorted(pose.items()), passage]).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def _by_pose(found: Sequence[Arrays], n: int) -> list[Records]:

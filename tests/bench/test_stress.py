@@ -154,6 +154,22 @@ def test_it_goes_on(run: Callable[..., Stress], monkeypatch: pytest.MonkeyPatch)
         assert again.candidates[0].losses[again.find(pose.turned)] == loss
 
 
+def test_what_is_kept_is_each_passage_s_own(models: dict[str, Path], tmp_path: Path) -> None:
+    """With other limits, too, by which the passages of a second text have other places."""
+    tale, texts = TEXT.read_text("utf-8"), [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for i, text in enumerate(texts):
+        text.write_text(tale[6000 * i : 6000 * (i + 1)], encoding="utf-8")
+    exact, rounded = Spec(models["exact"], "reference", "f32", "f32"), Spec(models["q4_0"], "native")
+
+    def run(states: str, limit: int) -> Stress:
+        levels = {"typos": [0.2], "temperature": [1.0]}
+        options: dict[str, Any] = {"chunk": 32, "levels": levels, "grid": None, "corners": 0}
+        return stress([rounded], exact, texts, limit=limit, states=tmp_path / states, **options)
+
+    run("before", 2)
+    assert run("before", 4).candidates == run("alone", 4).candidates
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -171,6 +187,8 @@ def test_it_goes_on(run: Callable[..., Stress], monkeypatch: pytest.MonkeyPatch)
         ({"grid": ("case", "case")}, "--grid: found 'case,case', expected two"),
         ({"grid": ("case",)}, "--grid: found 'case', expected two parameters, as typos,case"),
         ({"chunk": 3}, "--chunk: found 3, expected 4 to 256"),
+        ({"chunk": 256, "levels": {"depth": [1.0]}}, "depth: found 1, expected different levels above 0, up to 0"),
+        ({"chunk": 256, "levels": {"case": [1.0]}, "grid": None, "length": 900}, "tokens, expected at least 513"),
         ({"length": 200}, "tokens, expected at least 65; give more text or a smaller --chunk"),
     ],
 )

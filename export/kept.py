@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.arrays import Arrays
-from ..runtime.files.atomic import atomic
+from ..runtime.files.atomic import BeingWritten, atomic
 from ..runtime.files.hashing import fed
 
 _DIGEST_BYTES = 32
@@ -30,7 +30,7 @@ class KeptWork:
         text = json.dumps(key, sort_keys=True)
         self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._folder.mkdir(parents=True, exist_ok=True)
-        with atomic(self._folder / "key.json") as file:
+        with suppress(BeingWritten), atomic(self._folder / "key.json") as file:
             file.write(text.encode())
 
     def beside(self, key: Mapping[str, Any]) -> KeptWork:
@@ -50,7 +50,8 @@ class KeptWork:
             return None
 
     def save(self, number: int, arrays: Arrays) -> None:
-        with atomic(self._path(number)) as file:
+        """Unless another process is at it, which writes the same."""
+        with suppress(BeingWritten), atomic(self._path(number)) as file:
             file.write(bytes(_DIGEST_BYTES))
             np.savez(file, allow_pickle=False, **arrays)
             file.seek(_DIGEST_BYTES)

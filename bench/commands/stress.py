@@ -16,7 +16,7 @@ from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.errors import InvalidRequest
 from ..loss.subjects import Spec, parse_spec
 from ..stress.result import Search, Stress
-from ..stress.stress import CHUNK, CORNERS, GRID, PARAMETERS, PASSAGES
+from ..stress.stress import CHUNK, CORNERS, DISTANCE, GRID, PARAMETERS, PASSAGES
 from ..stress.stress import stress as run
 from ..stress.tables import show, show_search
 from .shared import (
@@ -53,9 +53,7 @@ from .shared import (
 @click.option(
     "--corners",
     type=click.IntRange(min=0),
-    default=CORNERS,
-    show_default=True,
-    help="Poses that turn any of them, at random.",
+    help=f"Poses that turn any of them, at random.  [default: {CORNERS}]",
 )
 @click.option(
     "--search",
@@ -66,9 +64,8 @@ from .shared import (
 @click.option(
     "--distance",
     type=float,
-    default=0.05,
-    show_default=True,
-    help="How far a search may move a text: the share of its words that unrelated ones may replace.",
+    help="How far --search may move a text: the share of its words that unrelated ones may replace.  "
+    f"[default: {DISTANCE}]",
 )
 @click.option(
     "--chunk",
@@ -92,9 +89,9 @@ def stress(
     texts: tuple[Path, ...],
     turned: tuple[str, ...],
     grid: str | None,
-    corners: int,
+    corners: int | None,
     searches: bool,
-    distance: float,
+    distance: float | None,
     chunk: int | None,
     limit: int | None,
     threads: int | None,
@@ -114,16 +111,16 @@ def stress(
     case         words in capitals (a share of them)
     typos        letters left out, doubled or changed with the next (a share)
     spacing      spaces left out, doubled or turned into new lines (a share)
-    homoglyphs   letters of another alphabet that look the same (a share)
+    homoglyphs   letters of another alphabet that look the same (a share of those that have one)
     digits       words that become numbers (a share)
     repetition   every sentence so many times more
     shuffle      sentences that change places (a share)
-    depth        tokens of the text that come before
+    depth        tokens of the text that come before (for its beginning, its end)
     temperature  at which the reference wrote what comes just before
 
     With --search a few words of each passage are changed instead, where the gradient of the loss says that it hurts
     most, and no farther than --distance by the word mover's distance: what a text can do at its worst, next to random
-    words as far away. It takes 4 bytes of memory a weight for each of two models.
+    words as far away in the same places. It takes 4 bytes of memory a weight for each of two models.
 
     --scheduler gives the passages to dask's workers on any number of machines, as `bezel measure` does; a search for
     words stays here, and what it found is measured there.
@@ -137,6 +134,10 @@ def stress(
       bezel stress a.gguf --reference gemma-f16.gguf --text wiki.test.txt --turn typos=0.1,0.3 --turn depth --grid none
       bezel stress a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --search --html worst.html
     """
+    if searches and (turned or grid or corners is not None):
+        raise click.UsageError("--search takes no poses: leave --turn, --grid and --corners out.")
+    if distance is not None and not searches:
+        raise click.UsageError("--distance goes with --search.")
     specs = [parse_spec(text, Spec(Path())) for text in candidates]
     exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
     asked: dict[str, Any] = {
@@ -151,10 +152,11 @@ def stress(
     with goes_on(), spread_by(scheduler) as spread:
         asked["spread"] = spread
         if searches:
-            result = _search()(specs, exact, texts, distance=distance, **asked)
+            result = _search()(specs, exact, texts, distance=DISTANCE if distance is None else distance, **asked)
         else:
             levels, pair = _levels(turned), _grid(grid, turned)
-            result = run(specs, exact, texts, levels=levels, grid=pair, corners=corners, **asked)
+            n = CORNERS if corners is None else corners
+            result = run(specs, exact, texts, levels=levels, grid=pair, corners=n, **asked)
     result = replace(result, command=f"bezel {shlex.join(sys.argv[1:])}")
     if as_json:
         click.echo(json.dumps(result.to_json()))
@@ -184,6 +186,8 @@ def _levels(turned: Sequence[str]) -> dict[str, list[float] | None]:
     found: dict[str, list[float] | None] = {}
     for text in turned:
         name, given, numbers = text.partition("=")
+        if name in found:
+            raise InvalidRequest(f"--turn: found {name!r} twice, expected all its levels at once, as {name}=0.1,0.2")
         try:
             found[name] = [float(number) for number in numbers.split(",")] if given else None
         except ValueError:
@@ -195,4 +199,4 @@ def _grid(text: str | None, turned: Sequence[str]) -> list[str] | None:
     """The two parameters of the map; the usual ones only where everything is turned."""
     if text is None:
         return None if turned else [*GRID]
-    return None if text == "none" else text.split(",")
+    return None if text == "none" else [name.strip() for name in text.split(",")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...runtime.version import bezel_version
 from ..progress import Progress, silent
 from ..spread import Spread, here
-from .passages import WRITTEN, cut, first_of_each, prompts, read_texts, sequence_length
+from .passages import WRITTEN, check_room, cut, first_of_each, prompts, read_texts, sequence_length
 from .result import Effect, MeasuredText, Measurement, Reference
 from .scoring import Subjects, compute
 from .state import KeptResults
@@ -45,7 +45,7 @@ def measure(
     exact = work.subjects[0]
     chunk = sequence_length(chunk, protocol, min(subject.config.context_length for subject in work.subjects))
     read = read_texts(texts, exact.tokenizer)
-    passages = prompts(read, exact.tokenizer, chunk) if protocol == "chat" else cut(read, protocol, chunk)
+    passages = prompts(read, exact.tokenizer) if protocol == "chat" else cut(read, protocol, chunk)
     key = {
         "texts": [text.sha256 for text in read],
         "protocol": protocol,
@@ -53,6 +53,8 @@ def measure(
         "passages": [(passage.text, passage.start, len(passage.ids)) for passage in passages],
     }
     chosen = first_of_each(passages, limit)
+    if protocol == "chat":
+        check_room(chosen.values(), read, chunk)
     if protocol in WRITTEN:
         kept = KeptResults(states, {**key, "writer": key_of(reference)})
         chosen = with_answers(exact, chosen, chunk, kept, progress)

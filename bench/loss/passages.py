@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Text]:
     for path in paths:
         raw = path.read_bytes()
         try:
-            text = raw.decode()
+            text = raw.decode("utf-8-sig")  # without a byte order mark
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"{path}: found a byte that is not UTF-8 at {error.start}, expected text") from None
         ids = np.array(tokenizer.encode(text, bos=True), np.int64)
@@ -103,27 +103,31 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
     return list(first_of_each(passages, limit).values())
 
 
-def prompts(texts: Sequence[Text], tokenizer: Tokenizer, chunk: int) -> list[Passage]:
+def prompts(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Passage]:
     """Chats that await their answer: every line of the texts is what a user says, in Gemma's template.
 
-    `start` counts the lines. Raises InvalidRequest for a line that leaves no room for an answer in `chunk` tokens, and
-    for a vocabulary without turns.
+    `start` counts the lines. Raises InvalidRequest where there is none, and for a vocabulary without turns.
     """
     found = []
     for index, text in enumerate(texts):
-        for number, line in enumerate(text.path.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(text.path.read_text("utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
             ids = np.array(render(tokenizer, [Message("user", line)]), np.int64)
-            if len(ids) >= chunk:
-                raise InvalidRequest(
-                    f"{text.path}: line {number}: found {len(ids)} tokens with the template, expected fewer than the "
-                    f"{chunk} of --chunk"
-                )
             found.append(Passage(index, number, ids, len(ids) - 1))
     if not found:
         raise InvalidRequest(f"{texts[0].path}: found no line, expected a user's message on each")
     return found
+
+
+def check_room(prompts: Iterable[Passage], texts: Sequence[Text], chunk: int) -> None:
+    """Raises InvalidRequest for a line that leaves no room for an answer in `chunk` tokens."""
+    for prompt in prompts:
+        if len(prompt.ids) >= chunk:
+            raise InvalidRequest(
+                f"{texts[prompt.text].path}: line {prompt.start}: found {len(prompt.ids)} tokens with the template, "
+                f"expected fewer than the {chunk} of --chunk; take a larger one, or the line out"
+            )
 
 
 def first_of_each(passages: Sequence[Passage], limit: int | None) -> dict[int, Passage]:

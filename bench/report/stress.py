@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..loss.intervals import Interval
-from ..stress.result import ORIGIN, FoundPassage, Search, Stress, Stressed, pose_name
+from ..stress.result import ORIGIN, FoundPassage, Search, Stress, Stressed, pose_name, shown_name
 from .page import KLD, figure, heat_figure, joined, percent, section, table, value, write_page
 from .svg import Axis, Plot, element, number
 
@@ -52,7 +52,7 @@ def write_search(result: Search, path: str | Path) -> None:
         rows.append([head, *(_cell(loss, number) for loss in losses), _cell(toll.flips, percent, " %")])
     words = (
         f"Mean loss on passages of {result.chunk} tokens, of which the second half counts: as they are, with random "
-        f"tokens (the mean and the worst of {result.draws} draws, as far from the text and in as many places), and "
+        f"tokens (the mean and the worst of {result.draws} draws, as far from the text and in the same places), and "
         "with those that a search found. What was found for one candidate is measured on the others too. Far is the "
         f"word mover's distance, here at most {100 * result.distance:g} % of what lies between two tokens of the text."
     )
@@ -152,7 +152,7 @@ def _worst(result: Stress) -> list[Element]:
 
 def _row(result: Stress, candidate: Stressed, i: int) -> Sequence[Element]:
     pose, loss = result.poses[i], candidate.losses[i]
-    head = element("th", pose_name(pose.turned), element("span.sub.sample", element("bdi", pose.sample)), scope="row")
+    head = element("th", shown_name(pose), element("span.sub.sample", element("bdi", pose.sample)), scope="row")
     perplexity = element("td", *value(f"{pose.perplexity.value:,.4g}", pose.perplexity.value))
     return [head, _cell(loss.kld, number), _cell(loss.more, number), _cell(loss.flips, percent, " %"), perplexity]
 

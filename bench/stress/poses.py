@@ -16,14 +16,13 @@ Change = Callable[[str, float, Random], str]
 """A text at a level."""
 
 _TWINS = str.maketrans("aceiopsxyABCEHIKMOPTX", "асеіорѕхуАВСЕНІКМОРТХ")  # Cyrillic, and look the same
-_WORD = re.compile(r"\S+")
-_AFTER_SENTENCE = re.compile(r"(?<=[.!?])([\"'”’)]*\s+)")
-_MOST_DIGITS = 12
+_WORD = re.compile(r"\S{1,12}")  # or a part of one: some scripts have no spaces
+_AFTER_SENTENCE = re.compile(r"((?<=[.!?])[\"'”’)]*\s+|(?<=[。！？])[”」』]*\s*)")
 
 
 def case(text: str, share: float, random: Random) -> str:
     """Words in capitals."""
-    return _WORD.sub(lambda word: word[0].upper() if random.random() < share else word[0], text)
+    return re.sub(r"\S+", lambda word: word[0].upper() if random.random() < share else word[0], text)
 
 
 def typos(text: str, rate: float, random: Random) -> str:
@@ -61,7 +60,7 @@ def digits(text: str, rate: float, random: Random) -> str:
     """Words that become numbers of as many digits."""
 
     def changed(word: re.Match[str]) -> str:
-        drawn, number, length = random.random(), random.random(), min(len(word[0]), _MOST_DIGITS)
+        drawn, number, length = random.random(), random.random(), len(word[0])
         return f"{int(number * 10**length):0{length}}" if drawn < rate else word[0]
 
     return _WORD.sub(changed, text)

@@ -38,11 +38,12 @@ class Stressed(MeasuredModel):
 
 @dataclass(frozen=True)
 class Posed:
-    """A pose: the parameters that are turned, and how far; `perplexity` is the reference's there, and `sample` how the
-    first passage begins.
+    """A pose: the parameters that are turned, and how far; how many passages that changed; `perplexity` is the
+    reference's there, and `sample` how the first passage begins.
     """
 
     turned: dict[str, float]
+    changed: int
     perplexity: Interval
     sample: str
 
@@ -87,6 +88,11 @@ class Stress:
         return next(i for i, pose in enumerate(self.poses) if pose.turned == turned)
 
 
+def shown_name(pose: Posed) -> str:
+    """Its name, and if it is one in name only."""
+    return pose_name(pose.turned) + ("" if pose.changed or not pose.turned else " (changes nothing)")
+
+
 def pose_name(turned: Mapping[str, float]) -> str:
     """As `typos 0.05, depth 128`."""
     return ", ".join(f"{name} {level:g}" for name, level in turned.items()) or "as it is"
@@ -95,7 +101,7 @@ def pose_name(turned: Mapping[str, float]) -> str:
 @dataclass(frozen=True)
 class SearchLoss:
     """Of a candidate on one passage: mean KLD over the scored positions as the text is, as it was changed, and with
-    random tokens as far away in as many places, on average and in the worst draw; and the shares of positions whose
+    random tokens as far away in the same places, on average and in the worst draw; and the shares of positions whose
     top token is not the reference's.
     """
 

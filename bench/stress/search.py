@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,8 +40,9 @@ from ..loss.subjects import Opener, Spec, key_of
 from ..progress import Progress, silent
 from ..spread import Spread, here
 from .result import FoundPassage, Search, SearchLoss, Toll
+from .stress import DISTANCE
 
-CHUNK, PASSAGES, DISTANCE = 64, 8, 0.05
+CHUNK, PASSAGES = 64, 8
 DRAWS = 16  # of random tokens as far away, which a search must beat
 _TRIED, _IN_A_PLACE = 24, 3  # changes that the gradient promises most of are tried, and so many of one place
 _NEAR = 64  # tokens about as far away, of which a random one is drawn
@@ -122,13 +123,21 @@ def search(
         distance=distance,
         draws=DRAWS,
         confidence=confidence,
-        warnings=[f"only {len(passages)} passages: the intervals are too narrow, or missing"]
-        * (len(passages) < FEW_UNITS),
+        warnings=list(_warnings(found)),
         reference=exact.facts,
         candidates=[work.subjects[c.candidate].facts for c in work.comparisons],
         found=found,
         tolls=[_toll(a, b, i, found[a], bootstrap) for a in names for i, b in enumerate(names)],
     )
+
+
+def _warnings(found: Mapping[str, Sequence[FoundPassage]]) -> Iterator[str]:
+    for name, passages in found.items():
+        still = sum(not passage.places for passage in passages)
+        if still:
+            yield f"{name}: in {still} of {len(passages)} passages no change that helps was found so near"
+    if len(passages) < FEW_UNITS:
+        yield f"only {len(passages)} passages: the intervals are too narrow, or missing"
 
 
 def _passages(tokenizer: Tokenizer, texts: Sequence[Text], chunk: int, limit: int) -> list[Passage]:
@@ -226,15 +235,15 @@ class _Hunt:
     def __call__(self, passage: Passage, distance: float) -> Arrays:
         ids, first = passage.ids, passage.first
         unit = self._unit(ids)
-        found, left, spent = ids.copy(), distance * len(ids) * unit, list[float]()
+        found, left = ids.copy(), distance * len(ids) * unit
         loss = float(self._divergence(torch.from_numpy(found)[None], first)[0])
         while step := self._step(found, ids, first, loss, left):
             found, far, loss = step
-            spent.append(far)
             left -= far
         random = np.random.default_rng(_number(ids))
-        draws = [self._random(ids, first, spent, random) for _ in range(DRAWS)]
-        return {"ids": found, "random": np.stack(draws), "distance": np.array(self._moved(ids, found) / unit)}
+        draws = [self._random(ids, found, random) for _ in range(DRAWS)]
+        moved = self._moved(ids, found) / unit if unit else 0.0
+        return {"ids": found, "random": np.stack(draws), "distance": np.array(moved)}
 
     def _divergence(self, ids: Tensor, first: int) -> Tensor:
         with torch.no_grad():
@@ -287,12 +296,12 @@ class _Hunt:
             if n == _TRIED:
                 return
 
-    def _random(self, ids: Ids, first: int, spent: Sequence[float], random: np.random.Generator) -> Ids:
-        """The passage with random tokens in as many random places, each as far from what was there as a found one."""
+    def _random(self, ids: Ids, found: Ids, random: np.random.Generator) -> Ids:
+        """The passage with random tokens where others were found, each as far from what was there."""
         out = ids.copy()
-        places = random.permutation(np.arange(1, first + 1))
-        for distance, place in zip(spent, places, strict=False):
-            near = (self._far(int(ids[place])) - distance).abs().topk(_NEAR, largest=False).indices.numpy()
+        for place in np.flatnonzero(found != ids):
+            fars = self._far(int(ids[place]))
+            near = (fars - fars[found[place]]).abs().topk(_NEAR, largest=False).indices.numpy()
             for token in random.permutation(near)[:_ATTEMPTS]:
                 text = out.copy()
                 text[place] = token
@@ -313,7 +322,7 @@ class _Hunt:
         """The mean distance between two different tokens of a text."""
         rows = self._exact.embedding[torch.from_numpy(np.unique(ids[1:]))]
         n = len(rows)
-        return float(torch.cdist(rows, rows).sum()) / (n * (n - 1))
+        return float(torch.cdist(rows, rows).sum()) / max(1, n * (n - 1))
 
     def _moved(self, a: Ids, b: Ids) -> float:
         """The word mover's distance of two texts with as many tokens, each of the same weight."""

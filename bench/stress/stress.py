@@ -44,6 +44,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
 
 PARAMETERS = (*LEVELS, "depth")
 GRID = ("typos", "case")
+DISTANCE = 0.05  # that a search may move a text
 _MOST = {"repetition": 20.0, "temperature": 5.0}  # of what is no share
 _SOURCE = 2  # chunks of text that a passage is made of: some changes leave fewer tokens
 _SAMPLE = 160  # characters
@@ -76,11 +77,12 @@ def stress(
     context = min(subject.config.context_length for subject in work.subjects)
     chunk = sequence_length(min(CHUNK, context // 2) if chunk is None else chunk, "chunks", context)
     exact = work.subjects[0]
-    turned = _levels(levels, exact, context - chunk)
-    _check(turned, grid, context - chunk)
     read = read_texts(texts, exact.tokenizer)
-    key = {"stress": 1, "texts": [text.sha256 for text in read], "chunk": chunk}
+    key = {"stress": 2, "texts": [text.sha256 for text in read], "chunk": chunk}
     sources = _Sources(exact, read, chunk, limit, KeptResults(states, {**key, "writer": key_of(reference)}), progress)
+    deepest = min(context - chunk, sources.deepest)
+    turned = _levels(levels, exact, deepest)
+    _check(turned, grid, deepest)
     poses = list(_poses(turned, grid, corners))
     passages = [sources.passage(i, pose) for pose in poses for i in range(sources.n)]
     numbers = [sources.number(i, pose) for pose in poses for i in range(sources.n)]
@@ -93,6 +95,11 @@ def stress(
         for c, of_one in zip(work.comparisons, records, strict=True)
     ]
     likely = [bootstrap.mean(-of_pose["reference_logp"], units, 0).map(math.exp) for of_pose in records[0]]
+    plain = passages[: sources.n]
+    changed = [
+        sum(not np.array_equal(a.ids, b.ids) for a, b in zip(plain, passages[i:], strict=False))
+        for i in range(0, len(passages), sources.n)
+    ]
     samples = [exact.tokenizer.decode(p.ids[-chunk:].tolist())[:_SAMPLE] for p in passages[:: sources.n]]
     few = f"only {sources.n} passages: intervals are too narrow, or missing; {FEW_UNITS} or more are wanted"
     return Stress(
@@ -107,7 +114,7 @@ def stress(
         reference=exact.facts,
         levels=turned,
         grid=list(grid or ()),
-        poses=[Posed(dict(p), x, s) for p, x, s in zip(poses, likely, samples, strict=True)],
+        poses=[Posed(dict(p), *of_pose) for p, *of_pose in zip(poses, changed, likely, samples, strict=True)],
         candidates=stressed,
         transfer=[Transfer(a.name, b.name, _rank_correlation(a, b)) for a, b in combinations(stressed, 2)],
     )
@@ -125,6 +132,8 @@ class _Sources:
             starts = range(1, len(text.ids) - _SOURCE * chunk + 1, chunk)
             self._found += [(number, text.ids, start) for start in starts[:limit]]
         self.n = len(self._found)
+        # What comes before a passage is the text before it and, where that begins, its end: no part of the passage.
+        self.deepest = min((len(ids) - 1 - _SOURCE * chunk for _, ids, _ in self._found), default=0)
         if not self.n:
             longest = max(texts, key=lambda text: len(text.ids))
             raise InvalidRequest(

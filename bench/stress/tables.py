@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from ..loss.tables import print_table, with_interval
-from .result import ORIGIN, Search, Stress, Stressed, pose_name
+from .result import ORIGIN, Search, Stress, Stressed, shown_name
 
 _WORST = 5
+_NONE = 1e-6  # nats a token; less is rounding of what is equal
 
 
 def show(result: Stress) -> None:
@@ -34,8 +35,8 @@ def show_search(result: Search) -> None:
     """Print what the changed passages cost every candidate, and for each the passage that was hurt most."""
     passages = len(next(iter(result.found.values())))
     click.echo(
-        f"{passages} passages of {result.chunk} tokens, that moved by at most {100 * result.distance:g} %; "
-        f"random: as far, {result.draws} draws; ± the longer side of the {result.confidence:.0%} confidence interval"
+        f"{passages} passages of {result.chunk} tokens, moved by at most {100 * result.distance:g} %; random: as far in "
+        f"the same places, {result.draws} draws; ± the longer side of the {result.confidence:.0%} confidence interval"
     )
     click.echo(f"reference: {result.reference.name}, {result.reference.setting}\n")
     rows = []
@@ -59,9 +60,9 @@ def _show_poses(result: Stress, candidate: Stressed, poses: list[int]) -> None:
         loss, plain = candidate.losses[i], candidate.losses[ORIGIN].kld.value
         rows.append(
             [
-                pose_name(result.poses[i].turned),
+                shown_name(result.poses[i]),
                 with_interval(loss.kld, "{:.5f}"),
-                f"{loss.kld.value / plain:.2f} ×" if plain else "",
+                f"{loss.kld.value / plain:.2f} ×" if plain >= _NONE else "",
                 with_interval(loss.flips, "{:.1f}", 100),
                 f"{result.poses[i].perplexity.value:,.4g}",
             ]

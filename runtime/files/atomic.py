@@ -22,6 +22,10 @@ _KINDS = (
 )
 
 
+class BeingWritten(InvalidRequest):
+    """Another process writes the same file."""
+
+
 @contextmanager
 def atomic(out: Path, replaces: Callable[[Path], bool] = lambda _: True) -> Iterator[BinaryIO]:
     """A file open for writing that appears under its name once it is complete and on the disk, or not at all.
@@ -109,7 +113,7 @@ def claimed(out: Path) -> Iterator[Path]:
             raise InvalidRequest(f"{out}: cannot be written: {error.strerror}") from None
         try:
             if not _lock(handle):
-                raise InvalidRequest(f"{out}: is being written by another process; choose another name, or wait")
+                raise BeingWritten(f"{out}: is being written by another process; choose another name, or wait")
             try:
                 if not os.path.samestat(os.fstat(handle), os.lstat(lock)):
                     continue  # its owner took it away before the lock was got

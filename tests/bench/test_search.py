@@ -133,19 +133,33 @@ def test_what_it_finds(run: Callable[..., Search]) -> None:
     assert tolls["q4_0", "q8_0"].found.value == pytest.approx(np.mean(losses))
 
 
-def test_random_changes_are_as_many_and_as_far(hunt: module._Hunt) -> None:
+def test_random_changes_are_in_the_same_places_and_as_far(hunt: module._Hunt) -> None:
     tokenizer = hunt._tokenizer
     ids = np.array(tokenizer.encode("Once upon a time there was a King who had a daughter whom he loved.", bos=True))
+    found = ids.copy()
+    for place in (3, 7):
+        found[place] = int(hunt._far(int(ids[place])).argsort()[400])  # neither near nor far
     for seed in range(5):
-        out = hunt._random(ids, len(ids) // 2, [1.0, 1.2], np.random.default_rng(seed))
+        out = hunt._random(ids, found, np.random.default_rng(seed))
         places = np.flatnonzero(out != ids)
-        assert len(places) == 2
-        assert places.max() <= len(ids) // 2
-        fars = sorted(float(hunt._far(int(ids[at]))[out[at]]) for at in places)
-        for far, wanted in zip(fars, (1.0, 1.2), strict=True):
-            every = [hunt._far(int(ids[at])) for at in places]
-            nearest = min(float((x[x.isfinite()] - wanted).abs().min()) for x in every)
-            assert abs(far - wanted) < max(0.3, 2 * nearest)
+        assert places.tolist() == [3, 7]
+        for place in places:
+            fars = hunt._far(int(ids[place]))
+            nearer = (fars - fars[found[place]]).abs() < (fars[out[place]] - fars[found[place]]).abs()
+            assert int(nearer.sum()) < 64
+        assert tokenizer.encode(tokenizer.decode(out[1:].tolist()), bos=True) == out.tolist()
+
+
+def test_a_passage_of_one_token(run: Callable[..., Search], text: Path) -> None:
+    """Nothing is far from anything: nothing moves, and nothing fails."""
+    before = text.read_text("utf-8")
+    text.write_text(" the" * 400, encoding="utf-8")
+    try:
+        found = run("q4_0", limit=1)
+    finally:
+        text.write_text(before, encoding="utf-8")
+    assert [passage.places for passage in found.found["q4_0"]] == [[]]
+    assert found.found["q4_0"][0].distance == 0
 
 
 def test_it_goes_on(run: Callable[..., Search], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,6 @@ def test_the_key_is_whole_or_absent(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_another_version_of_the_code_computes_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     KeptResults(folder, {"a": 1}).save(0, {"x": np.arange(3)})
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_code", lambda: "another")
+        patch.setattr(module, "code_hash", lambda: "another")
         assert KeptResults(folder, {"a": 1}).load(0) is None
     assert KeptResults(folder, {"a": 1}).load(0) is not None

@@ -18,6 +18,7 @@ from bezel.bench.stress import poses
 from bezel.bench.stress.poses import TEXT_CHANGES, posed
 from bezel.bench.stress.result import ORIGIN, Stress, pose_name
 from bezel.bench.stress.stress import stress
+from bezel.bench.stress.tables import show
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime.commands.main import main
@@ -76,6 +77,11 @@ def test_what_changes_do() -> None:
     assert poses.repetition("One. Two! ", 2, always) == "One. One. One. Two! Two! Two! "
     assert sorted(poses.shuffle(TALE, 1, Random(2)).split()) == sorted(TALE.split())
     assert set(poses.homoglyphs("ace", 1, always)).isdisjoint("ace")
+    tale = "从前有一个国王。他有三个女儿！后来呢？"  # no spaces, and its own full stops
+    assert poses.repetition(tale, 1, always) == "".join(
+        part * 2 for part in ("从前有一个国王。", "他有三个女儿！", "后来呢？")
+    )
+    assert len(poses.digits(tale * 9, 1, always)) == len(tale * 9)
     assert " " not in poses.spacing("a b c d e", 1, always).replace("  ", "")
     assert posed(TALE, {"case": 0.5, "typos": 0.1}, "3") == posed(TALE, {"typos": 0.1, "case": 0.5}, "3")
     assert posed(TALE, {"typos": 0.1}, "3") != posed(TALE, {"typos": 0.1}, "4")
@@ -116,6 +122,7 @@ def test_poses_are_all_there_each_once(run: Callable[..., Stress]) -> None:
     assert len(names) == len(set(names))
     assert {"typos 0.1, case 0.25", "typos 0.1, case 0.5", "typos 0.1, case 1", "repetition 2"} <= set(names)
     assert found.levels == {"case": [0.25, 0.5, 1], "typos": [0.1], "repetition": [2.0]}
+    assert [pose.changed for pose in found.poses[:2]] == [0, 6]
     assert all(len(candidate.losses) == len(names) for candidate in found.candidates)
     four, eight = found.candidates
     assert four.losses[four.worst].kld.value == max(loss.kld.value for loss in four.losses)
@@ -170,6 +177,24 @@ def test_what_is_kept_is_each_passage_s_own(models: dict[str, Path], tmp_path: P
     assert run("before", 4).candidates == run("alone", 4).candidates
 
 
+def test_what_comes_before_is_no_part_of_the_passage(run: Callable[..., Stress]) -> None:
+    """A text of n tokens has n less a stretch to come before one; the usual depths are no deeper."""
+    with pytest.raises(InvalidRequest, match=r"depth: found 200, expected different levels above 0, up to 1[0-9]+"):
+        run("q4_0", length=800, levels={"depth": [200.0]}, grid=None, limit=1)
+    found = run("q4_0", length=800, levels={"depth": None}, grid=None, corners=0, limit=1)
+    assert found.levels["depth"] == [4, 8, 16, 32]
+
+
+def test_a_pose_in_name_only(run: Callable[..., Stress], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = run("q4_0", levels={"shuffle": [0.01], "case": [1.0]}, grid=None, corners=0, limit=1)
+    assert [pose.changed for pose in found.poses] == [0, 0, 1]
+    show(found)
+    write_report(found, tmp_path / "report.html")
+    for page in (capsys.readouterr().out, (tmp_path / "report.html").read_text("utf-8")):
+        assert "shuffle 0.01 (changes nothing)" in page
+        assert "case 1 (changes" not in page
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -214,9 +239,15 @@ def test_the_command_and_its_report(tmp_path: Path, models: dict[str, Path]) -> 
     found = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert found["bezel_stress"] == 1
     assert [len(c["losses"]) for c in found["candidates"]] == [len(found["poses"])] * 2
-    wrong = CliRunner().invoke(main, [*command, "--turn", "typos=much"])
+    wrong = CliRunner().invoke(main, [*command, "--turn", "digits=much"])
     assert wrong.exit_code == 1
-    assert "--turn: found 'typos=much', expected numbers" in wrong.output
+    assert "--turn: found 'digits=much', expected numbers" in wrong.output
+    for options, says in (
+        (["--turn", "case"], "--turn: found 'case' twice"),
+        (["--search"], "--search takes no poses"),
+        (["--distance", "0.1"], "--distance goes with --search"),
+    ):
+        assert says in CliRunner().invoke(main, [*command, *options]).output
 
 
 def test_what_is_exact_loses_nothing(tmp_path: Path, run: Callable[..., Stress]) -> None:

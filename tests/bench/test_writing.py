@@ -69,7 +69,7 @@ def test_answers_in_a_chat(run: Callable[..., Measurement], exact: Spec, tmp_pat
     found = run("chat", LINES)
     assert found.chunks == 3
     tokenizer = Opener().open(exact).tokenizer
-    asked = prompts(read_texts([tmp_path / "text.txt"], tokenizer), tokenizer, CHUNK)
+    asked = prompts(read_texts([tmp_path / "text.txt"], tokenizer), tokenizer)
     assert [passage.start for passage in asked] == [1, 3, 4]
     assert asked[1].ids.tolist() == render(tokenizer, [Message("user", "Who was the King?")])
     answered = with_answers(
@@ -126,6 +126,8 @@ def test_what_was_written_is_kept(run: Callable[..., Measurement], monkeypatch: 
 def test_lines_that_cannot_be_asked(run: Callable[..., Measurement]) -> None:
     with pytest.raises(InvalidRequest, match=r"line 2: found \d+ tokens with the template, expected fewer than the 48"):
         run("chat", "Why?\n" + "long " * 60)
+    assert run("chat", "\ufeffWhy?\n" + "long " * 60, limit=1).chunks == 1  # which does not read the second
+    assert run("chat", "One\u2028line,\x0b\x85 and no other").chunks == 1
     with pytest.raises(InvalidRequest, match="found no line, expected a user's message on each"):
         run("chat", "\n \n")
 

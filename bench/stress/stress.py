@@ -114,7 +114,7 @@ def stress(
         reference=exact.facts,
         levels=turned,
         grid=list(grid or ()),
-        poses=[Posed(dict(p), *of_pose) for p, *of_pose in zip(poses, changed, likely, samples, strict=True)],
+        poses=[Posed(dict(p), n, x, s) for p, n, x, s in zip(poses, changed, likely, samples, strict=True)],
         candidates=stressed,
         transfer=[Transfer(a.name, b.name, _rank_correlation(a, b)) for a, b in combinations(stressed, 2)],
     )

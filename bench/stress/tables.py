@@ -35,7 +35,7 @@ def show_search(result: Search) -> None:
     """Print what the changed passages cost every candidate, and for each the passage that was hurt most."""
     passages = len(next(iter(result.found.values())))
     click.echo(
-        f"{passages} passages of {result.chunk} tokens, moved by at most {100 * result.distance:g} %; random: as far in "
+        f"{passages} passages of {result.chunk} tokens, moved at most {100 * result.distance:g} %; random: as far in "
         f"the same places, {result.draws} draws; ± the longer side of the {result.confidence:.0%} confidence interval"
     )
     click.echo(f"reference: {result.reference.name}, {result.reference.setting}\n")

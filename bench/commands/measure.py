@@ -14,7 +14,6 @@ import click
 from ...export.gguf.receipt import stamp
 from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
-from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.files.atomic import check_output
 from ...runtime.files.gguf_model import GGUFModel
 from ..loss.measure import measure as run
@@ -23,10 +22,12 @@ from ..loss.result import Measurement
 from ..loss.subjects import Spec, parse_spec
 from ..loss.tables import show
 from .shared import (
+    candidates_argument,
     goes_on,
     html_option,
     json_option,
     progress_line,
+    reference_option,
     scheduler_option,
     spread_by,
     state_option,
@@ -36,10 +37,8 @@ from .shared import (
 
 
 @click.command()
-@click.argument("candidates", nargs=-1, type=MODEL_SPEC, required=True, metavar="CANDIDATE...")
-@click.option(
-    "--reference", type=MODEL_SPEC, metavar="MODEL", required=True, help="What the candidates are compared with."
-)
+@candidates_argument
+@reference_option
 @texts_option
 @click.option("--engine", help="What runs the candidates.  [default: native for GGUF, ort for ONNX]")
 @click.option(

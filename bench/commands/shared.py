@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from ...export.commands.progress import duration
+from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.files.atomic import check_output
 from ..loss.state import state_folder
 from ..progress import Progress, silent
@@ -38,6 +39,10 @@ class Output(click.Path):
 
 
 REPORT = Output(PAGE_BEGINS)
+candidates_argument = click.argument("candidates", nargs=-1, type=MODEL_SPEC, required=True, metavar="CANDIDATE...")
+reference_option = click.option(
+    "--reference", type=MODEL_SPEC, metavar="MODEL", required=True, help="What the candidates are compared with."
+)
 texts_option = click.option(
     "--text",
     "texts",

@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.errors import InvalidRequest
 from ..loss.subjects import Spec, parse_spec
 from ..stress.result import Search, Stress
@@ -20,10 +19,12 @@ from ..stress.stress import CHUNK, CORNERS, DISTANCE, GRID, PARAMETERS, PASSAGES
 from ..stress.stress import stress as run
 from ..stress.tables import show, show_search
 from .shared import (
+    candidates_argument,
     goes_on,
     html_option,
     json_option,
     progress_line,
+    reference_option,
     scheduler_option,
     spread_by,
     state_option,
@@ -33,10 +34,8 @@ from .shared import (
 
 
 @click.command()
-@click.argument("candidates", nargs=-1, type=MODEL_SPEC, required=True, metavar="CANDIDATE...")
-@click.option(
-    "--reference", type=MODEL_SPEC, metavar="MODEL", required=True, help="What the candidates are compared with."
-)
+@candidates_argument
+@reference_option
 @texts_option
 @click.option(
     "--turn",

@@ -15,7 +15,16 @@ import click
 from ...runtime.errors import InvalidRequest
 from ..loss.subjects import Spec, parse_spec
 from ..stress.result import Search, Stress
-from ..stress.stress import CHUNK, CORNERS, DISTANCE, GRID, PARAMETERS, PASSAGES
+from ..stress.stress import (
+    CHUNK,
+    CORNERS,
+    DISTANCE,
+    GRID,
+    PARAMETERS,
+    PASSAGES,
+    SEARCH_CHUNK,
+    SEARCH_PASSAGES,
+)
 from ..stress.stress import stress as run
 from ..stress.tables import show, show_search
 from .shared import (
@@ -69,13 +78,13 @@ from .shared import (
 @click.option(
     "--chunk",
     type=int,
-    help=f"Tokens in a passage, whose second half is scored.  [default: {CHUNK}; 64 in a search]",
+    help=f"Tokens in a passage, whose second half is scored.  [default: {CHUNK}; {SEARCH_CHUNK} in a search]",
 )
 @click.option(
     "--chunks",
     "limit",
     type=click.IntRange(min=1),
-    help=f"Read so many of each text.  [default: {PASSAGES}; 8 in a search]",
+    help=f"Read so many of each text.  [default: {PASSAGES}; {SEARCH_PASSAGES} in a search]",
 )
 @threads_option
 @scheduler_option

@@ -15,7 +15,7 @@ from ...export.kept import KeptWork
 from ...runtime.arrays import Arrays
 from ...runtime.files.user_cache import cache_folder
 
-__all__ = ["Arrays", "KeptResults", "code_hash", "state_folder"]
+__all__ = ["Arrays", "KeptResults", "code_hash", "number_of", "state_folder"]
 
 _KEPT_DAYS = 30
 
@@ -25,6 +25,11 @@ class KeptResults(KeptWork):
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         super().__init__(folder, {**key, "code": code_hash()})
+
+
+def number_of(what: bytes) -> int:
+    """A number for what has no place among others, to keep it as."""
+    return int.from_bytes(hashlib.sha256(what).digest()[:7], "big")
 
 
 def state_folder() -> Path:

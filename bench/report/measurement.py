@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 from ..loss.intervals import Interval
 from ..loss.result import Candidate, MeasuredModel, Measurement, Pair, WorstToken, text_names
 from . import figures, svg
-from .page import file_size, joined, percent, section, table, value, write_page
+from .page import file_size, interval, joined, percent, section, table, write_page
 from .svg import element, number
 
 _CONTEXT, _MOST_WORST = 320, 10  # characters shown before a token; tokens shown of a candidate
@@ -133,8 +133,7 @@ def _figure(found: Interval, name: str) -> list[Element]:
     show, unit = (percent, " %") if name in _SHARES else (number, "")
     if name == "perplexity_ratio":
         show = "{:.4f}".format
-    low, high = (None if end is None else show(end) for end in (found.low, found.high))
-    return value(show(found.value), found.value, low, high, unit)
+    return interval(found, show, unit)
 
 
 def _all_figures(result: Measurement) -> Element:

@@ -7,12 +7,13 @@ untrusted: everything goes through `svg.element`, and the page forbids itself sc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
 from ...runtime.files.atomic import atomic
+from ..loss.intervals import Interval
 from . import svg
 from .svg import Axis, Row, element, number
 
@@ -58,6 +59,12 @@ def value(shown: str, exact: float, low: str | None = None, high: str | None = N
     if low is not None and high is not None:
         parts.append(element("span.interval", f"{low} – {high}{unit}"))
     return parts
+
+
+def interval(found: Interval, show: Callable[[float], str], unit: str = "") -> list[Element]:
+    """A figure and its interval, as `show` writes numbers."""
+    low, high = (None if end is None else show(end) for end in (found.low, found.high))
+    return value(show(found.value), found.value, low, high, unit)
 
 
 def figure(title: str, plot: Element, caption: str, legend: Sequence[tuple[int, str]] = ()) -> Element:

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 from ..loss.intervals import Interval
 from ..stress.result import ORIGIN, FoundPassage, Search, Stress, Stressed, pose_name, shown_name
-from .page import KLD, figure, heat_figure, joined, percent, section, table, value, write_page
+from .page import KLD, figure, heat_figure, interval, joined, percent, section, table, value, write_page
 from .svg import Axis, Plot, element, number
 
 _WORST = 10
@@ -37,7 +37,12 @@ def write_report(result: Stress, path: str | Path) -> None:
         parts += section(f"{joined(result.grid).capitalize()} together", *(_map(result, c) for c in result.candidates))
     parts += _worst(result)
     parts += _transfer(result)
-    write_page(path, f"Where quantization hurts: {names}", subtitle, [*parts, *_method(result)])
+    read = (
+        f"In each of {len(result.poses)} poses {result.passages} passages of {result.chunk} tokens were read, and the "
+        "second half of each was scored. Intervals are from a bootstrap over the passages, which are the same in all."
+    )
+    parts += _method(result, element("p", read))
+    write_page(path, f"Where quantization hurts: {names}", subtitle, parts)
 
 
 def write_search(result: Search, path: str | Path) -> None:
@@ -62,10 +67,7 @@ def write_search(result: Search, path: str | Path) -> None:
         ranked = sorted(found, key=lambda passage: -passage.losses[place].found)
         cards = (_found(passage, place) for passage in ranked)
         parts.append(element("details", element("summary", name), *cards, open="" if place == 0 else None))
-    parts.append(element("h2", "What was measured"))
-    parts += [element("p.hash", f"{text.path}: {text.tokens:,} tokens, sha256 {text.sha256}") for text in result.texts]
-    if result.command is not None:
-        parts.append(element("pre", result.command))
+    parts += _method(result)
     write_page(path, f"Where a few words hurt: {names}", subtitle, parts)
 
 
@@ -138,8 +140,7 @@ def _map(result: Stress, candidate: Stressed) -> Element | None:
 def _worst(result: Stress) -> list[Element]:
     parts: list[Element] = [element("h2", "The worst poses")]
     for candidate in result.candidates:
-        ranked = sorted(range(len(result.poses)), key=lambda i: -candidate.losses[i].kld.value)
-        rows = [_row(result, candidate, i) for i in (*ranked[:_WORST], ORIGIN)]
+        rows = [_row(result, candidate, i) for i in (*candidate.ranked[:_WORST], ORIGIN)]
         heads = ["pose, and how a passage begins", "mean KLD", "more than plain", "other top token", "perplexity"]
         summary = element("summary", candidate.name)
         parts.append(element("details", summary, table(heads, rows), open="" if len(parts) == 1 else None))
@@ -158,8 +159,7 @@ def _row(result: Stress, candidate: Stressed, i: int) -> Sequence[Element]:
 
 
 def _cell(found: Interval, show: Callable[[float], str], unit: str = "") -> Element:
-    low, high = (None if end is None else show(end) for end in (found.low, found.high))
-    return element("td", *value(show(found.value), found.value, low, high, unit))
+    return element("td", *interval(found, show, unit))
 
 
 def _transfer(result: Stress) -> list[Element]:
@@ -183,13 +183,9 @@ def _transfer(result: Stress) -> list[Element]:
     ]
 
 
-def _method(result: Stress) -> list[Element]:
+def _method(result: Stress | Search, *words: Element) -> list[Element]:
     texts = (f"{text.path}: {text.tokens:,} tokens, sha256 {text.sha256}" for text in result.texts)
-    read = (
-        f"In each of {len(result.poses)} poses {result.passages} passages of {result.chunk} tokens were read, and the "
-        "second half of each was scored. Intervals are from a bootstrap over the passages, which are the same in all."
-    )
-    parts = [element("h2", "What was measured"), element("p", read), *(element("p.hash", text) for text in texts)]
+    parts = [element("h2", "What was measured"), *words, *(element("p.hash", text) for text in texts)]
     if result.command is not None:
         parts.append(element("pre", result.command))
     return parts

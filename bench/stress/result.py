@@ -31,9 +31,13 @@ class Stressed(MeasuredModel):
     losses: list[PoseLoss]
 
     @property
+    def ranked(self) -> list[int]:
+        """The indices of the poses, the one that costs most first."""
+        return sorted(range(len(self.losses)), key=lambda i: -self.losses[i].kld.value)
+
+    @property
     def worst(self) -> int:
-        """The index of the pose that costs most."""
-        return max(range(len(self.losses)), key=lambda i: self.losses[i].kld.value)
+        return self.ranked[0]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ the word mover's distance (Kusner et al. 2015) on the reference's own embedding.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +21,11 @@ from torch import Tensor
 
 from ...export.sources.checkpoint import Checkpoint
 from ...export.sources.opening import open_checkpoint
-from ...export.tuning.torch_model import Batch, TorchOps
+from ...export.tuning.torch_model import TorchOps, hidden_of
 from ...export.tuning.tuned import exact_weights
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.memory import available_memory
-from ...runtime.model.forward import head_of, logits, run_layers
+from ...runtime.model.forward import head_of, logits
 from ...runtime.text.tokenizer import NORMAL, SPACE, Tokenizer
 from ...runtime.version import bezel_version
 from ..loss.intervals import FEW_UNITS, Bootstrap, Interval
@@ -35,14 +33,13 @@ from ..loss.metrics import same_top
 from ..loss.passages import Passage, Text, cut, read_texts, sequence_length
 from ..loss.result import MeasuredText
 from ..loss.scoring import Subjects, compute
-from ..loss.state import Arrays, KeptResults
+from ..loss.state import Arrays, KeptResults, number_of
 from ..loss.subjects import Opener, Spec, key_of
 from ..progress import Progress, silent
 from ..spread import Spread, here
 from .result import FoundPassage, Search, SearchLoss, Toll
-from .stress import DISTANCE
+from .stress import DISTANCE, SEARCH_CHUNK, SEARCH_PASSAGES
 
-CHUNK, PASSAGES = 64, 8
 DRAWS = 16  # of random tokens as far away, which a search must beat
 _TRIED, _IN_A_PLACE = 24, 3  # changes that the gradient promises most of are tried, and so many of one place
 _NEAR = 64  # tokens about as far away, of which a random one is drawn
@@ -58,7 +55,7 @@ def search(
     *,
     distance: float = DISTANCE,
     chunk: int | None = None,
-    limit: int = PASSAGES,
+    limit: int = SEARCH_PASSAGES,
     confidence: float = 0.95,
     threads: int | None = None,
     states: Path,
@@ -82,7 +79,7 @@ def search(
     work = Subjects(candidates, reference, False, Opener(threads))
     exact, names = work.subjects[0], [work.subjects[c.candidate].name for c in work.comparisons]
     context = min(subject.config.context_length for subject in work.subjects)
-    chunk = sequence_length(min(CHUNK, context) if chunk is None else chunk, "chunks", context)
+    chunk = sequence_length(min(SEARCH_CHUNK, context) if chunk is None else chunk, "chunks", context)
     read = read_texts(texts, exact.tokenizer)
     passages = _passages(exact.tokenizer, read, chunk, limit)
     key = {"search": 1, "texts": [text.sha256 for text in read], "chunk": chunk}
@@ -157,7 +154,7 @@ def _reads_back(tokenizer: Tokenizer, ids: Ids) -> bool:
 
 def _number(ids: Ids) -> int:
     """What a passage is kept as."""
-    return int.from_bytes(hashlib.sha256(ids.tobytes()).digest()[:7], "big")
+    return number_of(ids.tobytes())
 
 
 def _changed(
@@ -204,8 +201,7 @@ class _Model:
     def log_p(self, embedded: Tensor, first: int) -> Tensor:
         """(n, scored, vocab): of what follows the positions from `first` to the last but one."""
         n, length, _ = embedded.shape
-        rows = Batch(self.config, torch.zeros(n, length))  # of which the places count
-        [(_, h)] = deque(run_layers(self.config, TorchOps(), self.weights, rows, 0, embedded.flatten(0, 1)), maxlen=1)
+        h = hidden_of(self.config, self.weights, torch.zeros(n, length), embedded=embedded.flatten(0, 1))
         scored = h.unflatten(0, (n, length))[:, first:-1]
         found: Tensor = logits(self.config, TorchOps(), head_of(self.config, self.weights), scored)
         return found.log_softmax(-1)
@@ -225,6 +221,7 @@ class _Hunt:
 
     def __init__(self, exact: _Model, rounded: _Model, tokenizer: Tokenizer) -> None:
         self._exact, self._rounded, self._tokenizer = exact, rounded, tokenizer
+        self._squares = exact.embedding.square().sum(1)
         kinds = [(tokenizer.kind(i), tokenizer.piece(i)) for i in range(tokenizer.vocab_size)]
         # A word stays a word, and what continues one continues one.
         self._begins = torch.tensor([piece.startswith((SPACE, " ")) for _, piece in kinds])
@@ -313,7 +310,7 @@ class _Hunt:
     def _far(self, token: int) -> Tensor:
         """How far every token is from one, (vocab,); infinitely what cannot stand in its place."""
         embedding = self._exact.embedding
-        squares = (embedding.square().sum(1) - 2 * (embedding @ embedding[token])) + embedding[token].square().sum()
+        squares = (self._squares - 2 * (embedding @ embedding[token])) + embedding[token].square().sum()
         fits = self._usable & (self._begins == self._begins[token])
         fits[token] = False
         return torch.where(fits, squares.clamp_min(1e-12).sqrt(), torch.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from ..loss.metrics import Records, same_top
 from ..loss.passages import Passage, Text, read_texts, sequence_length
 from ..loss.result import MeasuredText
 from ..loss.scoring import Subjects, compute
-from ..loss.state import Arrays, KeptResults
+from ..loss.state import Arrays, KeptResults, number_of
 from ..loss.subjects import Opener, Spec, Subject, key_of
 from ..loss.writing import written
 from ..progress import Progress, silent
@@ -44,7 +43,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
 
 PARAMETERS = (*LEVELS, "depth")
 GRID = ("typos", "case")
-DISTANCE = 0.05  # that a search may move a text
+SEARCH_CHUNK, SEARCH_PASSAGES, DISTANCE = 64, 8, 0.05  # the last: how far a search may move a text
 _MOST = {"repetition": 20.0, "temperature": 5.0}  # of what is no share
 _SOURCE = 2  # chunks of text that a passage is made of: some changes leave fewer tokens
 _SAMPLE = 160  # characters
@@ -144,8 +143,7 @@ class _Sources:
     def number(self, i: int, pose: Pose) -> int:
         """What a passage in a pose is kept as, whichever others there are."""
         text, _, start = self._found[i]
-        digest = hashlib.sha256(json.dumps([text, start, sorted(pose.items())]).encode()).digest()
-        return int.from_bytes(digest[:7], "big")
+        return number_of(json.dumps([text, start, sorted(pose.items())]).encode())
 
     def passage(self, i: int, pose: Pose) -> Passage:
         """<bos>, `depth` tokens of the text from elsewhere, and what the pose makes of the stretch, a chunk in all."""

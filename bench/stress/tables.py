@@ -22,9 +22,8 @@ def show(result: Stress) -> None:
         alone = [{}, *({name: level} for name, some in result.levels.items() for level in some)]
         click.echo(f"\n{candidate.name}, {candidate.setting}: one parameter turned")
         _show_poses(result, candidate, [result.find(turned) for turned in alone])
-        ranked = sorted(range(len(result.poses)), key=lambda i: -candidate.losses[i].kld.value)
         click.echo(f"\n{candidate.name}: the worst of all poses")
-        _show_poses(result, candidate, ranked[:_WORST])
+        _show_poses(result, candidate, candidate.ranked[:_WORST])
     if result.transfer:
         click.echo("\nDo the same poses hurt both? Rank correlation of their losses, 1 where they rank alike")
         for pair in result.transfer:

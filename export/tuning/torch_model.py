@@ -98,8 +98,18 @@ class Batch:
         return x
 
 
-def hidden_of(config: ModelConfig, weights: Weights, ids: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-    """What the last norm makes of all positions of sequences (n, length): (n · length, hidden)."""
-    [(_, hidden)] = deque(run_layers(config, TorchOps(precision), weights, Batch(config, ids)), maxlen=1)
+def hidden_of(
+    config: ModelConfig,
+    weights: Weights,
+    ids: Tensor,
+    precision: torch.dtype = torch.float32,
+    embedded: Tensor | None = None,
+) -> Tensor:
+    """What the last norm makes of all positions of sequences (n, length): (n · length, hidden).
+
+    With `embedded` (n · length, hidden) the sequences are these rows, and of `ids` only the places count.
+    """
+    passes = run_layers(config, TorchOps(precision), weights, Batch(config, ids), 0, embedded)
+    [(_, hidden)] = deque(passes, maxlen=1)
     made: Tensor = hidden
     return made

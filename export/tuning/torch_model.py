@@ -15,7 +15,7 @@ from ...runtime.model.forward import Ops, Weights, run_layers
 
 def quick_precision() -> torch.dtype:
     """Of products that need not be exact: bfloat16 where the processor multiplies it, twice as fast as float32."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # which older releases lack
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which older releases lack
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
 

@@ -28,12 +28,12 @@ def onnx_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Exports "demo" or a tiny model to an ONNX folder, once per kind and test run."""
     scratch = tmp_path_factory.mktemp("onnx")
 
-    def make(name: str, quant: str, dialect: str = "ort", kv: str = "f32") -> Path:
-        out = scratch / f"{name}-{quant}-{dialect}-{kv}"
+    def make(name: str, quant: str, target: str = "onnxruntime", kv: str = "f32") -> Path:
+        out = scratch / f"{name}-{quant}-{target}-{kv}"
         if not out.exists():
             with open_checkpoint(checkpoint_folder(name, scratch)) as source:
                 text = TEXT if kv == "int8" else None
-                export_onnx(OnnxSource(source, quant), out, dialect, kv_text=text)
+                export_onnx(OnnxSource(source, quant), out, target, kv_text=text)
         return out
 
     return make

@@ -89,10 +89,11 @@ def write_manifest(folder: Path, **change: object) -> None:
     }
     metadata = {"general.name": "small", "bezel.generation.stop_token_ids": [1, 5]}
     manifest = {
-        "bezel_onnx": 1,
+        "bezel_onnx": 2,
         "metadata": metadata,
         "quant": "f32",
-        "dialect": "standard",
+        "target": "portable",
+        "graph": "model.onnx",
         "kv": "f32",
         "files": files,
         "formats": {},

@@ -68,7 +68,7 @@ def sensitivity(
     """Measure which tensors suffer from quantization: MODEL's are rounded one by one, everything else exact.
 
     MODEL is a checkpoint folder or a GGUF file that is not quantized, which is computed with in float32 (4 bytes of
-    memory a weight). The file that --out names is what `bezel export --target` finds the best mix of formats by; it may
+    memory a weight). The file that --out names is what `bezel export --size` finds the best mix of formats by; it may
     hold as many formats as that should choose from.
 
     What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there.
@@ -79,7 +79,7 @@ def sensitivity(
     \b
     Examples:
       bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_k,iq4_xs,q5_k,q6_k -o sens.json
-      bezel export gemma-2-2b/ best.gguf --target 4.55bpw --sensitivity sens.json
+      bezel export gemma-2-2b/ best.gguf --size 4.55bpw --sensitivity sens.json
       bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_0 --by role --html report.html
       bezel sensitivity gemma-2-2b/ --text wiki.test.txt --formats q4_k --scheduler tcp://desk1:8786
     """

@@ -29,14 +29,14 @@ _PRESETS = {*PRESETS, *_ONNX_QUANTS}
 
 
 @dataclass(frozen=True)
-class _Target:
+class _Size:
     """What a mix of formats has to fit in: so many bits a weight, or else bytes of the file."""
 
     bits: float | None = None
     size: int = 0
 
 
-def _target(context: click.Context, param: click.Parameter, text: str | None) -> _Target | None:  # noqa: ARG001
+def _size(context: click.Context, param: click.Parameter, text: str | None) -> _Size | None:  # noqa: ARG001
     """4.55bpw, 1.5GB or 800 MiB."""
     if text is None:
         return None
@@ -45,10 +45,10 @@ def _target(context: click.Context, param: click.Parameter, text: str | None) ->
         raise click.BadParameter(f"found {text!r}, expected bits a weight such as 4.55bpw, or a size such as 1.5GB")
     number = float(match[1])
     if not match[2]:
-        return _Target(size=int(number * (1024 if match[4] else 1000) ** " KMG".index(match[3].upper() or " ")))
+        return _Size(size=int(number * (1024 if match[4] else 1000) ** " KMG".index(match[3].upper() or " ")))
     if not 1 <= number <= 32:
         raise click.BadParameter(f"found {number:g} bits a weight, expected 1 to 32")
-    return _Target(bits=number)
+    return _Size(bits=number)
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,22 @@ class _Options:
     container: str
     quant: str | None
     embedding: str | None
-    target: _Target | None
+    size: _Size | None
     sensitivity: Path | None
     calibration: Path | None
     calibration_tokens: int | None
     tune: bool
     tune_steps: int | None
-    dialect: str | None
+    runtime: str | None
     kv: str | None
     requantize: bool
     force: bool
 
     def check(self) -> None:
         """Raises UsageError for options that do not go together."""
-        onnx, mixed = self.container == "onnx", self.target is not None
+        onnx, mixed = self.container == "onnx", self.size is not None
         wrong = (
-            (not onnx and (self.dialect or self.kv), "--dialect and --kv go with --format onnx."),
+            (not onnx and (self.runtime or self.kv), "--target and --kv go with --format onnx."),
             (
                 not onnx and (self.quant == "int8" or self.embedding in _ONNX_QUANTS),
                 "int8, and int4 for the embedding, go with --format onnx; GGUF has q8_0 and q4_0.",
@@ -92,17 +92,17 @@ class _Options:
                 "--tune goes with --calibration TEXT and --format gguf; for ONNX, export the GGUF file that was tuned.",
             ),
             (self.tune_steps and not self.tune, "--tune-steps goes with --tune."),
-            (onnx and mixed, "--target goes with --format gguf."),
+            (onnx and mixed, "--size goes with --format gguf."),
             (
                 mixed and (self.quant or self.embedding),
-                "--target chooses every format: leave --quant and --embedding out.",
+                "--size chooses every format: leave --quant and --embedding out.",
             ),
             (
                 mixed and self.sensitivity is None,
-                "--target needs --sensitivity; the file is written by `bezel sensitivity CHECKPOINT --text FILE "
+                "--size needs --sensitivity; the file is written by `bezel sensitivity CHECKPOINT --text FILE "
                 "--formats q4_k,iq4_xs,q5_k,q6_k -o sens.json`.",
             ),
-            (self.sensitivity is not None and not mixed, "--sensitivity needs --target."),
+            (self.sensitivity is not None and not mixed, "--sensitivity needs --size."),
         )
         for found, words in wrong:
             if found:
@@ -113,12 +113,12 @@ class _Options:
         from ..gguf.writer import file_size
         from ..recipe import find_recipe, solve_bits, solve_size
 
-        if self.target is None or self.sensitivity is None:
+        if self.size is None or self.sensitivity is None:
             return find_recipe(self.quant or "q8_0", source.config, self.embedding)
-        if self.target.bits is not None:
-            return solve_bits(self.sensitivity, source.config, self.target.bits)
+        if self.size.bits is not None:
+            return solve_bits(self.sensitivity, source.config, self.size.bits)
         more = 1024 if self.calibration else 0  # what a calibrated file says of that
-        return solve_size(self.sensitivity, source.config, self.target.size - more, lambda r: file_size(source, r))
+        return solve_size(self.sensitivity, source.config, self.size.size - more, lambda r: file_size(source, r))
 
 
 @click.command()
@@ -130,7 +130,7 @@ class _Options:
     type=click.Choice(("gguf", "onnx")),
     default="gguf",
     show_default=True,
-    help="gguf: one file. onnx: a folder for onnxruntime.",
+    help="gguf: one file. onnx: a folder with a graph.",
 )
 @click.option(
     "--quant",
@@ -146,9 +146,9 @@ class _Options:
     "where that fits), or int8 for ONNX.",
 )
 @click.option(
-    "--target",
+    "--size",
     metavar="BPW|SIZE",
-    callback=_target,
+    callback=_size,
     help="Instead of --quant: the mix of formats that loses least in so many bits a weight, such as 4.55bpw, or in a "
     "file of a size, such as 1.5GB; needs --sensitivity.",
 )
@@ -183,9 +183,11 @@ class _Options:
     help=f"How long --tune takes: so many steps of 3,072 tokens.  [default: {_TUNE_STEPS}]",
 )
 @click.option(
-    "--dialect",
-    type=click.Choice(("ort", "standard")),
-    help="ONNX: operators for quantized weights, onnxruntime's own or ONNX's.  [default: ort]",
+    "--target",
+    "runtime",
+    type=click.Choice(("onnxruntime", "portable", "transformers")),
+    help="ONNX: what is to run it. onnxruntime: fastest there, as bezel feeds it. portable: OpenVINO, browsers and the "
+    "rest, too. transformers: laid out for Optimum and transformers.js.  [default: onnxruntime]",
 )
 @click.option(
     "--kv",
@@ -216,10 +218,11 @@ def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
       bezel export gemma-2-2b-it/ better.gguf --quant q4_0 --calibration text.txt
       bezel export gemma-3-270m/ best.gguf --quant q4_0 --calibration text.txt --tune
       bezel export gemma-2-2b-it/ mine.gguf --quant recipe.json
-      bezel export gemma-2-2b-it/ best.gguf --target 4.55bpw --sensitivity sens.json
+      bezel export gemma-2-2b-it/ best.gguf --size 4.55bpw --sensitivity sens.json
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4 --kv int8 --calibration text.txt
       bezel export small.gguf gemma-onnx/ --format onnx
+      bezel export gemma-2-2b-it/ gemma-js/ --format onnx --quant int4 --target transformers
       bezel export gemma-q8_0.gguf gemma-q4_0.gguf --quant q4_0 --requantize
 
     A recipe file is JSON; the first rule that matches a tensor decides. A rule asks for a role (a name or a list), for
@@ -257,7 +260,7 @@ def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[i
         out,
         asked.quant,
         asked.embedding,
-        asked.dialect or "ort",
+        asked.runtime or "onnxruntime",
         progress,
         asked.force,
         asked.calibration,

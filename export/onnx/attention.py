@@ -1,4 +1,4 @@
-"""The rows of a graph: its inputs, and attention over caches that TensorScatter writes.
+"""The rows of a graph for onnxruntime: its inputs, and attention over caches that TensorScatter writes in place.
 
 Caches are float32, (1, slots, KV heads · head_dim), or int8 with a fixed scale for each channel, (1, KV heads, slots,
 head_dim), which GroupQueryAttention reads without making floats of them first. Position p has slot p mod slots; a
@@ -13,30 +13,27 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
 
 from ...runtime.model.config import LayerConfig
 from ...runtime.model.forward import Ops
 from .kv_scales import KVScales
-from .nodes import FLOAT, INT8, INT32, INT64, MICROSOFT, Nodes
+from .nodes import BOOL, FLOAT, INT8, INT32, INT64, MICROSOFT, Nodes
 from .ops import Value
 
 # Up to so many queries GroupQueryAttention on int8 is faster than Attention on what is made floats of first.
 _FEW = 16
-_UNSEEN = float(np.finfo(np.float32).min)
+UNSEEN = float(np.finfo(np.float32).min)  # what is added to the score of a slot that no query may see
 
 
 class GraphRows:
     """`forward.Rows` on `Value`s: n ids of one sequence, whose caches are inputs and outputs, float32."""
 
     def __init__(self, nodes: Nodes, layers: Sequence[LayerConfig]) -> None:
-        self._nodes, self._kinds = nodes, [_kind(layer) for layer in layers]
-        self._ids = nodes.input("input_ids", INT64, ["n"])
-        self.positions = nodes.input("positions", INT64, ["n"])
-        self._wanted = nodes.input("wanted", INT64, ["wanted"])
+        self._nodes, self._kinds = nodes, [kind_of(layer) for layer in layers]
+        self._ids, self._positions, self.positions, self._wanted = one_sequence(nodes)
         for kind in dict.fromkeys(self._kinds):
-            nodes.input(f"visible.{kind}", TensorProto.BOOL, ["n", f"slots.{kind}"])
-        self._first = nodes.node("Slice", [self.positions, nodes.ints(0), nodes.ints(1)], "/first_position")
+            nodes.input(f"visible.{kind}", BOOL, ["n", f"slots.{kind}"])
+        self._first = nodes.node("Slice", [self._positions, nodes.ints(0), nodes.ints(1)], "/first_position")
         self._caches: dict[int, tuple[Value, Value]] = {}
 
     def embed(self, ops: Ops, weight: Any, scale: float) -> Any:
@@ -179,13 +176,13 @@ class Int8Rows(GraphRows):
         self._nodes.node("Squeeze", [count], f"{path}/count")
 
     def _few(self, rows: str, path: str) -> None:
-        inputs = {"n": self.positions, "wanted": self._wanted}
+        inputs = {"n": self._positions, "wanted": self._wanted}
         count = self._nodes.node("Shape", [inputs[rows]], f"{path}/rows")
         self._nodes.node("LessOrEqual", [count, self._nodes.ints(_FEW)], path)
 
     def _bias(self, mask: str, path: str) -> None:
         """What is added to the scores, (1, 1, rows, slots)."""
-        bias = self._nodes.node("Where", [mask, self._nodes.number(0), self._nodes.number(_UNSEEN)], f"{path}/rows")
+        bias = self._nodes.node("Where", [mask, self._nodes.number(0), self._nodes.number(UNSEEN)], f"{path}/rows")
         self._nodes.node("Unsqueeze", [bias, self._nodes.ints(0, 1)], path)
 
 
@@ -193,6 +190,14 @@ def _softmax(scale: float, softcap: float | None) -> dict[str, Any]:
     return {"scale": scale, "softcap": softcap or 0.0}
 
 
-def _kind(layer: LayerConfig) -> str:
+def one_sequence(nodes: Nodes) -> tuple[Value, str, str, str]:
+    """Its ids, (1, n), their positions, (n,) and (1, n), and the wanted ones' indices, (wanted,)."""
+    ids, positions = (nodes.input(name, INT64, ["n"]) for name in ("input_ids", "positions"))
+    wanted = nodes.input("wanted", INT64, ["wanted"])
+    batch, columns = (nodes.node("Unsqueeze", [x, nodes.ints(0)], f"/{x}/batch") for x in (ids, positions))
+    return Value(batch, "n", 1, 1), positions, columns, wanted
+
+
+def kind_of(layer: LayerConfig) -> str:
     """What the graph's inputs and dimensions call the caches of such layers, which are of one size."""
     return "global" if layer.window is None else "local"

@@ -16,7 +16,7 @@ def export_folder(
     out: Path,
     quant: str | None,
     embedding: str | None,
-    dialect: str,
+    target: str,
     progress: Callable[[int, int], None],
     force: bool,
     kv_text: Path | None = None,
@@ -28,4 +28,4 @@ def export_folder(
     """
     with open_checkpoint(path, quantized=True) as checkpoint:
         source = OnnxSource(checkpoint, quant, embedding, requantize)
-        return export_onnx(source, out, dialect, progress, force, kv_text)
+        return export_onnx(source, out, target, progress, force, kv_text)

@@ -9,7 +9,8 @@ import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 MICROSOFT = "com.microsoft"
-FLOAT, INT64, INT32, INT8 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.INT8
+BOOL, FLOAT, INT8 = TensorProto.BOOL, TensorProto.FLOAT, TensorProto.INT8
+INT32, INT64 = TensorProto.INT32, TensorProto.INT64
 Shape = Iterable[int | str]
 
 

@@ -35,15 +35,16 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Value:
-    """float32 (rows, heads, head_dim), or (rows, features) of one head; in the graph (1, rows, heads · head_dim).
+    """float32 (rows, heads, head_dim), or (rows, features) of one head; in the graph (batch, rows, heads · head_dim).
 
-    `rows` is a dimension's name.
+    `rows` is a dimension's name, `batch` one or 1.
     """
 
     name: str
     rows: str
     heads: int
     head_dim: int
+    batch: int | str = 1
 
     @property
     def width(self) -> int:
@@ -51,68 +52,82 @@ class Value:
 
 
 class GraphOps:
-    """Weights are the specs of the tensors, whose `storage` is by their name in GGUF; `externals` those in use."""
+    """Weights are the specs of the tensors, whose `storage` is by their name in GGUF; `externals` those in use.
 
-    def __init__(self, nodes: Nodes, storage: Mapping[str, Storage], dialect: str) -> None:
+    With operators of opset 24.
+    """
+
+    def __init__(self, nodes: Nodes, storage: Mapping[str, Storage]) -> None:
         self.externals: list[External] = []
-        self._nodes, self._storage, self._dialect = nodes, storage, dialect
+        self._nodes, self._storage = nodes, storage
         self._stored: dict[str, dict[str, str]] = {}
 
-    def embed(self, weight: TensorSpec, ids: str, scale: float) -> Value:
-        """`ids` (n,) is an input."""
+    def embed(self, weight: TensorSpec, ids: Value, scale: float) -> Value:
+        """`ids` is int64 (batch, n)."""
         node, ints, path = self._nodes.node, self._nodes.ints, "/embedding"
-        parts, storage, (vocab, hidden) = self._parts(weight), self._storage[weight.gguf], weight.shape
+        parts, storage, hidden = self._parts(weight), self._storage[weight.gguf], weight.shape[1]
         if storage.block is None:
-            x = node("Gather", [parts["weights"], ids], f"{path}/rows")
+            x = node("Gather", [parts["weights"], ids.name], f"{path}/rows")
             if storage.bits == 16:
                 x = node("Cast", [x], f"{path}/float", to=FLOAT)
-        elif self._dialect == "ort":
-            # MatMulNBits wants scales without the axis that GatherBlockQuantized wants them with.
-            blocks = hidden // storage.block
-            scales = node("Reshape", [parts["scales"], ints(vocab, blocks, 1)], f"{path}/scales_of_blocks")
-            form = {"bits": storage.bits, "block_size": storage.block, "gather_axis": 0, "quantize_axis": 2}
-            inputs = [parts["codes"], ids, scales]
-            x = node("GatherBlockQuantized", inputs, f"{path}/blocks", domain=MICROSOFT, **form)
-            x = self._nodes.describe(x, ["n", blocks, storage.block])
-            x = node("Reshape", [x, ints(-1, hidden)], f"{path}/rows")
         else:
-            codes = node("Gather", [parts["codes"], ids], f"{path}/codes", axis=1)
-            scales = node("Gather", [parts["scales"], ids], f"{path}/scales", axis=1)
-            x = node("DequantizeLinear", [codes, scales], f"{path}/columns", axis=0, block_size=storage.block)
-            x = node("Transpose", [x], f"{path}/rows", perm=[1, 0])
-        x = node("Mul", [x, self._nodes.number(scale)], f"{path}/scaled")
-        return Value(node("Unsqueeze", [x, ints(0)], f"{path}/batch"), "n", 1, hidden)
+            x = self._integers(node("Gather", [parts["codes"], ids.name], f"{path}/codes"), storage, f"{path}/integers")
+            scales = node("Gather", [parts["scales"], ids.name], f"{path}/scales")
+            scales = node("Unsqueeze", [scales, ints(-1)], f"{path}/scales_of_blocks")
+            x = node("Mul", [x, scales], f"{path}/blocks")
+            x = node("Reshape", [x, ints(0, 0, hidden)], f"{path}/rows")
+        return replace(ids, name=node("Mul", [x, self._nodes.number(scale)], f"{path}/scaled"), head_dim=hidden)
+
+    def _integers(self, codes: str, storage: Storage, path: str) -> str:
+        """Of codes, uint8 (…, blocks, bytes), as floats (…, blocks, block): every runtime has these operators."""
+        node, number = self._nodes.node, self._nodes.number
+        x = node("Cast", [codes], f"{path}/float", to=FLOAT)
+        if storage.bits == 4:
+            high = node("Floor", [node("Div", [x, number(16)], f"{path}/shifted")], f"{path}/high")
+            low = node("Sub", [x, node("Mul", [high, number(16)], f"{path}/cleared")], f"{path}/low")
+            pair = [node("Unsqueeze", [part, self._nodes.ints(-1)], f"{part}/column") for part in (low, high)]
+            x = node("Concat", pair, f"{path}/pairs", axis=-1)
+            assert storage.block is not None
+            x = node("Reshape", [x, self._nodes.ints(0, 0, -1, storage.block)], f"{path}/unpacked")
+        return node("Sub", [x, number(1 << (storage.bits - 1))], path)
 
     def rms_norm(self, x: Value, weight: TensorSpec, eps: float) -> Value:
         node, path, name = self._nodes.node, _path(weight), x.name
         if x.heads > 1:
-            name = node("Reshape", [name, self._nodes.ints(1, -1, x.heads, x.head_dim)], f"{path}/heads")
-        inputs = [name, self._parts(weight)["weights"]]
-        name = node("RMSNormalization", inputs, path if x.heads == 1 else f"{path}/of_heads", epsilon=eps)
+            name = node("Reshape", [name, self._nodes.ints(0, 0, x.heads, x.head_dim)], f"{path}/heads")
+        name = self._normed(name, self._parts(weight)["weights"], path if x.heads == 1 else f"{path}/of_heads", eps)
         if x.heads > 1:
-            name = node("Reshape", [name, self._nodes.ints(1, -1, x.width)], path)
+            name = node("Reshape", [name, self._nodes.ints(0, 0, x.width)], path)
         return replace(x, name=name)
 
+    def _normed(self, x: str, weight: str, path: str, eps: float) -> str:
+        return self._nodes.node("RMSNormalization", [x, weight], path, epsilon=eps)
+
     def linear(self, x: Value, *weights: TensorSpec) -> list[Value]:
-        return [Value(self._linear(x, weight, _path(weight)), x.rows, 1, weight.shape[0]) for weight in weights]
+        return [
+            replace(x, name=self._linear(x, weight, _path(weight)), heads=1, head_dim=weight.shape[0])
+            for weight in weights
+        ]
 
     def _linear(self, x: Value, weight: TensorSpec, path: str) -> str:
-        node, axis = self._nodes.node, self._nodes.ints(0)
+        node, ints = self._nodes.node, self._nodes.ints
         parts, storage, (n, k) = self._parts(weight), self._storage[weight.gguf], weight.shape
         if storage.block is None:
             w = parts["weights"]
             if storage.bits == 16:
                 w = node("Cast", [w], f"{path}/float", to=FLOAT)
-            rows = self._nodes.once(f"{x.name}/squeezed", lambda path: node("Squeeze", [x.name, axis], path))
+            rows = self._nodes.once(f"{x.name}/flat", lambda path: node("Reshape", [x.name, ints(-1, k)], path))
             out = node("Gemm", [rows, w], f"{path}/out", transB=1)  # MatMul would need the weight turned
-            return node("Unsqueeze", [out, axis], path)
-        block: dict[str, Any] = {"block_size": storage.block}
-        if self._dialect == "standard":
-            w = node("DequantizeLinear", [parts["codes"], parts["scales"]], f"{path}/float", axis=0, **block)
-            return node("MatMul", [x.name, w], path)
-        sizes: dict[str, Any] = {"K": k, "N": n, "bits": storage.bits, **block, "accuracy_level": 4}
+            shape = self._nodes.once(f"/shape_of_{n}_{x.rows}", lambda path: self._shape_of(x, n, path))
+            return node("Reshape", [out, shape], path)
+        sizes: dict[str, Any] = {"K": k, "N": n, "bits": storage.bits, "block_size": storage.block, "accuracy_level": 4}
         node("MatMulNBits", [x.name, parts["codes"], parts["scales"]], path, domain=MICROSOFT, **sizes)
-        return self._nodes.describe(path, [1, x.rows, n])
+        return self._nodes.describe(path, [x.batch, x.rows, n])
+
+    def _shape_of(self, x: Value, width: int, path: str) -> None:
+        """(batch, rows, width), where x has the batch and the rows."""
+        rows = self._nodes.node("Shape", [x.name], f"{path}/rows", end=2)
+        self._nodes.node("Concat", [rows, self._nodes.ints(width)], path, axis=0)
 
     def split_heads(self, x: Value, heads: int) -> Value:
         return replace(x, heads=heads, head_dim=x.width // heads)
@@ -121,18 +136,20 @@ class GraphOps:
         return replace(x, heads=1, head_dim=x.width)
 
     def rope(self, x: Value, positions: str, base: float, factor: float) -> Value:
-        turns = self._turns(positions, base, factor, x.head_dim // 2)
-        path = f"{x.name}/rope"
-        return replace(x, name=self._nodes.node("RotaryEmbedding", [x.name, *turns], path, num_heads=x.heads))
+        """`positions` is int64 (batch, n)."""
+        return replace(x, name=self._turned(x, self._turns(positions, base, factor, x.head_dim // 2), f"{x.name}/rope"))
+
+    def _turned(self, x: Value, turns: tuple[str, str], path: str) -> str:
+        return self._nodes.node("RotaryEmbedding", [x.name, *turns], path, num_heads=x.heads)
 
     def _turns(self, positions: str, base: float, factor: float, half: int) -> tuple[str, str]:
-        """Cosines and sines, (1, n, half), of float32 angles as the checkpoints were trained with."""
+        """Cosines and sines, (batch, n, half), of float32 angles as the checkpoints were trained with."""
         node, path = self._nodes.node, f"/rope_{base}_{factor}_{half}"
 
         def make(path: str) -> None:
             frequency = (base ** -(np.arange(half) / half)).astype(np.float32) / np.float32(factor)
             x = node("Cast", [positions], f"{path}/positions", to=FLOAT)
-            x = node("Unsqueeze", [x, self._nodes.ints(0, 2)], f"{path}/column")
+            x = node("Unsqueeze", [x, self._nodes.ints(-1)], f"{path}/column")
             node("Mul", [x, self._nodes.constant(f"{path[1:]}.frequency", frequency)], path)
             node("Cos", [path], f"{path}/cos")
             node("Sin", [path], f"{path}/sin")
@@ -164,10 +181,42 @@ class GraphOps:
     def _parts(self, weight: TensorSpec) -> dict[str, str]:
         """The initialisers that hold a weight, by part; the embedding and a tied head share theirs."""
         if weight.gguf not in self._stored:
-            found = externals(weight, self._storage[weight.gguf], self._dialect)
+            found = externals(weight, self._storage[weight.gguf])
             self.externals += found
             self._stored[weight.gguf] = {tensor.part: tensor.name for tensor in found}
         return self._stored[weight.gguf]
+
+
+class PlainOps(GraphOps):
+    """With operators of opset 21, which all runtimes have."""
+
+    def _normed(self, x: str, weight: str, path: str, eps: float) -> str:
+        """In the steps that onnxruntime makes one of."""
+        node, number = self._nodes.node, self._nodes.number
+        square = node("Pow", [x, number(2)], f"{path}/square")
+        mean = node("ReduceMean", [square, self._nodes.ints(-1)], f"{path}/mean")
+        rms = node("Sqrt", [node("Add", [mean, number(eps)], f"{path}/with_eps")], f"{path}/rms")
+        return node("Mul", [node("Div", [x, rms], f"{path}/normal"), weight], path)
+
+    def _turned(self, x: Value, turns: tuple[str, str], path: str) -> str:
+        node, ints = self._nodes.node, self._nodes.ints
+
+        def of_heads(turn: str) -> str:
+            return self._nodes.once(f"{turn}/of_heads", lambda path: node("Unsqueeze", [turn, ints(2)], path))
+
+        cos, sin = map(of_heads, turns)
+        heads = node("Reshape", [x.name, ints(0, 0, x.heads, x.head_dim)], f"{path}/heads")
+        first, second = f"{path}/first", f"{path}/second"
+        node("Split", [heads], f"{path}/halves", first, second, axis=-1, num_outputs=2)
+
+        def product(part: str, turn: str, name: str) -> str:
+            return node("Mul", [part, turn], f"{part}/{name}")
+
+        turned = [
+            node("Sub", [product(first, cos, "cos"), product(second, sin, "sin")], f"{path}/turned_first"),
+            node("Add", [product(second, cos, "cos"), product(first, sin, "sin")], f"{path}/turned_second"),
+        ]
+        return node("Reshape", [node("Concat", turned, f"{path}/turned", axis=-1), ints(0, 0, x.width)], path)
 
 
 def _path(weight: TensorSpec) -> str:

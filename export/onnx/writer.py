@@ -20,51 +20,50 @@ from ...quant.integers import INTEGER_FORMS, as_integers
 from ...runtime.errors import InvalidModelFile, InvalidRequest
 from ...runtime.files.atomic import atomic_folder
 from ...runtime.files.models import size_text
-from ...runtime.files.onnx_folder import CONFIG, KV_STORAGE, MANIFEST, MODEL, TOKENIZER
-from ...runtime.model.families.hf import write_hf_config
+from ...runtime.files.onnx_folder import KV_STORAGE, MANIFEST, MODEL
 from ...runtime.model.tensors import TensorSpec, tensor_specs
-from ...runtime.text.tokenizer import model_proto
 from ...runtime.version import bezel_version
 from ..calibration.moments import read_text
 from ..hashes import background_hashes
 from ..ordered import CHUNK_WEIGHTS, ordered
 from ..summary import ExportSummary, of_vanished
-from .graph import DIALECTS, build_model
+from .companions import companions
+from .graph import build_model
 from .kv_scales import TOKENS, kv_scales
 from .source import OnnxSource
+from .targets import TARGETS
 from .weights import External, Storage
 
-DATA = "model.onnx.data"
 # What can be mapped at any offset that a system allows: Windows maps at multiples of 64 KiB.
 _ALIGNMENT, _SMALL, _SMALL_ALIGNMENT = 1 << 16, 1 << 20, 64
-# Rows that are written transposed come in strips this large, so that each piece of a column is worth a write.
-_STRIP_WEIGHTS = 1 << 23
+# What transformers.js calls a graph by the bits of its weights, in the folder where it looks for graphs.
+_SUFFIXES = {32: "", 16: "_fp16", 8: "_quantized", 4: "_q4"}
 
 
 def export_onnx(
     source: OnnxSource,
     out: str | Path,
-    dialect: str = DIALECTS[0],
+    target: str = "onnxruntime",
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
     kv_text: Path | None = None,
 ) -> ExportSummary:
     """Write `source` to the folder `out`; `force` replaces one that an earlier export wrote.
 
-    `dialect` "standard" uses ONNX's own operators only, "ort" onnxruntime's for quantized weights. With `kv_text`, a
-    file, keys and values are int8, scaled for what that text reaches: "ort" only. `progress` is called with (work
-    done, work in all), which is counted in weights. The folder is whole or absent, also when `progress` raises, and
-    the same source gives the same bytes. Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
+    `target` is a key of TARGETS. With `kv_text`, a file, keys and values are int8, scaled for what that text reaches:
+    "onnxruntime" only. `progress` is called with (work done, work in all), which is counted in weights. The folder is
+    whole or absent, also when `progress` raises, and the same source gives the same bytes. Raises InvalidRequest,
+    InvalidCheckpoint, InvalidConfig and InvalidModelFile.
     """
     start, out = time.monotonic(), Path(out)
-    if dialect not in DIALECTS:
-        raise InvalidRequest(f"dialect: found {dialect!r}, expected one of {', '.join(DIALECTS)}")
-    if kv_text is not None and dialect != "ort":
-        raise InvalidRequest("int8 keys and values: found the dialect 'standard', which has no operator for them")
+    if target not in TARGETS:
+        raise InvalidRequest(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
+    if kv_text is not None and target != "onnxruntime":
+        raise InvalidRequest(f"int8 keys and values: found the target {target!r}, expected 'onnxruntime'")
     _check_target(source, out, force)
     config = source.config
     specs = list(tensor_specs(config))
-    storage = {spec.gguf: _storage(source, spec, dialect) for spec in specs}
+    storage = {spec.gguf: _storage(source, spec) for spec in specs}
     total = sum(math.prod(spec.shape) for spec in specs)
     scales, done, metadata = None, 0, dict(source.metadata)
     report = progress or (lambda *_: None)
@@ -73,23 +72,24 @@ def export_onnx(
         done, total = total // 2, total + total // 2  # it takes about half as long
         scales = kv_scales(source.checkpoint, text.sequences, lambda i, n: report(done * i // n, total))
         metadata["bezel.provenance.kv_text_sha256"] = text.sha256
-    model, tensors = build_model(config, storage, dialect, scales)
+    model, tensors = build_model(config, storage, TARGETS[target], scales)
     offsets, size = _layout(tensors)
     free = shutil.disk_usage(out.resolve().parent).free
     if free < size:
         raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(size)} for {out.name}")
+    graph, data = _names(target, storage)
     for tensor in tensors:
-        model.graph.initializer.append(_initializer(tensor, offsets[tensor.name]))
-    vocabulary = source.vocabulary()
+        model.graph.initializer.append(_initializer(tensor, Path(data).name, offsets[tensor.name]))
+    contents = companions(source, target, graph) | {graph: model.SerializeToString(deterministic=True)}
 
     with atomic_folder(out) as part, source.checkpoint.unchanged(), background_hashes(source.files) as source_hashes:
-        (part / MODEL).write_bytes(model.SerializeToString(deterministic=True))
-        (part / CONFIG).write_text(json.dumps(write_hf_config(config), indent=2) + "\n", encoding="utf-8")
-        (part / TOKENIZER).write_bytes(model_proto(vocabulary))
+        for name, content in contents.items():
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_bytes(content)
         vanished = _write_data(
-            part / DATA, size, source, tensors, offsets, lambda weights: report(done + weights, total)
+            part / data, size, source, tensors, offsets, lambda weights: report(done + weights, total)
         )
-        names = (MODEL, DATA, CONFIG, TOKENIZER)
+        names = (graph, data, *sorted(contents.keys() - {graph}))
         with background_hashes([part / name for name in names]) as hashes:
             files = {
                 name: {"bytes": (part / name).stat().st_size, "sha256": digest}
@@ -102,10 +102,11 @@ def export_onnx(
             "bezel.provenance.source_sha256": source_hashes(),
         }
         manifest = {
-            "bezel_onnx": 1,
+            "bezel_onnx": 2,
             "metadata": metadata,
             "quant": source.quant,
-            "dialect": dialect,
+            "target": target,
+            "graph": graph,
             "kv": KV_STORAGE["int8" if scales else "f32"],
             "formats": {spec.gguf: source.format(spec).name for spec in specs},
             "files": files,
@@ -125,13 +126,20 @@ def export_onnx(
     )
 
 
-def _storage(source: OnnxSource, spec: TensorSpec, dialect: str) -> Storage:
+def _storage(source: OnnxSource, spec: TensorSpec) -> Storage:
     form = INTEGER_FORMS.get(source.format(spec))
     if form is None:
         return Storage(16 if source.format(spec) is F16 else 32)
-    # Gather takes no 4-bit integers, and two of an odd number of columns would share a byte.
-    widened = dialect == "standard" and (spec.role == "token_embd" or spec.shape[0] % 2)
-    return Storage(8 if widened else form.bits, form.block)
+    return Storage(form.bits, form.block)
+
+
+def _names(target: str, storage: Mapping[str, Storage]) -> tuple[str, str]:
+    """The files of the graph and of its weights."""
+    if not TARGETS[target].batches:
+        return MODEL, f"{MODEL}.data"
+    (bits, _), *_ = Counter(form.bits for name, form in storage.items() if "norm" not in name).most_common()
+    graph = f"onnx/model{_SUFFIXES[bits]}.onnx"
+    return graph, f"{graph}_data"
 
 
 def _describe(storage: Storage) -> str:
@@ -148,10 +156,10 @@ def _layout(tensors: list[External]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _initializer(tensor: External, offset: int) -> TensorProto:
+def _initializer(tensor: External, location: str, offset: int) -> TensorProto:
     proto = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.shape)
     proto.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", DATA), ("offset", offset), ("length", tensor.nbytes)):
+    for key, value in (("location", location), ("offset", offset), ("length", tensor.nbytes)):
         entry = proto.external_data.add()
         entry.key, entry.value = key, str(value)
     return proto
@@ -171,18 +179,10 @@ def _write_data(
         file.truncate(size)
         for tensor, first, data, lost in _converted(source, tensors):
             vanished[tensor.spec.gguf] += lost
-            if tensor.transposed:
-                stride = tensor.nbytes // tensor.shape[0]
-                start = offsets[tensor.name] + first * stride // tensor.shape[1]
-                for i, row in enumerate(data):
-                    file.seek(start + i * stride)
-                    file.write(row.data)
-            else:
-                file.seek(offsets[tensor.name] + first * data.shape[1])
-                file.write(data.data)
+            file.seek(offsets[tensor.name] + first * data.shape[1])
+            file.write(data.data)
             if tensor.part != "scales":
-                n_rows = data.shape[1] * tensor.shape[1] // stride if tensor.transposed else len(data)
-                done += n_rows * tensor.spec.shape[-1]
+                done += len(data) * tensor.spec.shape[-1]
                 progress(done)
     return vanished
 
@@ -200,7 +200,7 @@ def _converted(source: OnnxSource, tensors: list[External]) -> Iterator[Converte
         for group in parts.values():
             spec = group[0].spec
             n_rows = 1 if spec.is_norm else spec.shape[0]
-            step = max(2, (_STRIP_WEIGHTS if group[0].transposed else CHUNK_WEIGHTS) // spec.shape[-1] & ~1)
+            step = max(1, CHUNK_WEIGHTS // spec.shape[-1])
             for start in range(0, n_rows, step):
                 yield group, start, min(start + step, n_rows)
 
@@ -225,13 +225,10 @@ def _converted(source: OnnxSource, tensors: list[External]) -> Iterator[Converte
 
 def _laid_out(tensor: External, rows: NDArray[Any]) -> NDArray[np.uint8]:
     """Codes (rows, n) or scales (rows, n / block) as the bytes of `tensor`, uint8 (its rows, bytes)."""
-    if tensor.data_type == TensorProto.UINT8:
+    if tensor.part == "codes":
         rows = rows.view(np.uint8) + np.uint8(1 << (tensor.storage.bits - 1))
-    if tensor.transposed:
-        rows = rows.T
-    if tensor.part == "codes" and tensor.storage.bits == 4:
-        low, high = rows[:, ::2].view(np.uint8), rows[:, 1::2].view(np.uint8)
-        rows = low & np.uint8(15) | high << np.uint8(4)
+        if tensor.storage.bits == 4:
+            rows = rows[:, ::2] | rows[:, 1::2] << np.uint8(4)
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
@@ -246,8 +243,18 @@ def _check_target(source: OnnxSource, out: Path, force: bool) -> None:
         raise InvalidRequest(f"{out}: holds what is exported; choose another name")
     if not (out / MANIFEST).exists():
         raise InvalidRequest(f"{out}: holds other files, expected no folder, an empty one or an earlier export")
-    foreign = sorted({path.name for path in out.iterdir()} - {MODEL, DATA, CONFIG, TOKENIZER, MANIFEST})
+    ours = {MANIFEST, *_written(out / MANIFEST)}
+    foreign = sorted(name for path in out.rglob("*") if (name := path.relative_to(out).as_posix()) not in ours)
     if foreign:
         raise InvalidRequest(f"{out}: holds {foreign[0]!r}, which no export wrote; move it, or choose another name")
     if not force:
         raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+
+
+def _written(manifest: Path) -> set[str]:
+    """The files that an earlier export wrote, and the folders that they are in."""
+    try:
+        names = [name for name in json.loads(manifest.read_bytes())["files"] if isinstance(name, str)]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InvalidRequest(f"{manifest}: is not what an export wrote; move it, or choose another name") from None
+    return {*names, *(name.rpartition("/")[0] for name in names)}

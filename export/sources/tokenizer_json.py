@@ -1,4 +1,4 @@
-"""A vocabulary from `tokenizer.json`, which is all that recent versions of transformers write.
+"""A vocabulary from `tokenizer.json`, which is all that recent versions of transformers write, and back.
 
 It lists the merges of BPE in order, and SentencePiece has a score for each piece instead: merges of two into a piece
 come as early as its score is high. So scores follow from the merges wherever these came from a SentencePiece model,
@@ -153,3 +153,67 @@ def _pairs(merges: Any, fail: Callable[[str], BezelError]) -> Iterator[tuple[str
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise fail(f"model.merges: found {str(merge)[:200]}, expected two pieces")
         yield pair[0], pair[1]
+
+
+def write_tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The `tokenizer.json` of a vocabulary, whose scores become the order of the merges."""
+    pieces, types = list(vocabulary.pieces), vocabulary.types
+    normal = {pieces[i]: i for i in np.flatnonzero(types == NORMAL).tolist()}
+    # SentencePiece looks user-defined pieces up in escaped text, before it merges anything: never those with a space.
+    added = [
+        {
+            "id": i,
+            "content": pieces[i],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": bool(types[i] == USER_DEFINED),
+            "special": bool(types[i] != USER_DEFINED),
+        }
+        for i in np.flatnonzero((types != NORMAL) & (types != BYTE)).tolist()
+        if types[i] != USER_DEFINED or " " not in pieces[i]
+    ]
+    by_score = sorted(normal.values(), key=lambda i: (-vocabulary.scores[i], i))
+    merges = [
+        [piece[:at], piece[at:]]
+        for piece in (pieces[i] for i in by_score)
+        for at in range(1, len(piece))
+        if piece[:at] in normal and piece[at:] in normal
+    ]
+    bos = pieces[vocabulary.bos_id]
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, pair = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": _ESCAPE,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": [first, text, {"SpecialToken": {"id": bos, "type_id": 1}}, pair],
+            "special_tokens": {bos: {"id": bos, "ids": [vocabulary.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[vocabulary.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": merges,
+        },
+    }

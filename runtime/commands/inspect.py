@@ -222,7 +222,7 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
 
 def _print_onnx(onnx: dict[str, Any]) -> None:
     _echo("\nONNX")
-    _echo(f"  {'exported as':<22} {onnx['quant']}, {onnx['dialect']} dialect")
+    _echo(f"  {'exported as':<22} {onnx['quant']}, for {onnx['target']}")
     _echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
     _echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
     for name, size in onnx["files"].items():

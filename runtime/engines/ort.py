@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnxruntime as ort
 from .. import _native
 from ..arrays import Floats, Ints
 from ..cache.caches import Caches, KVCache
+from ..cache.store import INT8_CHANNEL
 from ..errors import InvalidModelFile
 from ..files.onnx_folder import CHUNK, OnnxFolder
 from ..model.config import ModelConfig
@@ -60,7 +62,8 @@ class OrtBackend:
 
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> OrtEngine:
         chunk = min(chunk, CHUNK)
-        return OrtEngine(self, Caches(self.config.layers, context, kv, chunk, ring, OrtStore), chunk)
+        store = partial(OrtStore, by_head=_by_head(self.folder))
+        return OrtEngine(self, Caches(self.config.layers, context, kv, chunk, ring, store), chunk)
 
 
 class OrtEngine(CachedEngine):
@@ -119,6 +122,11 @@ class OrtEngine(CachedEngine):
         self._bound = stores
 
 
+def _by_head(folder: OnnxFolder) -> bool:
+    """How the graph lays out its caches: see `OrtStore`."""
+    return folder.kv == INT8_CHANNEL or folder.target == "portable"
+
+
 def _store(cache: KVCache) -> OrtStore:
     assert isinstance(cache.store, OrtStore)
     return cache.store
@@ -157,12 +165,15 @@ def _give_back_pages(folder: OnnxFolder) -> None:
 def _check_interface(
     session: ort.InferenceSession, folder: OnnxFolder, config: ModelConfig, states: tuple[str, ...]
 ) -> dict[str, int]:
-    """The masks that the graph takes, each with a layer whose cache says what it holds. Raises InvalidModelFile."""
+    """The masks that the graph takes, each with a layer whose cache says what it holds: none, where it makes them.
+
+    Raises InvalidModelFile.
+    """
     masks: dict[str, int] = {}
-    for i, layer in enumerate(config.layers):
+    for i, layer in enumerate(config.layers if folder.target == "onnxruntime" else ()):
         masks.setdefault(f"visible.{'global' if layer.window is None else 'local'}", i)
     caches = [f"{i}.{name}" for i in range(config.n_layers) for name in ("key", "value")]
-    cache = "tensor(float) 3" if folder.kv == "f32" else "tensor(int8) 4"
+    cache = f"tensor({'float' if folder.kv == 'f32' else 'int8'}) {4 if _by_head(folder) else 3}"
     want = {
         **dict.fromkeys(("input_ids", "positions", "wanted"), "tensor(int64) 1"),
         **dict.fromkeys(masks, "tensor(bool) 2"),

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays import Arrays, Floats, Ints
-from ..cache.store import INT8_CHANNEL, KV_DTYPES
+from ..cache.store import KV_DTYPES
 
 
 class OrtStore:
@@ -16,9 +16,9 @@ class OrtStore:
     Position p lives in slot p mod capacity.
     """
 
-    def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str) -> None:
+    def __init__(self, n_kv_heads: int, head_dim: int, capacity: int, kv: str, by_head: bool) -> None:
+        """`by_head` caches are (KV heads, slots, head_dim), others (slots, KV heads · head_dim)."""
         # Zeros, because what is in a slot that no query sees is multiplied by 0 all the same.
-        by_head = kv == INT8_CHANNEL
         shape = (n_kv_heads, capacity, head_dim) if by_head else (capacity, n_kv_heads * head_dim)
         self.arrays = {name: np.zeros(shape, KV_DTYPES[kv]) for name in ("keys", "values")}
         self.rows = {  # (capacity, kv_heads, head_dim)

@@ -66,9 +66,12 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         part.mkdir()
         try:
             yield part
-            for path in part.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+            for path in part.rglob("*"):
+                if path.is_dir():
+                    _sync(path)
+                else:
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
             _sync(part)
             if out.exists():
                 os.replace(out, old)

@@ -1,7 +1,8 @@
 """A folder that `bezel export --format onnx` wrote, opened without trusting what is in it.
 
 `model.onnx` is the graph, its weights lie in files that it names, `config.json` and `tokenizer.model` are as in a
-checkpoint, and `bezel.json` holds what a GGUF file has as metadata, and the size and hash of every file.
+checkpoint, and `bezel.json` holds what a GGUF file has as metadata, and the size and hash of every file. Where it is
+laid out for Hugging Face's libraries, the graph and its weights are in the folder `onnx/`.
 
 onnxruntime opens whatever file a graph names. So before it sees one, every file here is known to be a plain file of
 this folder, without another name, and every tensor to lie inside its file. The graph is then handed over as the bytes
@@ -41,9 +42,11 @@ KV_STORAGE = {"f32": "f32", "int8": INT8_CHANNEL}
 
 CHUNK = 256  # most tokens at once: what attention keeps beside a layer's cache grows with them, and speed does not
 
-_VERSION = 1
+_VERSION = 2
 _MAX_GRAPH, _MAX_TOKENIZER, _MAX_JSON = 64 << 20, 64 << 20, 4 << 20
 _MAX_DATA_FILES = 256
+_TEXTS = ("quant", "target", "graph", "kv")  # keys of the manifest
+_GRAPHS = "onnx"  # the one folder in the folder
 _SAMPLE = 4096  # bytes of each tensor that the fingerprint covers
 
 
@@ -51,27 +54,31 @@ class OnnxFolder:
     """An open folder. `metadata` has the keys of GGUF metadata, from `bezel.json`; `model` is the checked graph.
 
     `files` maps the names of the folder's files to {"bytes": …, "sha256": …}, `formats` those of the model's tensors to
-    GGUF's name for the format of their numbers; `quant` and `dialect` say how the folder was exported, and `kv` how
+    GGUF's name for the format of their numbers; `quant` and `target` say how the folder was exported, and `kv` how
     its graph stores keys and values, "f32" or "int8-channel". Raises InvalidModelFile for whatever is not a sound
     folder.
     """
 
     kind = "an ONNX folder"
-    engines = ("ort", "reference")
     largest_chunk = CHUNK
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.model_path = self.path / MODEL
         self._identities: dict[str, tuple[int, ...]] = {}
         self.files: Mapping[str, Mapping[str, Any]] = {}
         manifest = self._read_manifest()
         self.metadata: Mapping[str, Any] = manifest["metadata"]
-        self.quant, self.dialect, self.kv = (str(manifest[key]) for key in ("quant", "dialect", "kv"))
+        self.quant, self.target, self.graph, self.kv = (str(manifest[key]) for key in _TEXTS)
+        self.model_path = self.path / self.graph
         self.files, self.formats = manifest["files"], manifest["formats"]
-        self.model_bytes = self._read(MODEL, _MAX_GRAPH)
+        self.model_bytes = self._read(self.graph, _MAX_GRAPH)
         self.model: OnnxModel = read_model(self.model_path, self.model_bytes)
         self._data = self._map_data()
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """What Hugging Face's libraries feed otherwise than bezel does, they alone run."""
+        return ("reference",) if self.target == "transformers" else ("ort", "reference")
 
     @property
     def initializers(self) -> Mapping[str, Initializer]:
@@ -90,11 +97,11 @@ class OnnxFolder:
         """An initialiser's bytes, uint8 (nbytes,), read-only, mapped where they lie in a file of their own."""
         tensor = self.initializers.get(name)
         if tensor is None:
-            self._fail(MODEL, f"there is no initialiser {name!r}")
+            self._fail(self.graph, f"there is no initialiser {name!r}")
         if tensor.location is not None:
             return self._data[tensor.location][tensor.offset : tensor.offset + tensor.nbytes]
         if tensor.raw is None:
-            self._fail(MODEL, f"initialiser {name!r}: found a list of numbers, expected raw data")
+            self._fail(self.graph, f"initialiser {name!r}: found a list of numbers, expected raw data")
         return np.frombuffer(tensor.raw, np.uint8)
 
     def config(self) -> ModelConfig:
@@ -158,7 +165,7 @@ class OnnxFolder:
         return {
             "onnx": {
                 "quant": self.quant,
-                "dialect": self.dialect,
+                "target": self.target,
                 "opsets": {domain or "ai.onnx": version for domain, version in self.model.opsets.items()},
                 "operators": operators,
                 "files": {name: entry["bytes"] for name, entry in self.files.items()},
@@ -187,17 +194,23 @@ class OnnxFolder:
         raw = self._json(MANIFEST)
         if raw.get("bezel_onnx") != _VERSION or isinstance(raw["bezel_onnx"], bool):
             self._fail(MANIFEST, f"key 'bezel_onnx': found {_show(raw.get('bezel_onnx'))}, expected {_VERSION}")
-        texts, tables = ("quant", "dialect", "kv"), ("metadata", "files", "formats")
-        for key, kind in (*((key, str) for key in texts), *((key, dict) for key in tables)):
+        tables = ("metadata", "files", "formats")
+        for key, kind in (*((key, str) for key in _TEXTS), *((key, dict) for key in tables)):
             if not isinstance(raw.get(key), kind):
                 self._fail(MANIFEST, f"key {key!r}: found {_show(raw.get(key))}, expected a {kind.__name__}")
+        if raw["graph"] not in raw["files"]:
+            self._fail(MANIFEST, f"key 'graph': found {_show(raw['graph'])}, expected one of the files")
         if raw["kv"] not in KV_STORAGE.values():
             self._fail(MANIFEST, f"key 'kv': found {_show(raw['kv'])}, expected {' or '.join(KV_STORAGE.values())}")
         for name, form in raw["formats"].items():
             if not isinstance(form, str):
                 self._fail(MANIFEST, f"key 'formats': found {_show({name: form})}, expected the name of a format")
         for name, entry in raw["files"].items():
-            sound = is_file_name(name) and isinstance(entry, dict) and set(entry) >= {"bytes", "sha256"}
+            sound = (
+                is_file_name(name.removeprefix(f"{_GRAPHS}/"))
+                and isinstance(entry, dict)
+                and set(entry) >= {"bytes", "sha256"}
+            )
             if not sound or type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
                 self._fail(MANIFEST, f"key 'files': found {_show({name: entry})}, expected a file's bytes and sha256")
         return raw
@@ -226,16 +239,17 @@ class OnnxFolder:
     def _map_data(self) -> dict[str, NDArray[np.uint8]]:
         """The files that hold weights, mapped, once all initialisers are known to lie inside them."""
         names = sorted({t.location for t in self.initializers.values() if t.location is not None})
+        folder = self.graph.removesuffix(self.model_path.name)
         if len(names) > _MAX_DATA_FILES:
-            self._fail(MODEL, f"found {len(names)} files of external data, expected {_MAX_DATA_FILES} at most")
+            self._fail(self.graph, f"found {len(names)} files of external data, expected {_MAX_DATA_FILES} at most")
         mapped = {}
         for name in names:
-            descriptor, size = self._open(name)
+            descriptor, size = self._open(folder + name)
             with os.fdopen(descriptor, "rb") as file:
                 for tensor in self.initializers.values():
                     if tensor.location == name and tensor.offset + tensor.nbytes > size:
                         self._fail(
-                            MODEL,
+                            self.graph,
                             f"initialiser {tensor.name!r}: found {tensor.nbytes} bytes from byte {tensor.offset} of "
                             f"{name}, expected its end by byte {size}, where the file ends; is the copy complete?",
                         )
@@ -251,6 +265,8 @@ class OnnxFolder:
         path = self.path / name
         flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
+            if path.parent != self.path and not stat.S_ISDIR(os.lstat(path.parent).st_mode):
+                self._fail(_GRAPHS, "this is not a folder, or a link to one, expected the folder itself")
             seen = os.lstat(path)
             if stat.S_ISLNK(seen.st_mode) or _is_reparse_point(seen):
                 self._fail(name, "it is a symbolic link, expected the file itself; copy the folder with `cp -rL`")

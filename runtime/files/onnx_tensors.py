@@ -1,13 +1,10 @@
 """The model's tensors in an ONNX folder: which initialisers hold each, in which layout, and their numbers.
 
 A tensor that is not quantized is an initialiser of its name in GGUF ("blk.0.attn_q.weight") and of its shape, outputs ×
-inputs. A quantized one is two, that name with ".codes" and with ".scales":
-
-- codes for `com.microsoft.MatMulNBits`, uint8 (outputs, inputs / block, block · bits / 8): integers plus half their
-  range, and of two with 4 bits the first in the lower half of a byte; scales (outputs, inputs / block);
-- codes for `DequantizeLinear` and `MatMul`, int4 or int8 (inputs, outputs); scales (inputs / block, outputs).
-
-A weight is an integer times the scale of its block.
+inputs. A quantized one is two, that name with ".codes" and with ".scales": codes,
+uint8 (outputs, inputs / block, block · bits / 8), integers plus half their range, of two with 4 bits the first in the
+lower half of a byte; and scales (outputs, inputs / block), as `com.microsoft.MatMulNBits` takes them. A weight is an
+integer times the scale of its block.
 """
 
 from __future__ import annotations
@@ -33,15 +30,13 @@ Read = Callable[[str], Raw]  # the bytes of an initialiser
 _FLOATS = {"f32": "float32", "f16": "float16"}
 # Formats of GGUF whose weights are integers times a scale: the bits that these need, and the block that has one scale.
 _INTEGERS = {"q4_0": (4, 32), "q5_0": (8, 32), "q6_k": (8, 16), "q8_0": (8, 32)}
-_LARGEST_PART = 1 << 20  # weights of a turned matrix that are worked on at a time
 
 
 @dataclass(frozen=True)
 class OnnxTensor:
     """A tensor of the model; `shape` is outputs × inputs, `format` the GGUF format that has these very numbers.
 
-    Integers have `bits` bits, 0 for floats, and a scale for each `block` of them along the inputs. `turned` says that
-    the initialisers are inputs × outputs.
+    Integers have `bits` bits, 0 for floats, and a scale for each `block` of them along the inputs.
     """
 
     name: str
@@ -51,7 +46,6 @@ class OnnxTensor:
     scales: Initializer | None = None
     bits: int = 0
     block: int = 0
-    turned: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -90,13 +84,9 @@ def _tensor(spec: TensorSpec, found: list[Initializer], name: Any) -> OnnxTensor
     if name not in _INTEGERS or spec.is_norm or len(found) != 2:
         return None
     (n, k), (bits, block) = spec.shape, _INTEGERS[name]
-    for width in range(bits, 9, 4):  # 4 bits may have been given 8
-        flat = [("uint8", (n, k // block, block * width // 8)), ("float32", (n, k // block))]
-        turned = [(f"int{width}", (k, n)), ("float32", (k // block, n))]
-        if k % block == 0 and stored in (flat, turned):
-            codes, scales = found
-            return OnnxTensor(spec.gguf, spec.shape, FORMATS[name], codes, scales, width, block, stored == turned)
-    return None
+    if k % block or stored != [("uint8", (n, k // block, block * bits // 8)), ("float32", (n, k // block))]:
+        return None
+    return OnnxTensor(spec.gguf, spec.shape, FORMATS[name], found[0], found[1], bits, block)
 
 
 def dequantize(tensor: OnnxTensor, read: Read, rows: slice | None = None) -> Floats:
@@ -106,17 +96,6 @@ def dequantize(tensor: OnnxTensor, read: Read, rows: slice | None = None) -> Flo
         return whole if rows is None else whole.reshape(1, -1)[rows]
     start, stop, _ = (rows or slice(None)).indices(tensor.shape[0])
     stop = max(start, stop)
-    if not tensor.turned:
-        return _rows(tensor, read, start, stop)
-    out = np.empty((stop - start, tensor.shape[1]), np.float32)
-    step = max(2, _LARGEST_PART // tensor.shape[1])
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        out[first - start : last - start] = _columns(tensor, read, first, last).T
-    return out
-
-
-def _rows(tensor: OnnxTensor, read: Read, start: int, stop: int) -> Floats:
     n, block = tensor.shape[0], tensor.block
     codes = read(tensor.codes.name).reshape(n, -1)[start:stop]
     if tensor.scales is None:
@@ -125,30 +104,6 @@ def _rows(tensor: OnnxTensor, read: Read, start: int, stop: int) -> Floats:
     numbers = raw.reshape(stop - start, -1, block).astype(np.float32) - np.float32(1 << (tensor.bits - 1))
     numbers *= _floats(read(tensor.scales.name).reshape(n, -1)[start:stop], tensor.scales)[..., None]
     return numbers.reshape(stop - start, -1)
-
-
-def _columns(tensor: OnnxTensor, read: Read, start: int, stop: int) -> Floats:
-    """Outputs start … stop−1 of a matrix that is stored as inputs × outputs, float32 (inputs, stop − start)."""
-    assert tensor.scales is not None  # floats are never turned
-    (n, k), block = tensor.shape, tensor.block
-    codes = read(tensor.codes.name)
-    if tensor.bits == 8:
-        signed = codes.view(np.int8).reshape(k, n)[:, start:stop]
-    elif n % 2:  # a byte may hold codes of two inputs
-        signed = _nibbles(codes)[: k * n].reshape(k, n)[:, start:stop]
-    else:
-        packed = codes.reshape(k, n // 2)[:, start // 2 : (stop + 1) // 2]
-        signed = _nibbles(packed).reshape(k, -1)[:, start % 2 :][:, : stop - start]
-    scales = read(tensor.scales.name).view("<f4").reshape(k // block, 1, n)[..., start:stop]
-    weights: Floats = signed.reshape(k // block, block, -1) * scales
-    return weights.reshape(k, -1)
-
-
-def _nibbles(packed: Raw) -> NDArray[np.int8]:
-    """Signed 4-bit integers, two to a byte, the first in the lower half."""
-    both = np.stack([packed << 4, packed & 0xF0], -1).view(np.int8)
-    shifted: NDArray[np.int8] = both.reshape(-1) >> 4
-    return shifted
 
 
 def _floats(raw: Raw, stored: Initializer) -> Floats:

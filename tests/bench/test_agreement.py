@@ -26,7 +26,7 @@ OnnxOf = Callable[..., Path]
 
 
 def folder_of(source: Path, out: Path) -> Path:
-    export_folder(source, out, None, None, "ort", lambda *_: None, False)
+    export_folder(source, out, None, None, "onnxruntime", lambda *_: None, False)
     return out
 
 
@@ -97,7 +97,7 @@ def test_a_window_that_is_one_off_in_the_native_engine(gguf_of: GgufOf, monkeypa
 
 def test_a_damaged_graph(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    export_folder(DEMO, folder, "int4", None, "ort", lambda *_: None, False)
+    export_folder(DEMO, folder, "int4", None, "onnxruntime", lambda *_: None, False)
     path = folder / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:

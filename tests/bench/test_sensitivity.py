@@ -142,7 +142,7 @@ def test_the_command_writes_the_file_for_export(tmp_path: Path) -> None:
     assert (written["bezel_sensitivity"], written["tokens"]) == (1, 6 * 64)
     assert len(written["entries"]) == 16
     assert json.loads(CliRunner().invoke(main, [*called, "--json"]).stdout) == written
-    best = ["export", str(folder), str(tmp_path / "best.gguf"), "--target", "6bpw", "--sensitivity", str(out)]
+    best = ["export", str(folder), str(tmp_path / "best.gguf"), "--size", "6bpw", "--sensitivity", str(out)]
     assert CliRunner().invoke(main, best).exit_code == 0
 
 

@@ -533,26 +533,26 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
         assert result.exit_code == 0, result.output
         return dict(json.loads(result.stdout))
 
-    by_bits = run("--target", "5.2bpw")
+    by_bits = run("--size", "5.2bpw")
     assert 5.1 < by_bits["bits_per_weight"] <= 5.2
     assert len(by_bits["formats"]) > 2
     size = int(by_bits["file_bytes"]) + 100
     for given in (f"{size}B", f"{size / 1e6:.6f}MB", f"{size / 1024:.4f} KiB"):
-        assert size - 20_000 < run("--target", given)["file_bytes"] <= size
+        assert size - 20_000 < run("--size", given)["file_bytes"] <= size
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "5bpw"], "needs --sensitivity; the file is written by `bezel sensitivity "),
-        (["--sensitivity", "s.json"], "--sensitivity needs --target"),
-        (["--target", "5bpw", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),
-        (["--target", "5bpw", "--sensitivity", "s.json", "--embedding", "q8_0"], "leave --quant and --embedding out"),
-        (["--target", "5 bits", "--sensitivity", "s.json"], "found '5 bits', expected bits a weight such as 4.55bpw"),
-        (["--target", "5", "--sensitivity", "s.json"], "found '5', expected bits a weight such as 4.55bpw, or a size"),
-        (["--target", "33bpw", "--sensitivity", "s.json"], "found 33 bits a weight, expected 1 to 32"),
-        (["--target", "1KB", "--sensitivity", "s.json"], "the smallest mix has"),
-        (["--target", "5bpw", "--sensitivity", "s.json", "--format", "onnx"], "goes with --format gguf"),
+        (["--size", "5bpw"], "needs --sensitivity; the file is written by `bezel sensitivity "),
+        (["--sensitivity", "s.json"], "--sensitivity needs --size"),
+        (["--size", "5bpw", "--sensitivity", "s.json", "--quant", "q8_0"], "leave --quant and --embedding out"),
+        (["--size", "5bpw", "--sensitivity", "s.json", "--embedding", "q8_0"], "leave --quant and --embedding out"),
+        (["--size", "5 bits", "--sensitivity", "s.json"], "found '5 bits', expected bits a weight such as 4.55bpw"),
+        (["--size", "5", "--sensitivity", "s.json"], "found '5', expected bits a weight such as 4.55bpw, or a size"),
+        (["--size", "33bpw", "--sensitivity", "s.json"], "found 33 bits a weight, expected 1 to 32"),
+        (["--size", "1KB", "--sensitivity", "s.json"], "the smallest mix has"),
+        (["--size", "5bpw", "--sensitivity", "s.json", "--format", "onnx"], "goes with --format gguf"),
         (["--calibration-tokens", "512"], "--calibration-tokens goes with --calibration"),
         (
             ["--format", "onnx", "--kv", "int8", "--calibration", "s.json", "--calibration-tokens", "5"],
@@ -560,8 +560,8 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
         ),
         (["--format", "onnx", "--kv", "int8"], "--kv int8 and --calibration TEXT need each other"),
         (["--format", "onnx", "--calibration", "s.json"], "--kv int8 and --calibration TEXT need each other"),
-        (["--kv", "f32"], "--dialect and --kv go with --format onnx"),
-        (["--dialect", "ort"], "--dialect and --kv go with --format onnx"),
+        (["--kv", "f32"], "--target and --kv go with --format onnx"),
+        (["--target", "portable"], "--target and --kv go with --format onnx"),
         (["--embedding", "int4"], "go with --format onnx"),
         (["--quant", "int8"], "go with --format onnx"),
         (["--quant", "q3"], "unknown preset 'q3': expected one of f32, "),

@@ -62,9 +62,9 @@ def test_command_line(tmp_path: Path) -> None:
         assert found.exit_code == 2
         assert "--kv int8 and --calibration TEXT need each other" in found.output
     assert "go with --format onnx" in run("--kv", "int8", "--calibration", TEXT).output
-    found = run(*onnx, "--kv", "int8", "--calibration", TEXT, "--dialect", "standard")
+    found = run(*onnx, "--kv", "int8", "--calibration", TEXT, "--target", "portable")
     assert found.exit_code == 1
-    assert "the dialect 'standard', which has no operator for them" in found.output
+    assert "found the target 'portable', expected 'onnxruntime'" in found.output
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time.")
     assert "tokens, expected at least 512" in run(*onnx, "--kv", "int8", "--calibration", short).output

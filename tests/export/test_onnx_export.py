@@ -13,9 +13,10 @@ import onnx
 import pytest
 from bezel.export.onnx import writer as onnx_writer
 from bezel.export.onnx.export import export_folder
-from bezel.export.onnx.graph import DIALECTS, build_model
+from bezel.export.onnx.graph import build_model
 from bezel.export.onnx.ops import GraphOps, Value
 from bezel.export.onnx.source import QUANTS
+from bezel.export.onnx.targets import TARGETS
 from bezel.export.onnx.weights import Storage
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
@@ -31,6 +32,7 @@ from bezel.runtime.model.families import FAMILIES as RECORDS
 from bezel.runtime.model.forward import Weights, forward
 from bezel.runtime.model.tensors import TensorSpec, tensor_specs
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from tiny import COLUMNS, CONFIGS, DEMO, GOLDEN, TOLERANCE, checkpoint_folder, token_ids
 
 FAMILIES = ("gemma2-gqa", "gemma2-mha-odd-layers", "gemma3-gqa", "gemma3-mqa-no-factor", "gemma1-mqa")
@@ -38,23 +40,23 @@ OnnxOf = Callable[..., Path]
 
 
 def write(source: Path, out: Path, quant: str | None = None, **options: Any) -> Path:
-    arguments = {"embedding": None, "dialect": "ort", "progress": lambda *_: None, "force": False} | options
+    arguments = {"embedding": None, "target": "onnxruntime", "progress": lambda *_: None, "force": False} | options
     export_folder(source, out, quant, **arguments)
     return out
 
 
-@pytest.mark.parametrize(("dialect", "kv"), [*((dialect, "f32") for dialect in DIALECTS), ("ort", "int8")])
+@pytest.mark.parametrize(("target", "kv"), [*((target, "f32") for target in TARGETS), ("onnxruntime", "int8")])
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, kv: str, onnx_of: OnnxOf) -> None:
-    path = onnx_of(name, quant, dialect, kv) / "model.onnx"
+def test_onnx_accepts_the_graph(name: str, quant: str, target: str, kv: str, onnx_of: OnnxOf) -> None:
+    (path,) = onnx_of(name, quant, target, kv).rglob("*.onnx")
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     known = {value.name for value in (*inferred.graph.value_info, *inferred.graph.output)}
     assert {output for node in model.graph.node for output in node.output} <= known
     domains = {node.domain for node in model.graph.node}
-    assert domains == ({"", "com.microsoft"} if dialect == "ort" and quant.startswith("int") else {""})
+    assert domains == ({"", "com.microsoft"} if quant.startswith("int") else {""})
     inline = ("rope", "_scale")
     large = [t for t in model.graph.initializer if np.prod(t.dims) > 64 and not any(part in t.name for part in inline)]
     assert all(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in large)
@@ -63,17 +65,33 @@ def test_onnx_accepts_the_graph(name: str, quant: str, dialect: str, kv: str, on
     assert all(path.startswith("/") for path in paths)
 
 
+class MatMulNBits(OpRun):  # type: ignore[misc]
+    """x · weightᵀ, by onnxruntime's description of its operator, which onnx's evaluator does not know."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Any, codes: Any, scales: Any, bits: int, **_: Any) -> Any:
+        return (x @ unpacked(codes, scales, bits).T,)
+
+
+def unpacked(codes: Any, scales: Any, bits: int) -> Any:
+    """The weights (outputs, inputs) of codes (outputs, blocks, bytes) and scales (outputs, blocks)."""
+    integers = codes if bits == 8 else np.stack([codes & 15, codes >> 4], -1)
+    blocks = integers.reshape(*scales.shape, -1) - np.float32(2 ** (bits - 1))
+    return (blocks * scales[..., None]).reshape(len(codes), -1)
+
+
 class Evaluator:
     """One sequence through onnx's reference evaluator, its caches carried along as arrays."""
 
     def __init__(self, model: onnx.ModelProto, config: ModelConfig, context: int, chunk: int) -> None:
-        self.session = ReferenceEvaluator(model)
+        self.session = ReferenceEvaluator(model, new_ops=[MatMulNBits])
         self.caches = Caches(config.layers, context, "f32", chunk)
         names = self.session.input_names
         self.kinds = {name: name.removeprefix("visible.") for name in names if name.startswith("visible.")}
         self.layers = config.layers
         self.past = {
-            f"past.{i}.{name}": np.zeros((1, cache.capacity, layer.kv_size), np.float32)
+            f"past.{i}.{name}": np.zeros(_cache_shape(layer, cache.capacity, by_head=not self.kinds), np.float32)
             for i, (cache, layer) in enumerate(zip(self.caches, config.layers, strict=True))
             for name in ("key", "value")
         }
@@ -101,11 +119,15 @@ class Evaluator:
         return found["logits"]
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+def _cache_shape(layer: LayerConfig, slots: int, by_head: bool) -> tuple[int, ...]:
+    return (1, layer.n_kv_heads, slots, layer.head_dim) if by_head else (1, slots, layer.kv_size)
+
+
+@pytest.mark.parametrize(("target", "quant"), [*(("portable", quant) for quant in QUANTS), ("onnxruntime", "f32")])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_reference_evaluator(name: str, quant: str, onnx_of: OnnxOf) -> None:
-    """The standard dialect as onnx itself understands it, in chunks through several windows, against bezel's NumPy."""
-    folder = onnx_of(name, quant, "standard")
+def test_reference_evaluator(name: str, quant: str, target: str, onnx_of: OnnxOf) -> None:
+    """The graph as onnx itself understands it, in chunks through several windows, against bezel's NumPy."""
+    folder = onnx_of(name, quant, target)
     model, ids = load(folder, engine="reference", kv="f32"), token_ids(name)
     evaluator = Evaluator(onnx.load(folder / "model.onnx"), model.config, len(ids), 5)
     ends = [*range(5, len(ids) - 2, 5), len(ids) - 2, len(ids) - 1, len(ids)]
@@ -115,7 +137,8 @@ def test_reference_evaluator(name: str, quant: str, onnx_of: OnnxOf) -> None:
         assert np.abs(found[:, ::COLUMNS] - np.load(GOLDEN / f"{name}.npy")).max() < TOLERANCE
 
 
-def test_layers_need_not_be_alike() -> None:
+@pytest.mark.parametrize("target", ["onnxruntime", "portable"])
+def test_layers_need_not_be_alike(target: str) -> None:
     """Each has its own heads, head_dim, feed-forward, RoPE and norms; what computes is onnx, and the specification."""
     a = LayerConfig(5, 4, 2, 16, 48, 1e4, 1.0, True, True)
     b = LayerConfig(None, 3, 1, 8, 32, 1e6, 8.0, False, True)
@@ -125,7 +148,7 @@ def test_layers_need_not_be_alike() -> None:
     random, specs = np.random.default_rng(1), list(tensor_specs(config))
     gain = {spec.gguf: 1.0 if spec.is_norm else spec.shape[1] ** -0.5 for spec in specs}
     arrays = {s.gguf: random.standard_normal(s.shape, np.float32) * np.float32(gain[s.gguf]) for s in specs}
-    model, tensors = build_model(config, {spec.gguf: Storage(32) for spec in specs}, "standard")
+    model, tensors = build_model(config, {spec.gguf: Storage(32) for spec in specs}, TARGETS[target])
     model.graph.initializer.extend(onnx.numpy_helper.from_array(arrays[t.name], t.name) for t in tensors)
     weights = Weights(
         {spec.role: arrays[spec.gguf] for spec in specs if spec.layer is None},
@@ -139,14 +162,14 @@ def test_layers_need_not_be_alike() -> None:
     assert np.abs(want).max() > 1
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("preset", ["f32", "f16", "bf16", "q8_0", "q6_k", "q4_0"])
 @pytest.mark.parametrize("name", ["demo", "gemma2-gqa"])
 def test_weights_of_a_gguf_file_keep_their_bits(
-    name: str, preset: str, dialect: str, gguf_of: Callable[..., Path], tmp_path: Path
+    name: str, preset: str, target: str, gguf_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = gguf_of(name, preset)
-    folder = write(source, tmp_path / "out", dialect=dialect)
+    folder = write(source, tmp_path / "out", target=target)
     with OnnxFolder(folder) as found, GGUFModel(source) as want:
         for tensor in want.tensors:
             assert np.array_equal(found.dequantize(tensor), want.dequantize(tensor)), tensor
@@ -158,19 +181,24 @@ def test_weights_of_a_gguf_file_keep_their_bits(
 
 @pytest.mark.parametrize("preset", ["q8_0", "q4_0"])
 def test_other_readers_find_the_bits_of_a_gguf_file(preset: str, gguf_of: Callable[..., Path], tmp_path: Path) -> None:
-    """As onnx reads the integers and the scales, against the gguf package."""
+    """As the operator's description reads the integers and the scales, against the gguf package."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
     source = gguf_of("demo", preset)
-    graph = onnx.load(write(source, tmp_path / "out", dialect="standard") / "model.onnx").graph
+    graph = onnx.load(write(source, tmp_path / "out") / "model.onnx").graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    bits = {
+        node.input[1]: next(a.i for a in node.attribute if a.name == "bits")
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
     checked = 0
     for want in GGUFReader(source).tensors:
         if f"{want.name}.codes" in tensors:
             codes, scales = (onnx.numpy_helper.to_array(tensors[f"{want.name}.{part}"]) for part in ("codes", "scales"))
-            weights = codes.astype(np.float32) * scales.repeat(len(codes) // len(scales), axis=0)
-            assert np.array_equal(weights.T, dequantize(want.data, want.tensor_type)), want.name
+            weights = unpacked(codes, scales, bits[f"{want.name}.codes"])
+            assert np.array_equal(weights, dequantize(want.data, want.tensor_type)), want.name
             checked += 1
     assert checked == 29
 

@@ -20,8 +20,8 @@ _IRRELEVANT = frozenset(
     "bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id dtype eos_token_id "
     "finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range keys_to_ignore_at_inference "
     "label2id max_length output_attentions output_hidden_states pad_token_id prefix problem_type return_dict "
-    "sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version unsloth_fixed "
-    "unsloth_version use_cache".split()
+    "sep_token_id task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version "
+    "unsloth_fixed unsloth_version use_cache".split()
 )
 # … and those around a "text_config" that tell of pictures.
 _OF_PICTURES = frozenset("boi_token_index eoi_token_index image_token_index mm_tokens_per_image vision_config".split())

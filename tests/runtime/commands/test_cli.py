@@ -202,7 +202,7 @@ def test_onnx_folder(tmp_path: Path, demo: Path) -> None:
     facts = json.loads(bezel("inspect", folder, "--context", 700, "--json").stdout)
     assert facts["onnx"]["operators"]["TensorScatter"] == 8
     assert facts["windows"] == [64, None, 64, None]
-    assert "ort dialect" in bezel("inspect", folder).stdout
+    assert "for onnxruntime" in bezel("inspect", folder).stdout
     run = bezel("run", folder, "Once", "--raw", "--max-tokens", 12, "--temperature", 0, "--json")
     assert json.loads(run.stdout)["tokens"] == 12
     lines = ("Tell me a story.", f"/save {tmp_path / 's'}", "/reset", f"/load {tmp_path / 's'}", "/undo")

@@ -89,7 +89,7 @@ def test_command_lines(demo: Path, tmp_path: Path) -> None:
             args += ["-n", 1, "-c", 64]
         elif verb == "export":
             args += [path(), *rng.choice([[], ["--force"], ["--quant", rng.choice(["Q4_0", "x", "text.txt", ""])]])]
-            args += rng.choice([[], ["--requantize"], ["--target", rng.choice(NUMBERS)], ["--calibration", path()]])
+            args += rng.choice([[], ["--requantize"], ["--size", rng.choice(NUMBERS)], ["--calibration", path()]])
         elif verb == "verify":
             args += ["--source", path()]
         elif verb == "measure":

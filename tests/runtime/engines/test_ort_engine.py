@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 from bezel.bench.loss.metrics import compare
-from bezel.export.onnx.graph import DIALECTS
 from bezel.runtime import Model, Session, load
 from bezel.runtime.cache.numpy_store import NumpyStore
 from bezel.runtime.errors import CacheError, InvalidModelFile, InvalidRequest
@@ -23,6 +22,8 @@ from tiny import COLUMNS, TOLERANCE, token_ids
 
 OnnxOf = Callable[..., Path]
 STEPS = [5, 6, 7, 8]
+RUN_HERE = ("onnxruntime", "portable")  # targets
+STORED = (("onnxruntime", "f32"), ("onnxruntime", "int8"), ("portable", "f32"))  # and what their caches hold
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +38,21 @@ def ort_of(onnx_of: OnnxOf) -> Callable[..., Model]:
     return make
 
 
+@pytest.mark.parametrize("target", RUN_HERE)
 @pytest.mark.parametrize("feed", FEEDINGS)
 @pytest.mark.parametrize("name", ALL)
-def test_logits_of_transformers(name: str, feed: Any, ort_of: Callable[..., Model]) -> None:
-    logits = feed(ort_of(name, "f32").session(), token_ids(name))
+def test_logits_of_transformers(name: str, feed: Any, target: str, ort_of: Callable[..., Model]) -> None:
+    logits = feed(ort_of(name, "f32", target).session(), token_ids(name))
     assert np.abs(logits[:, ::COLUMNS] - golden(name)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(("activations", "allowed"), [("int8", 1e-3), ("f32", 1e-6)])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("target", RUN_HERE)
 @pytest.mark.parametrize("quant", ["f16", "int8", "int4"])
 def test_loss_to_the_reference_engine(
-    quant: str, dialect: str, activations: str, allowed: float, onnx_of: OnnxOf
+    quant: str, target: str, activations: str, allowed: float, onnx_of: OnnxOf
 ) -> None:
-    folder, ids = onnx_of("demo", quant, dialect), token_ids("demo")
+    folder, ids = onnx_of("demo", quant, target), token_ids("demo")
     want = load(folder, engine="reference", kv="f32").logits(ids)
     model = load(folder, activations=activations)
     for feed in FEEDINGS if activations == "int8" else (whole, random_chunks):  # exact is slow for each call
@@ -64,17 +66,19 @@ def tail(session: Any) -> np.ndarray:
     return np.stack([session.step(token) for token in STEPS])
 
 
-@pytest.mark.parametrize("kv", ["f32", "int8"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("name", ["gemma2-gqa", "gemma1-mqa"])
-def test_rewind_save_restore(name: str, kv: str, ort_of: Callable[..., Model], onnx_of: OnnxOf, tmp_path: Path) -> None:
-    model, ids = ort_of(name, "int8", "ort", kv), token_ids(name)
+def test_rewind_save_restore(
+    name: str, stored: tuple[str, str], ort_of: Callable[..., Model], onnx_of: OnnxOf, tmp_path: Path
+) -> None:
+    model, ids = ort_of(name, "int8", *stored), token_ids(name)
     session = model.session()
     session.prefill(ids)
     session.save(tmp_path / "s")
     want = tail(session)
     session.rewind(len(STEPS))
     assert np.array_equal(tail(session), want)
-    other = load(onnx_of(name, "int8", "ort", kv)).session()
+    other = load(onnx_of(name, "int8", *stored)).session()
     other.step(9)
     other.restore(tmp_path / "s")
     assert np.array_equal(tail(other), want)
@@ -83,11 +87,12 @@ def test_rewind_save_restore(name: str, kv: str, ort_of: Callable[..., Model], o
             session.rewind(20)
 
 
+@pytest.mark.parametrize("target", RUN_HERE)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(st.tuples(st.sampled_from(["feed", "rewind"]), st.integers(1, 20)), max_size=15))
-def test_random_lives(actions: list[tuple[str, int]], ort_of: Callable[..., Model]) -> None:
+def test_random_lives(actions: list[tuple[str, int]], target: str, ort_of: Callable[..., Model]) -> None:
     """Whatever happened to a session, its next logits are those of a fresh one that was fed the same tokens."""
-    model = ort_of("gemma2-gqa", "f32")
+    model = ort_of("gemma2-gqa", "f32", target)
     session = model.session()
     for action, n in actions:
         if action == "feed" and session.position < 200:
@@ -103,9 +108,9 @@ def test_random_lives(actions: list[tuple[str, int]], ort_of: Callable[..., Mode
     assert np.abs(session.step(7) - fresh.step(7)).max() < 1e-4
 
 
-@pytest.mark.parametrize("kv", ["f32", "int8"])
-def test_a_token_writes_one_row_in_place(kv: str, ort_of: Callable[..., Model]) -> None:
-    session = ort_of("gemma2-gqa", "f32", "ort", kv).session()
+@pytest.mark.parametrize("stored", STORED)
+def test_a_token_writes_one_row_in_place(stored: tuple[str, str], ort_of: Callable[..., Model]) -> None:
+    session = ort_of("gemma2-gqa", "f32", *stored).session()
     session.prefill(token_ids("gemma2-gqa"))
     stores = [cache.store for cache in session.engine.caches]  # type: ignore[attr-defined]
     before = [(rows.ctypes.data, rows.copy()) for store in stores for rows in store.rows.values()]
@@ -136,7 +141,7 @@ class FixedScales(NumpyStore):
 @pytest.mark.parametrize("name", ["demo", "gemma2-gqa", "gemma2-mha-odd-layers", "gemma3-mqa-no-factor", "gemma1-mqa"])
 def test_int8_keys_and_values(name: str, feed: Any, onnx_of: OnnxOf) -> None:
     """The graph, which has two ways for few and for many tokens, against the same rounding in the reference engine."""
-    folder, ids = onnx_of(name, "f32", "ort", "int8"), token_ids(name)
+    folder, ids = onnx_of(name, "f32", "onnxruntime", "int8"), token_ids(name)
     model, plain = load(folder), load(folder, engine="reference", kv="f32")
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     stored = {
@@ -157,13 +162,13 @@ def test_int8_keys_and_values(name: str, feed: Any, onnx_of: OnnxOf) -> None:
 
 
 def test_keys_and_values_are_as_exported(ort_of: Callable[..., Model], onnx_of: OnnxOf) -> None:
-    folder = onnx_of("gemma2-gqa", "f32", "ort", "int8")
+    folder = onnx_of("gemma2-gqa", "f32", "onnxruntime", "int8")
     assert load(folder, kv="int8").kv == load(folder).kv == "int8-channel"
     with pytest.raises(InvalidRequest, match=r"kv: found 'f32', expected 'int8-channel', with which ort runs .*"):
         load(folder, kv="f32")
     with pytest.raises(InvalidRequest, match="kv: found 'int8', expected 'f32'"):
         load(onnx_of("gemma2-gqa", "f32"), kv="int8")
-    small, large = (ort_of("gemma2-gqa", "f32", "ort", kv).session() for kv in ("int8", "f32"))
+    small, large = (ort_of("gemma2-gqa", "f32", "onnxruntime", kv).session() for kv in ("int8", "f32"))
     for session in (small, large):
         session.prefill(STEPS)
     assert 4 * small.engine.cache_bytes == large.engine.cache_bytes

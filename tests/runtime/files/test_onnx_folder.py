@@ -541,11 +541,11 @@ def test_sizes_are_those_of_the_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"bezel_onnx": 2},
+        {"bezel_onnx": 3},
         {"bezel_onnx": True},
         {"metadata": []},
         {"quant": None},
-        {"dialect": 3},
+        {"target": 3},
         {"files": "all"},
         {"files": {"../x": {"bytes": 1, "sha256": ""}}},
         {"files": {"model.onnx": {"bytes": -1.5, "sha256": ""}}},

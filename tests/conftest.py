@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from bezel.export.onnx.source import OnnxSource
@@ -9,6 +11,9 @@ from bezel.export.onnx.writer import export_onnx
 from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime import Model, load
 from tiny import TEXT, checkpoint_folder, export
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +51,17 @@ def model_of(gguf_of: Callable[..., Path]) -> Callable[..., Model]:
         return load(gguf_of(name, preset), **(exact | options))  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """For the tests of pages: pip install playwright, and apt install chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    sync_api.expect.set_options(timeout=20_000)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium: {error.message.splitlines()[0]}")
+        yield browser
+        browser.close()

@@ -79,9 +79,13 @@ class _Options:
                 "int8, and int4 for the embedding, go with --format onnx; GGUF has q8_0 and q4_0.",
             ),
             (
-                onnx and (self.calibration is not None) != (self.kv == "int8"),
-                "For ONNX, --kv int8 and --calibration TEXT need each other; to calibrate the weights, export to GGUF "
-                "and that file to ONNX.",
+                self.kv == "int8" and self.calibration is None,
+                "--kv int8 needs --calibration TEXT, on which each channel's range is measured.",
+            ),
+            (
+                onnx and self.calibration and (self.kv == "f32" or self.runtime not in (None, "onnxruntime")),
+                "For ONNX, --calibration is for --kv int8 and --target onnxruntime; to calibrate the weights, export "
+                "to GGUF and that file to ONNX.",
             ),
             (
                 self.calibration_tokens and (onnx or not self.calibration),
@@ -128,9 +132,7 @@ class _Options:
     "--format",
     "container",
     type=click.Choice(("gguf", "onnx")),
-    default="gguf",
-    show_default=True,
-    help="gguf: one file. onnx: a folder with a graph.",
+    help="gguf: one file. onnx: a folder with a graph.  [default: gguf; with --target, onnx]",
 )
 @click.option(
     "--quant",
@@ -185,15 +187,16 @@ class _Options:
 @click.option(
     "--target",
     "runtime",
-    type=click.Choice(("onnxruntime", "portable", "transformers")),
+    type=click.Choice(("onnxruntime", "portable", "transformers", "web")),
     help="ONNX: what is to run it. onnxruntime: fastest there, as bezel feeds it. portable: OpenVINO, browsers and the "
-    "rest, too. transformers: laid out for Optimum and transformers.js.  [default: onnxruntime]",
+    "rest, too. transformers: laid out for Optimum and transformers.js. web: a page to chat with in a browser, for any "
+    "server of files.  [default: onnxruntime]",
 )
 @click.option(
     "--kv",
     type=click.Choice(("f32", "int8")),
     help="ONNX: how keys and values are kept. int8 takes a quarter of the memory and is much faster where the context "
-    "is long; needs --calibration TEXT, on which each channel's range is measured.  [default: f32]",
+    "is long; needs --calibration TEXT, on which each channel's range is measured.  [default: f32; with a text, int8]",
 )
 @click.option(
     "--requantize",
@@ -222,7 +225,8 @@ def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4 --kv int8 --calibration text.txt
       bezel export small.gguf gemma-onnx/ --format onnx
-      bezel export gemma-2-2b-it/ gemma-js/ --format onnx --quant int4 --target transformers
+      bezel export gemma-2-2b-it/ gemma-js/ --target transformers --quant int4
+      bezel export gemma3-270m web/ --target web --quant int4 --requantize
       bezel export gemma-q8_0.gguf gemma-q4_0.gguf --quant q4_0 --requantize
 
     A recipe file is JSON; the first rule that matches a tensor decides. A rule asks for a role (a name or a list), for
@@ -234,6 +238,7 @@ def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
         {"role": ["attn_v", "ffn_down"], "layers": "0-3, 25", "format": "q5_k"},
         {"tensor": "blk\\\\.2\\\\..*", "format": "q8_0"}]}
     """
+    options["container"] = options["container"] or ("onnx" if options["runtime"] else "gguf")
     asked = _Options(**options)
     asked.check()
     with progress_bar(out.name) as progress:

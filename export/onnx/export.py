@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..sources.opening import open_checkpoint
 from ..summary import ExportSummary
+from .page_writer import export_page
 from .source import OnnxSource
 from .writer import export_onnx
 
@@ -24,8 +25,12 @@ def export_folder(
 ) -> ExportSummary:
     """Write the checkpoint or the GGUF file `path` to the ONNX folder `out`; see `OnnxSource` and `export_onnx`.
 
+    The `target` "web" is a page with the model in it: see `export_page`.
+
     Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
     """
     with open_checkpoint(path, quantized=True) as checkpoint:
         source = OnnxSource(checkpoint, quant, embedding, requantize)
+        if target == "web":
+            return export_page(source, out, progress, force)
         return export_onnx(source, out, target, progress, force, kv_text)

@@ -7,7 +7,8 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ...runtime.errors import InvalidModelFile, InvalidRequest
 from ...runtime.files.atomic import atomic_folder
 from ...runtime.files.models import size_text
 from ...runtime.files.onnx_folder import KV_STORAGE, MANIFEST, MODEL
+from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.version import bezel_version
 from ..calibration.moments import read_text
@@ -29,7 +31,7 @@ from ..ordered import CHUNK_WEIGHTS, ordered
 from ..summary import ExportSummary, of_vanished
 from .companions import companions
 from .graph import build_model
-from .kv_scales import TOKENS, kv_scales
+from .kv_scales import TOKENS, KVScales, kv_scales
 from .source import OnnxSource
 from .targets import TARGETS
 from .weights import External, Storage
@@ -60,10 +62,10 @@ def export_onnx(
         raise InvalidRequest(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
     if kv_text is not None and target != "onnxruntime":
         raise InvalidRequest(f"int8 keys and values: found the target {target!r}, expected 'onnxruntime'")
-    _check_target(source, out, force)
+    check_target(source, out, force)
     config = source.config
     specs = list(tensor_specs(config))
-    storage = {spec.gguf: _storage(source, spec) for spec in specs}
+    storage = storages(source)
     total = sum(math.prod(spec.shape) for spec in specs)
     scales, done, metadata = None, 0, dict(source.metadata)
     report = progress or (lambda *_: None)
@@ -72,24 +74,17 @@ def export_onnx(
         done, total = total // 2, total + total // 2  # it takes about half as long
         scales = kv_scales(source.checkpoint, text.sequences, lambda i, n: report(done * i // n, total))
         metadata["bezel.provenance.kv_text_sha256"] = text.sha256
-    model, tensors = build_model(config, storage, TARGETS[target], scales)
-    offsets, size = _layout(tensors)
+    name, data = _names(target, storage)
+    graph = graph_of(config, storage, target, data, scales)
     free = shutil.disk_usage(out.resolve().parent).free
-    if free < size:
-        raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(size)} for {out.name}")
-    graph, data = _names(target, storage)
-    for tensor in tensors:
-        model.graph.initializer.append(_initializer(tensor, Path(data).name, offsets[tensor.name]))
-    contents = companions(source, target, graph) | {graph: model.SerializeToString(deterministic=True)}
+    if free < graph.nbytes:
+        raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(graph.nbytes)} for {out.name}")
+    contents = companions(source, target, name) | {name: graph.message}
 
     with atomic_folder(out) as part, source.checkpoint.unchanged(), background_hashes(source.files) as source_hashes:
-        for name, content in contents.items():
-            (part / name).parent.mkdir(exist_ok=True)
-            (part / name).write_bytes(content)
-        vanished = _write_data(
-            part / data, size, source, tensors, offsets, lambda weights: report(done + weights, total)
-        )
-        names = (graph, data, *sorted(contents.keys() - {graph}))
+        write_files(part, contents)
+        vanished = _write_data(part / data, source, graph, lambda weights: report(done + weights, total))
+        names = (name, data, *sorted(contents.keys() - {name}))
         with background_hashes([part / name for name in names]) as hashes:
             files = {
                 name: {"bytes": (part / name).stat().st_size, "sha256": digest}
@@ -106,7 +101,7 @@ def export_onnx(
             "metadata": metadata,
             "quant": source.quant,
             "target": target,
-            "graph": graph,
+            "graph": name,
             "kv": KV_STORAGE["int8" if scales else "f32"],
             "formats": {spec.gguf: source.format(spec).name for spec in specs},
             "files": files,
@@ -118,12 +113,48 @@ def export_onnx(
         path=str(out),
         file_bytes=file_bytes,
         weights=weights,
-        bits_per_weight=sum(tensor.nbytes for tensor in tensors) * 8 / weights,
+        bits_per_weight=sum(tensor.nbytes for tensor in graph.tensors) * 8 / weights,
         formats=dict(Counter(_describe(storage[spec.gguf]) for spec in specs)),
         fallbacks=[],
         warnings=[*source.warnings, *of_vanished(vanished)],
         seconds=time.monotonic() - start,
     )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A serialised graph, and the tensors of its external data, which is `nbytes` long, with their `offsets` in it."""
+
+    message: bytes
+    tensors: list[External]
+    offsets: Mapping[str, int]
+    nbytes: int
+
+
+def graph_of(
+    config: ModelConfig,
+    storage: Mapping[str, Storage],
+    target: str,
+    data: str,
+    kv_scales: Sequence[KVScales] | None = None,
+) -> Graph:
+    """The graph whose weights are in the file `data`; see `build_model`."""
+    model, tensors = build_model(config, storage, TARGETS[target], kv_scales)
+    offsets, size = _layout(tensors)
+    for tensor in tensors:
+        model.graph.initializer.append(_initializer(tensor, Path(data).name, offsets[tensor.name]))
+    return Graph(model.SerializeToString(deterministic=True), tensors, offsets, size)
+
+
+def storages(source: OnnxSource) -> dict[str, Storage]:
+    """How each tensor of the source is stored, by its name in GGUF."""
+    return {spec.gguf: _storage(source, spec) for spec in tensor_specs(source.config)}
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _storage(source: OnnxSource, spec: TensorSpec) -> Storage:
@@ -167,19 +198,17 @@ def _initializer(tensor: External, location: str, offset: int) -> TensorProto:
 
 def _write_data(
     path: Path,
-    size: int,
     source: OnnxSource,
-    tensors: list[External],
-    offsets: Mapping[str, int],
+    graph: Graph,
     progress: Callable[[int], None],
 ) -> Counter[str]:
     """Write the external data; how many weights of each of the model's tensors are too small for their format."""
     done, vanished = 0, Counter[str]()
     with path.open("wb") as file:
-        file.truncate(size)
-        for tensor, first, data, lost in _converted(source, tensors):
+        file.truncate(graph.nbytes)
+        for tensor, first, data, lost in _converted(source, graph.tensors):
             vanished[tensor.spec.gguf] += lost
-            file.seek(offsets[tensor.name] + first * data.shape[1])
+            file.seek(graph.offsets[tensor.name] + first * data.shape[1])
             file.write(data.data)
             if tensor.part != "scales":
                 done += len(data) * tensor.spec.shape[-1]
@@ -232,7 +261,8 @@ def _laid_out(tensor: External, rows: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
-def _check_target(source: OnnxSource, out: Path, force: bool) -> None:
+def check_target(source: OnnxSource, out: Path, force: bool) -> None:
+    """Raises InvalidRequest for a folder that no export may be written to, or replace."""
     if not out.resolve().parent.is_dir():
         raise InvalidRequest(f"{out.parent}: no such folder; create it first")
     if out.is_symlink() or (out.exists() and not out.is_dir()):

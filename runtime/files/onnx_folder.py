@@ -192,6 +192,8 @@ class OnnxFolder:
         except OSError:
             self._fail("", _not_an_export(self.path))
         raw = self._json(MANIFEST)
+        if "bezel_page" in raw:
+            self._fail("", f"this is a page for browsers; its model is {self.path / 'model'}")
         if raw.get("bezel_onnx") != _VERSION or isinstance(raw["bezel_onnx"], bool):
             self._fail(MANIFEST, f"key 'bezel_onnx': found {_show(raw.get('bezel_onnx'))}, expected {_VERSION}")
         tables = ("metadata", "files", "formats")

@@ -189,12 +189,25 @@ def test_the_program_in_python(onnx_of: OnnxOf) -> None:
     assert text.startswith(PROMPT)
 
 
-def test_the_program_in_javascript(onnx_of: OnnxOf, tmp_path: Path) -> None:
+# How the program's session is made with activations as float32, which onnxruntime-web has anyway.
+CREATE = "create(`${folder}/model.onnx`)"
+EXACT = {
+    "onnxruntime-node": 'create(`${folder}/model.onnx`, {extra: {session: {disable_prepacking: "1"}}})',
+    "onnxruntime-web": "create(readFileSync(`${folder}/model.onnx`), "
+    '{externalData: [{path: "model.onnx.data", data: readFileSync(`${folder}/model.onnx.data`)}]})',
+}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("package", EXACT)
+def test_the_program_in_javascript(package: str, quant: str, onnx_of: OnnxOf, tmp_path: Path) -> None:
     needs_node()
-    folder = onnx_of("demo", "f32", "portable")
+    folder = onnx_of("demo", quant, "portable")
     (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
-    program = shutil.copy(PROGRAMS / "generate.mjs", tmp_path)
-    ids, text = output("node", program, folder, PROMPT, "200").splitlines()[:2]
+    program, text = tmp_path / "generate.mjs", (PROGRAMS / "generate.mjs").read_text(encoding="utf-8")
+    assert text.count(CREATE) == 1
+    program.write_text(text.replace(CREATE, EXACT[package]).replace('"onnxruntime-node"', f'"{package}"'))
+    ids, text = output("node", program, folder, PROMPT, "200").splitlines()[-2:]
     assert json.loads(ids) == greedy(folder, 200)
     assert text.startswith(PROMPT)
 

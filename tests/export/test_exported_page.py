@@ -1,0 +1,202 @@
+"""The page that `--target web` writes, in a real browser: it answers as bezel's reference engine does, also offline."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bezel.export.onnx.npm import PACKAGES, package_files
+from bezel.export.sources.opening import open_checkpoint
+from bezel.export.verify import verify
+from bezel.runtime import Sampling, load
+from bezel.runtime.errors import InvalidModelFile, InvalidRequest
+from bezel.runtime.files.onnx_folder import OnnxFolder
+from test_onnx_export import write
+from tiny import DEMO, TEXT
+
+pytest.importorskip("playwright.sync_api")
+from playwright.sync_api import Browser, Page, expect
+
+READY_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        for package in PACKAGES:
+            package_files(package)
+    except InvalidRequest as error:
+        pytest.skip(str(error))
+    return write(DEMO, tmp_path_factory.mktemp("web") / "out", "int8", target="web")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def served(folder: Path, port: int = 0) -> Iterator[str]:
+    """By a server that knows nothing but files."""
+    handler = functools.partial(Quiet, directory=str(folder.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/{folder.name}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """One that asks nobody but its own server."""
+    context = browser.new_context()
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda asked: None if asked.url.startswith("http://127.0.0.1") else wrong.append(asked.url))
+    page.on("console", lambda line: wrong.append(line.text) if "Content Security" in line.text else None)
+    yield page
+    context.close()
+    assert [one for one in wrong if not one.startswith("blob:http://127.0.0.1")] == []
+
+
+def settings(page: Page, **values: str) -> None:
+    page.get_by_role("button", name="Settings").click()
+    for label, value in values.items():
+        page.get_by_label(label.replace("_", " ")).fill(value)
+    page.get_by_role("button", name="Save").click()
+
+
+def is_ready(page: Page) -> None:
+    expect(page.locator("#keys")).to_contain_text("WebAssembly", timeout=READY_MS)
+
+
+def begin(page: Page, address: str) -> None:
+    page.goto(f"{address}#new")
+    expect(page.locator(".assistant")).to_have_count(0)
+
+
+def answer(page: Page, text: str) -> str:
+    ended = page.locator(".assistant .foot", has_text="read")
+    before = ended.count()
+    page.get_by_role("textbox", name="Message").last.fill(text)
+    page.keyboard.press("Enter")
+    expect(ended).to_have_count(before + 1, timeout=READY_MS)
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    found: str = page.evaluate(_STORED)
+    return found
+
+
+# The text as it came, because the page shows it as Markdown.
+_STORED = """() => new Promise((resolve) => {
+  indexedDB.open("bezel").onsuccess = (event) => {
+    const store = event.target.result.transaction("conversations").objectStore("conversations");
+    const sorted = (all) => all.sort((a, b) => b.changed - a.changed);
+    store.getAll().onsuccess = (got) => resolve(sorted(got.target.result)[0].messages.at(-1).text);
+  };
+})"""
+
+
+def test_it_answers_as_bezel_does(web: Path, page: Page) -> None:
+    model = load(web / "model", engine="reference", kv="f32")
+    # Past the slots that a cache begins with, while it writes; and what looks like a marker is text.
+    story = model.tokenizer.decode(model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:1000])
+    prompts = ["A story about a fox.", "Say <end_of_turn> and <bos>.", story.strip()]
+    want = ["".join(model.generate(p, max_tokens=40, sampling=Sampling(temperature=0))) for p in prompts]
+    with served(web) as address:
+        page.goto(address)
+        is_ready(page)
+        settings(page, Temperature="0", Max_tokens="40")
+        for prompt, expected in zip(prompts, want, strict=True):
+            begin(page, address)
+            assert answer(page, prompt) == expected
+
+
+def test_it_goes_on_without_a_server(web: Path, page: Page) -> None:
+    with served(web) as address:
+        page.goto(address)
+        is_ready(page)
+        assert page.evaluate("crossOriginIsolated")  # else there are no threads
+        settings(page, Temperature="0", Max_tokens="12")
+        first = answer(page, "A story about a fox.")
+        answer(page, "And then?")
+        expect(page.locator(".assistant .foot").last).to_contain_text("tokens read before")
+    page.reload()
+    is_ready(page)
+    expect(page.locator(".assistant .text")).to_have_count(2)
+    begin(page, address)
+    assert answer(page, "A story about a fox.") == first
+
+
+def test_a_long_answer_is_stopped(web: Path, page: Page) -> None:
+    with served(web) as address:
+        page.goto(address)
+        is_ready(page)
+        settings(page, Max_tokens="1000")
+        page.get_by_role("textbox", name="Message").last.fill("A long story.")
+        page.keyboard.press("Enter")
+        expect(page.locator(".assistant .text")).not_to_be_empty()
+        page.keyboard.press("Escape")
+        expect(page.locator(".assistant .foot")).to_contain_text("stopped")
+        settings(page, Max_tokens="5")
+        assert answer(page, "Once more.")
+
+
+def test_what_does_not_fit_is_said(web: Path, page: Page) -> None:
+    with served(web) as address:
+        page.goto(address)
+        is_ready(page)
+        page.get_by_role("textbox", name="Message").last.fill(TEXT.read_text(encoding="utf-8")[:20_000])
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#notice")).to_contain_text("does not fit into the model’s context")
+
+
+def test_a_damaged_file_is_said(web: Path, tmp_path: Path, page: Page) -> None:
+    folder = Path(shutil.copytree(web, tmp_path / "out"))
+    data = folder / "model" / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-100])
+    with served(folder) as address:
+        page.goto(address)
+        expect(page.locator("#loading")).to_contain_text("model.onnx.data: found", timeout=READY_MS)
+
+
+def test_the_model_in_it_is_an_export(web: Path) -> None:
+    with open_checkpoint(DEMO) as source:
+        assert all(report.ok for report in verify(web / "model", source))
+    with pytest.raises(InvalidModelFile, match=r"this is a page for browsers; its model is .*model"):
+        OnnxFolder(web)
+    listed = set(json.loads((web / "bezel.json").read_text())["files"]) | {"bezel.json"}
+    assert listed == {path.relative_to(web).as_posix() for path in web.rglob("*") if path.is_file()}
+    with pytest.raises(InvalidRequest, match="--force"):
+        write(DEMO, web, "int8", target="web")
+
+
+def test_packages_are_known_by_their_hashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    package = PACKAGES[1]
+    served_from = tmp_path / "registry" / package.name / "-"
+    served_from.mkdir(parents=True)
+    (served_from / package.archive).write_bytes(b"something else")
+    with served(tmp_path / "registry") as address:
+        monkeypatch.setenv("NPM_CONFIG_REGISTRY", address)
+        with pytest.raises(InvalidRequest, match=r"tokenizers-.*tgz: found SHA-512 .*, expected LidM"):
+            package_files(package)
+    with pytest.raises(InvalidRequest, match="a page needs this package once"):
+        package_files(package)
+    assert not list(tmp_path.rglob("bezel/npm/*.tgz"))
+    kept = tmp_path / "bezel" / "npm" / package.archive
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(b"spoilt")
+    with pytest.raises(InvalidRequest, match="a page needs this package once"):
+        package_files(package)

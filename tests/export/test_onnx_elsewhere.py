@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 QUANTS = ("f32", "int8", "int4")
 PROGRAMS = Path(__file__).parents[2] / "docs" / "onnx"
 NODE = Path(__file__).parents[1] / "node"
-PROMPT = "Once upon a time there was a king who had"
+PROMPT, COUNT = "Once upon a time there was a king who had", "200"
+WINDOW = 64  # of the demo
 CHUNK = 7
 
 
@@ -139,19 +141,24 @@ def test_grown_caches(name: str, quant: str, runtime: str, onnx_of: OnnxOf) -> N
     assert np.abs(both[1] - want).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("by", [-1, 1])
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("target", ["portable", "transformers"])
-def test_a_window_off_by_one_is_seen(
-    target: str, runtime: str, by: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_windows_off(by: int, name: str, target: str, scratch: Path) -> Path:
+    """An export whose windows are `by` wider than its config says."""
+
     def off(config: ModelConfig, *rest: Any) -> Any:
         change = in_layers(lambda layer: replace(layer, window=layer.window and layer.window + by))
         return build_model(change(config), *rest)
 
-    monkeypatch.setattr(onnx_writer, "build_model", off)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_writer, "build_model", off)
+        return write(checkpoint_folder(name, scratch), scratch / f"off-{target}-{by}", "f32", target=target)
+
+
+@pytest.mark.parametrize("by", [-1, 1])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("target", ["portable", "transformers"])
+def test_a_window_off_by_one_is_seen(target: str, runtime: str, by: int, tmp_path: Path) -> None:
     name = "gemma2-gqa"
-    folder, ids = write(checkpoint_folder(name, tmp_path), tmp_path / "out", "f32", target=target), token_ids(name)
+    folder, ids = with_windows_off(by, name, target, tmp_path), token_ids(name)
     graph, layers = graph_of(folder)
     run = RUNTIMES[runtime](graph)
     found = in_rings(run, layers, ids) if target == "portable" else grown(run, layers, [ids])[0]
@@ -160,33 +167,32 @@ def test_a_window_off_by_one_is_seen(
     assert difference[8:].min() > 50 * TOLERANCE
 
 
-def greedy(folder: Path, count: int) -> list[int]:
-    """By bezel's reference engine, up to an end."""
-    model = load(folder, engine="reference", kv="f32")
-    session, ids = model.session(), [2, *model.tokenizer.encode(PROMPT)]
-    logits = session.prefill(ids)
-    while count and ids[-1] != 1:
-        ids.append(int(logits.argmax()))
-        logits, count = session.step(ids[-1]), count - 1
-    return ids
+# --- programs that write greedy text, as ids with the prompt's
 
 
-def output(*command: str | Path, **environment: str) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | environment)
+def output(*command: str | Path) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def needs_node() -> None:
+def by_python(folder: Path, _: Path) -> list[int]:
+    return ids_in(output(sys.executable, PROGRAMS / "generate.py", folder, PROMPT, COUNT))
+
+
+def ids_in(printed: str) -> list[int]:
+    """The program prints the ids, and then the text."""
+    ids, text = printed.splitlines()[-2:]
+    assert text.startswith(PROMPT)
+    found: list[int] = json.loads(ids)
+    return found
+
+
+def with_node(scratch: Path) -> Path:
     if not (NODE / "node_modules").exists() or not shutil.which("node"):
         pytest.skip("npm ci --ignore-scripts --prefix tests/node")
-
-
-def test_the_program_in_python(onnx_of: OnnxOf) -> None:
-    folder = onnx_of("demo", "f32", "portable")
-    ids, text = output(sys.executable, PROGRAMS / "generate.py", folder, PROMPT, "200").splitlines()[:2]
-    assert json.loads(ids) == greedy(folder, 200)
-    assert text.startswith(PROMPT)
+    (scratch / "node_modules").symlink_to(NODE / "node_modules")
+    return scratch
 
 
 # How the program's session is made with activations as float32, which onnxruntime-web has anyway.
@@ -198,43 +204,30 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("package", EXACT)
-def test_the_program_in_javascript(package: str, quant: str, onnx_of: OnnxOf, tmp_path: Path) -> None:
-    needs_node()
-    folder = onnx_of("demo", quant, "portable")
-    (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
-    program, text = tmp_path / "generate.mjs", (PROGRAMS / "generate.mjs").read_text(encoding="utf-8")
+def by_javascript(package: str, folder: Path, scratch: Path) -> list[int]:
+    program, text = with_node(scratch) / "generate.mjs", (PROGRAMS / "generate.mjs").read_text(encoding="utf-8")
     assert text.count(CREATE) == 1
     program.write_text(text.replace(CREATE, EXACT[package]).replace('"onnxruntime-node"', f'"{package}"'))
-    ids, text = output("node", program, folder, PROMPT, "200").splitlines()[-2:]
-    assert json.loads(ids) == greedy(folder, 200)
-    assert text.startswith(PROMPT)
+    return ids_in(output("node", program, folder, PROMPT, COUNT))
 
 
-def test_the_program_in_cpp(onnx_of: OnnxOf, tmp_path: Path) -> None:
-    """Without headers of onnxruntime in any package, on OpenVINO, whose wheel has its own."""
+def by_cpp(folder: Path, scratch: Path) -> list[int]:
+    """No package has onnxruntime's headers; OpenVINO's wheel has its own."""
     root = Path(pytest.importorskip("openvino").__file__).parent
     compiler, library = shutil.which("c++"), next((root / "libs").glob("libopenvino.so*"), None)
     if compiler is None or library is None:
         pytest.skip("needs a C++ compiler and OpenVINO's library")
-    folder, program = onnx_of("demo", "f32", "portable"), tmp_path / "generate"
-    linked = [f"-L{library.parent}", f"-l:{library.name}", f"-Wl,-rpath,{library.parent}"]
+    program, linked = (
+        scratch / "generate",
+        [f"-L{library.parent}", f"-l:{library.name}", f"-Wl,-rpath,{library.parent}"],
+    )
     output(compiler, "-std=c++17", PROGRAMS / "generate.cpp", f"-I{root / 'include'}", *linked, "-o", program)
-    want = greedy(folder, 200)
-    prompt = want[: len(want) - 200] if len(want) > 200 else want[:1]
-    found = output(program, folder, "64", "lglg", "200", *map(str, prompt))
-    assert list(map(int, found.split())) == want
+    tokenizer = load(folder, engine="reference", kv="f32").tokenizer
+    prompt = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
+    return list(map(int, output(program, folder, "64", "lglg", COUNT, *map(str, prompt)).split()))
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_optimum(quant: str, onnx_of: OnnxOf) -> None:
-    """In its own environment, because it wants an older transformers; with activations as float32."""
-    python = os.environ.get("BEZEL_OPTIMUM_PYTHON")
-    if not python:
-        pytest.skip("BEZEL_OPTIMUM_PYTHON: the Python of an environment with optimum[onnxruntime]")
-    folder = onnx_of("demo", quant, "transformers")
-    script = """
+OPTIMUM = """
 import json, sys
 from onnxruntime import SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -242,23 +235,63 @@ from transformers import AutoTokenizer
 options = SessionOptions()
 options.add_session_config_entry("session.disable_prepacking", "1")
 model = ORTModelForCausalLM.from_pretrained(sys.argv[1], session_options=options)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-inputs = tokenizer(sys.argv[2], return_tensors="pt")
-print(json.dumps(model.generate(**inputs, do_sample=False, max_new_tokens=200)[0].tolist()))
+inputs = AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2], return_tensors="pt")
+print(json.dumps(model.generate(**inputs, do_sample=False, max_new_tokens=int(sys.argv[3]))[0].tolist()))
 """
-    found = json.loads(output(python, "-c", script, folder, PROMPT).splitlines()[-1])
-    want = greedy(folder, 200)
-    assert found == want[: len(found)]
-    assert len(found) > 100
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_transformers_js(quant: str, onnx_of: OnnxOf, tmp_path: Path) -> None:
-    needs_node()
-    folder = onnx_of("demo", quant, "transformers")
-    (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
-    program = shutil.copy(NODE / "transformers.mjs", tmp_path)
-    found = json.loads(output("node", program, folder, PROMPT, "200").splitlines()[-1])
-    want = greedy(folder, 200)
+def by_optimum(folder: Path, _: Path) -> list[int]:
+    """In its own environment, because it wants an older transformers."""
+    python = os.environ.get("BEZEL_OPTIMUM_PYTHON")
+    if not python:
+        pytest.skip("BEZEL_OPTIMUM_PYTHON: the Python of an environment with optimum[onnxruntime]")
+    found: list[int] = json.loads(output(python, "-c", OPTIMUM, folder, PROMPT, COUNT).splitlines()[-1])
+    return found
+
+
+def by_transformers_js(folder: Path, scratch: Path) -> list[int]:
+    program = shutil.copy(NODE / "transformers.mjs", with_node(scratch))
+    found: list[int] = json.loads(output("node", program, folder, PROMPT, COUNT).splitlines()[-1])
+    return found
+
+
+# The target that each runs, and the kinds of weights for which its activations are float32.
+WRITERS: dict[str, tuple[str, tuple[str, ...], Callable[[Path, Path], list[int]]]] = {
+    "onnxruntime": ("portable", ("f32",), by_python),
+    "onnxruntime-node": ("portable", QUANTS, partial(by_javascript, "onnxruntime-node")),
+    "onnxruntime-web": ("portable", QUANTS, partial(by_javascript, "onnxruntime-web")),
+    "openvino-cpp": ("portable", ("f32",), by_cpp),
+    "optimum": ("transformers", QUANTS, by_optimum),
+    "transformers.js": ("transformers", QUANTS, by_transformers_js),
+}
+
+
+@cache
+def greedy(folder: Path) -> list[int]:
+    """By bezel's reference engine, up to an end."""
+    model = load(folder, engine="reference", kv="f32")
+    session, ids = model.session(), [model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)]
+    logits = session.prefill(ids)
+    for _ in range(int(COUNT)):
+        ids.append(int(logits.argmax()))
+        if ids[-1] == model.tokenizer.eos_id:
+            break
+        logits = session.step(ids[-1])
+    return ids
+
+
+@pytest.mark.parametrize(("runtime", "quant"), [(name, q) for name, (_, quants, _) in WRITERS.items() for q in quants])
+def test_greedy_text(runtime: str, quant: str, onnx_of: OnnxOf, tmp_path: Path) -> None:
+    target, _, write_text = WRITERS[runtime]
+    found, want = write_text(onnx_of("demo", quant, target), tmp_path), greedy(onnx_of("demo", quant, "portable"))
     assert found == want[: len(found)]
-    assert len(found) > 100
+    assert len(found) > 2 * WINDOW
+
+
+@pytest.mark.parametrize("runtime", WRITERS)
+def test_a_window_off_by_one_changes_the_text(runtime: str, onnx_of: OnnxOf, tmp_path: Path) -> None:
+    target, _, write_text = WRITERS[runtime]
+    folder, want = with_windows_off(-1, "demo", target, tmp_path), greedy(onnx_of("demo", "f32", "portable"))
+    found = write_text(folder, tmp_path)
+    assert found[:WINDOW] == want[:WINDOW]
+    assert found != want[: len(found)]

@@ -150,7 +150,7 @@ def with_windows_off(by: int, name: str, target: str, scratch: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_writer, "build_model", off)
-        return write(checkpoint_folder(name, scratch), scratch / f"off-{target}-{by}", "f32", target=target)
+        return write(checkpoint_folder(name, scratch), scratch / ("wide" if by > 0 else "narrow"), "f32", target=target)
 
 
 @pytest.mark.parametrize("by", [-1, 1])
@@ -217,10 +217,8 @@ def by_cpp(folder: Path, scratch: Path) -> list[int]:
     compiler, library = shutil.which("c++"), next((root / "libs").glob("libopenvino.so*"), None)
     if compiler is None or library is None:
         pytest.skip("needs a C++ compiler and OpenVINO's library")
-    program, linked = (
-        scratch / "generate",
-        [f"-L{library.parent}", f"-l:{library.name}", f"-Wl,-rpath,{library.parent}"],
-    )
+    program = scratch / "generate"
+    linked = [f"-L{library.parent}", f"-l:{library.name}", f"-Wl,-rpath,{library.parent}"]
     output(compiler, "-std=c++17", PROGRAMS / "generate.cpp", f"-I{root / 'include'}", *linked, "-o", program)
     tokenizer = load(folder, engine="reference", kv="f32").tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]

@@ -1,7 +1,7 @@
 // Greedy tokens from a folder of `bezel export --target portable`, on OpenVINO:
-//   generate FOLDER WINDOW LAYERS TOKENS ID ID ID …
+//   generate FOLDER WINDOW LAYERS END TOKENS ID ID ID …
 // with config.json's "sliding_window", or 0, a letter for each of its "layer_types", such as lglg for local and global
-// ones in turn, and the prompt's ids, <bos> first.
+// ones in turn, the id that ends a text, and the prompt's ids, <bos> first.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -16,10 +16,14 @@ const std::int64_t context = 4096, chunk = 128;  // positions that fit, and toke
 
 int main(int argc, char** argv) {
   const std::string folder = argv[1];
-  const std::int64_t window = std::atoll(argv[2]), count = std::atoll(argv[4]);
+  const std::int64_t window = std::atoll(argv[2]), end_id = std::atoll(argv[4]), count = std::atoll(argv[5]);
   const std::string layers = argv[3];
   std::vector<std::int64_t> ids;
-  for (int i = 5; i < argc; i++) ids.push_back(std::atoll(argv[i]));
+  for (int i = 6; i < argc; i++) ids.push_back(std::atoll(argv[i]));
+  if (std::int64_t(ids.size()) + count > context) {
+    std::cerr << "these tokens do not fit into " << context << '\n';
+    return 1;
+  }
 
   ov::Core core;
   auto model = core.read_model(folder + "/model.onnx");
@@ -67,7 +71,7 @@ int main(int argc, char** argv) {
   for (std::int64_t start = 0; start < prompt; start += chunk) next = feed(start, std::min(start + chunk, prompt));
   for (std::int64_t i = 0; i < count; i++) {
     ids.push_back(next);
-    if (next == 1) break;  // <eos>
+    if (next == end_id) break;
     next = feed(ids.size() - 1, ids.size());
   }
   for (const auto id : ids) std::cout << id << ' ';

@@ -8,8 +8,11 @@ const CONTEXT = 4096, CHUNK = 128; // positions that fit, and tokens that are fe
 
 const [folder, prompt, count] = process.argv.slice(2);
 const read = (name) => JSON.parse(readFileSync(`${folder}/${name}`, "utf8"));
-const tokenizer = new Tokenizer(read("tokenizer.json"), read("tokenizer_config.json"));
-const { sliding_window: window = 0, eos_token_id: ends } = read("config.json");
+// Without the control tokens, which would be found in the text that somebody types.
+const json = read("tokenizer.json");
+const added = json.added_tokens.filter(({ special }) => !special);
+const tokenizer = new Tokenizer({ ...json, added_tokens: added, post_processor: null }, read("tokenizer_config.json"));
+const { sliding_window: window = 0, bos_token_id: begin, eos_token_id: ends } = read("config.json");
 const session = await ort.InferenceSession.create(`${folder}/model.onnx`);
 
 // A cache is float32 (1, heads, slots, head_dim), all zeros. Position p is kept in slot p mod slots: local layers need
@@ -36,7 +39,8 @@ async function feed(ids, start) {
   return found.logits.data;
 }
 
-const ids = tokenizer.encode(prompt).ids; // with <bos>
+const ids = [begin, ...tokenizer.encode(prompt).ids];
+if (ids.length + Number(count) > CONTEXT) throw new Error(`${ids.length} tokens and ${count} more do not fit into ${CONTEXT}`);
 let logits;
 for (let start = 0; start < ids.length; start += CHUNK) logits = await feed(ids.slice(start, start + CHUNK), start);
 for (let left = Number(count); left > 0; left--) {

@@ -12,7 +12,8 @@ CONTEXT, CHUNK = 4096, 128  # positions that fit, and tokens that are fed at onc
 
 folder, prompt, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-window = json.loads((folder / "config.json").read_text()).get("sliding_window", 0)
+config = json.loads((folder / "config.json").read_text())
+window, ends = config.get("sliding_window", 0), config["eos_token_id"]
 session = onnxruntime.InferenceSession(folder / "model.onnx")
 
 # A cache is float32 (1, heads, slots, head_dim), all zeros. Position p is kept in slot p mod slots: local layers need
@@ -33,12 +34,14 @@ def feed(ids, start):
 
 
 ids = [tokenizer.bos_id(), *tokenizer.encode(prompt)]
+if len(ids) + count > CONTEXT:
+    sys.exit(f"{len(ids)} tokens and {count} more do not fit into {CONTEXT}")
 for start in range(0, len(ids), CHUNK):
     logits = feed(ids[start : start + CHUNK], start)
 while count > 0:
     count -= 1
     ids.append(int(logits.argmax()))
-    if ids[-1] == tokenizer.eos_id():
+    if ids[-1] in ends:
         break
     logits = feed(ids[-1:], len(ids) - 1)
 print(json.dumps(ids))

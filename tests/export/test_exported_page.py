@@ -18,6 +18,7 @@ from bezel.export.verify import verify
 from bezel.runtime import Sampling, load
 from bezel.runtime.errors import InvalidModelFile, InvalidRequest
 from bezel.runtime.files.onnx_folder import OnnxFolder
+from test_onnx_elsewhere import NODE, output, with_node
 from test_onnx_export import write
 from tiny import DEMO, TEXT
 
@@ -85,10 +86,11 @@ def is_ready(page: Page) -> None:
 def begin(page: Page, address: str) -> None:
     page.goto(f"{address}#new")
     expect(page.locator(".assistant")).to_have_count(0)
+    is_ready(page)
 
 
 def answer(page: Page, text: str) -> str:
-    ended = page.locator(".assistant .foot", has_text="read")
+    ended = page.locator(".assistant .foot", has_text="tokens read")
     before = ended.count()
     page.get_by_role("textbox", name="Message").last.fill(text)
     page.keyboard.press("Enter")
@@ -123,6 +125,18 @@ def test_it_answers_as_bezel_does(web: Path, page: Page) -> None:
             assert answer(page, prompt) == expected
 
 
+def test_what_is_kept_is_right_after_any_number_of_edits(web: Path, tmp_path: Path) -> None:
+    """Each goes back by less than the ring allows, and all together by more."""
+    ids = load(web / "model", engine="reference", kv="f32").tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    lengths = (1300, 900, 500, 200, 700, 690, 1100, 640)
+    prompts = [[2, *ids[:length], *ids[1300 + 9 * i : 1305 + 9 * i]] for i, length in enumerate(lengths)]
+    (with_node(tmp_path) / "package.json").write_text('{"type": "module"}')
+    program, folder = shutil.copy(NODE / "rewinds.mjs", tmp_path), shutil.copytree(web, tmp_path / "web")
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    reused, fresh = json.loads(output("node", program, folder, tmp_path / "prompts.json"))
+    assert reused == fresh
+
+
 def test_it_goes_on_without_a_server(web: Path, page: Page) -> None:
     with served(web) as address:
         page.goto(address)
@@ -132,7 +146,7 @@ def test_it_goes_on_without_a_server(web: Path, page: Page) -> None:
         first = answer(page, "A story about a fox.")
         answer(page, "And then?")
         expect(page.locator(".assistant .foot").last).to_contain_text("tokens read before")
-    page.reload()
+    page.goto(f"{address}index.html{page.url[page.url.index('#') :]}")
     is_ready(page)
     expect(page.locator(".assistant .text")).to_have_count(2)
     begin(page, address)
@@ -148,7 +162,7 @@ def test_a_long_answer_is_stopped(web: Path, page: Page) -> None:
         page.keyboard.press("Enter")
         expect(page.locator(".assistant .text")).not_to_be_empty()
         page.keyboard.press("Escape")
-        expect(page.locator(".assistant .foot")).to_contain_text("stopped")
+        expect(page.locator(".assistant .foot")).to_contain_text("stopped", timeout=3000)
         settings(page, Max_tokens="5")
         assert answer(page, "Once more.")
 

@@ -222,7 +222,7 @@ def by_cpp(folder: Path, scratch: Path) -> list[int]:
     output(compiler, "-std=c++17", PROGRAMS / "generate.cpp", f"-I{root / 'include'}", *linked, "-o", program)
     tokenizer = load(folder, engine="reference", kv="f32").tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
-    return list(map(int, output(program, folder, "64", "lglg", COUNT, *map(str, prompt)).split()))
+    return list(map(int, output(program, folder, "64", "lglg", "1", COUNT, *map(str, prompt)).split()))
 
 
 OPTIMUM = """

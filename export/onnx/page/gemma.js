@@ -2,7 +2,7 @@
 // What is fed and why: docs/onnx.md.
 
 const CHUNK = 128; // tokens that are fed at once at most
-const SPARE = 512; // slots that a ring has beyond what its window needs: so many tokens can be taken back
+const SPARE = 512; // slots that a ring has beyond what its window needs: it can go back so far from its furthest
 const FIRST = 1024; // slots of a global layer to begin with
 const REPLACEMENT = "\ufffd"; // what the bytes of a half-written letter decode to
 
@@ -11,6 +11,7 @@ export class ContextFull extends Error {}
 
 export class Gemma {
   #ids = []; // whose keys and values the caches hold
+  #furthest = 0; // how many there ever were: what was taken back is in the rings still
   #caches = {};
 
   /** `about` is what the export says of the model; `session` runs its graph. */
@@ -43,6 +44,7 @@ export class Gemma {
     const cached = await this.#rewind(prompt);
     let logits;
     for (let at = cached; at < prompt.length; at += CHUNK) {
+      await taskOfItsOwn();
       if (signal.aborted) return;
       logits = await this.#feed(prompt.slice(at, at + CHUNK));
     }
@@ -65,6 +67,7 @@ export class Gemma {
         shown = text;
       }
       if (written.length < limit) logits = await this.#feed([next]);
+      await taskOfItsOwn();
     }
     yield { text: "", ended, cached, written: written.length };
   }
@@ -73,7 +76,7 @@ export class Gemma {
   async #rewind(prompt) {
     let same = 0;
     while (same < prompt.length - 1 && prompt[same] === this.#ids[same]) same++;
-    if (!Object.keys(this.#caches).length || this.#ids.length - same > SPARE) {
+    if (!Object.keys(this.#caches).length || this.#furthest - same > SPARE) {
       this.#forget();
       same = 0;
     }
@@ -86,6 +89,7 @@ export class Gemma {
     for (const cache of Object.values(this.#caches)) cache.dispose();
     this.#caches = {};
     this.#ids = [];
+    this.#furthest = 0;
   }
 
   /** Global layers have slots for `length` positions and more; at first, all get their zeros. */
@@ -124,8 +128,21 @@ export class Gemma {
       this.#caches[name] = found[`present.${name}`];
     }
     this.#ids.push(...ids);
+    this.#furthest = Math.max(this.#furthest, this.#ids.length);
     return found.logits.getData();
   }
+}
+
+/** Lets messages in: with one thread a session's promises are kept within one task, which would last a whole answer. */
+function taskOfItsOwn() {
+  const { port1, port2 } = new MessageChannel();
+  return new Promise((resolve) => {
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
 }
 
 /** Chooses a token by its logits: temperature, then top_k, top_p and min_p, as bezel has them. */

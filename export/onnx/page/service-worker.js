@@ -20,7 +20,7 @@ self.addEventListener("fetch", (event) => {
 
 async function answer({ request }) {
   const cache = await caches.open(VERSION);
-  const address = request.url.split(/[?#]/)[0];
+  const address = request.url.split(/[?#]/)[0].replace(/\/index\.html$/, "/");
   const kept = await cache.match(address);
   if (kept) return kept;
   const found = await fetch(address, { cache: "no-cache" });

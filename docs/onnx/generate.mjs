@@ -49,4 +49,4 @@ for (let left = Number(count); left > 0; left--) {
   logits = await feed(ids.slice(-1), ids.length - 1);
 }
 console.log(JSON.stringify(ids));
-console.log(tokenizer.decode(ids, { skip_special_tokens: true }));
+console.log(tokenizer.decode(ids.filter((id) => id !== begin && !ends.includes(id))));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -23,7 +25,7 @@ from bezel.export.verify import verify
 from bezel.runtime import load
 from bezel.runtime.cache.caches import Caches
 from bezel.runtime.engines.rows import Segment, SegmentRows
-from bezel.runtime.errors import InvalidCheckpoint, InvalidRequest
+from bezel.runtime.errors import InvalidCheckpoint, InvalidModelFile, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.files.onnx_folder import OnnxFolder
 from bezel.runtime.model import ops
@@ -318,3 +320,24 @@ def test_config_names_cover_the_families() -> None:
     assert {CONFIGS[name]["model_type"] for name in FAMILIES} == {"gemma", "gemma2", "gemma3_text"}
     with open_checkpoint(DEMO) as checkpoint:
         assert checkpoint.config.tied_head
+
+
+def test_the_folder_of_graphs_is_no_link(onnx_of: OnnxOf, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(onnx_of("demo", "int4", "transformers"), tmp_path / "out"))
+    OnnxFolder(folder).close()
+    (folder / "onnx").rename(tmp_path / "elsewhere")
+    (folder / "onnx").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidModelFile, match=r"onnx: .*this is not a folder, or a link to one"):
+        OnnxFolder(folder)
+
+
+@pytest.mark.parametrize("graph", ["../model.onnx", "onnx/../model.onnx", "/etc/passwd", "nothing.onnx"])
+def test_a_graph_elsewhere_is_refused(graph: str, onnx_of: OnnxOf, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(onnx_of("demo", "int4", "transformers"), tmp_path / "out"))
+    manifest = json.loads((folder / "bezel.json").read_text())
+    manifest["graph"] = graph
+    if graph != "nothing.onnx":
+        manifest["files"][graph] = {"bytes": 1, "sha256": ""}
+    (folder / "bezel.json").write_text(json.dumps(manifest))
+    with pytest.raises(InvalidModelFile, match=r"key '(graph|files)': found"):
+        OnnxFolder(folder)

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <iostream>
-#include <map>
 #include <numeric>
 #include <openvino/openvino.hpp>
 #include <string>

@@ -40,8 +40,7 @@ class GraphRows:
         return ops.embed(weight, self._ids, scale)
 
     def wanted(self, x: Value) -> Value:
-        name = self._nodes.node("Gather", [x.name, self._wanted], f"{x.name}/wanted", axis=1)
-        return replace(x, name=name, rows="wanted")
+        return wanted_rows(self._nodes, x, self._wanted)
 
     def append(self, layer: int, keys: Value, values: Value) -> None:
         self._caches[layer] = self._cache(layer, "key", keys), self._cache(layer, "value", values)
@@ -196,6 +195,10 @@ def one_sequence(nodes: Nodes) -> tuple[Value, str, str, str]:
     wanted = nodes.input("wanted", INT64, ["wanted"])
     batch, columns = (nodes.node("Unsqueeze", [x, nodes.ints(0)], f"/{x}/batch") for x in (ids, positions))
     return Value(batch, "n", 1, 1), positions, columns, wanted
+
+
+def wanted_rows(nodes: Nodes, x: Value, wanted: str) -> Value:
+    return replace(x, name=nodes.node("Gather", [x.name, wanted], f"{x.name}/wanted", axis=1), rows="wanted")
 
 
 def kind_of(layer: LayerConfig) -> str:

@@ -20,7 +20,7 @@ def companions(source: OnnxSource, target: str, graph: str) -> dict[str, bytes]:
     vocabulary, config = source.vocabulary(), write_hf_config(source.config)
     if target == "onnxruntime":
         return {CONFIG: _json(config), TOKENIZER: model_proto(vocabulary)}
-    tokens: dict[str, Any] = {"bos_token_id": vocabulary.bos_id, "eos_token_id": _stops(source, vocabulary)}
+    tokens: dict[str, Any] = {"bos_token_id": vocabulary.bos_id, "eos_token_id": stop_ids(source, vocabulary)}
     if vocabulary.pad_id is not None:
         tokens["pad_token_id"] = vocabulary.pad_id
     config |= tokens | {"dtype": "float32"}
@@ -43,7 +43,8 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _stops(source: OnnxSource, vocabulary: Vocabulary) -> list[int]:
+def stop_ids(source: OnnxSource, vocabulary: Vocabulary) -> list[int]:
+    """Every token that ends a turn or a text."""
     return list(source.metadata.get("bezel.generation.stop_token_ids", [vocabulary.eos_id]))
 
 

@@ -39,6 +39,10 @@ class Nodes:
     def ints(self, *values: int) -> str:
         return self.constant("ints." + ".".join(map(str, values)), np.array(values, np.int64))
 
+    def scalar(self, value: int) -> str:
+        """A scalar."""
+        return self.constant(f"int.{value}", np.array(value, np.int64))
+
     def number(self, value: float) -> str:
         return self.constant(f"number.{np.float32(value)}", np.array(value, np.float32))
 

@@ -18,6 +18,7 @@ from ...runtime.model.config import LayerConfig
 from ...runtime.text.sampling import read_sampling
 from ...runtime.text.tokenizer import END_OF_TURN, START_OF_TURN
 from ..summary import ExportSummary
+from .companions import stop_ids
 from .npm import PACKAGES, package_files
 from .source import OnnxSource
 from .weights import Storage
@@ -91,7 +92,7 @@ def _about(source: OnnxSource, model: Path) -> dict[str, Any]:
         "name": source.metadata["general.name"],
         "context": min(config.context_length, _CONTEXT),
         "bos": vocabulary.bos_id,
-        "stops": source.metadata.get("bezel.generation.stop_token_ids", [vocabulary.eos_id]),
+        "stops": stop_ids(source, vocabulary),
         "turns": turns if chats else None,
         "sampling": read_sampling(source.metadata)[0],
         "window": max(windows),

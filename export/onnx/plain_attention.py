@@ -11,7 +11,7 @@ import numpy as np
 
 from ...runtime.model.config import LayerConfig
 from ...runtime.model.forward import Ops
-from .attention import UNSEEN, kind_of, one_sequence
+from .attention import UNSEEN, kind_of, one_sequence, wanted_rows
 from .nodes import BOOL, FLOAT, INT64, Nodes
 from .ops import Value
 
@@ -103,8 +103,7 @@ class RingRows(PlainRows):
         super().__init__(nodes, layers, ids, positions)
 
     def wanted(self, x: Value) -> Value:
-        name = self._nodes.node("Gather", [x.name, self._wanted], f"{x.name}/wanted", axis=1)
-        return replace(x, name=name, rows="wanted")
+        return wanted_rows(self._nodes, x, self._wanted)
 
     def _cache(self, layer: int, name: str, new: Value) -> str:
         kind, path = kind_of(self._layers[layer]), f"/layers.{layer}/attention/{name}_cache"
@@ -139,7 +138,7 @@ class RingRows(PlainRows):
     def _held(self, slots: str, path: str) -> None:
         """The newest position that each slot may hold, int64 (slots,): negative where it was not written to yet."""
         node, nodes = self._nodes.node, self._nodes
-        zero, one = (nodes.constant(f"int.{i}", np.array(i, np.int64)) for i in (0, 1))
+        zero, one = nodes.scalar(0), nodes.scalar(1)
         each = node("Range", [zero, node("Squeeze", [slots], f"{path}/count"), one], f"{path}/slot")
         newest = nodes.once("/positions/newest", lambda at: node("ReduceMax", [self._row], at))
         age = node("Mod", [node("Sub", [newest, each], f"{path}/distance"), slots], f"{path}/age")
@@ -182,7 +181,7 @@ class GrownRows(PlainRows):
     def _slots(self, path: str) -> None:
         """All slots, int64 (total,), of the new rows (n,), and which are no padding, bool (batch, 1, 1, total)."""
         node, nodes = self._nodes.node, self._nodes
-        zero, one = (nodes.constant(f"int.{i}", np.array(i, np.int64)) for i in (0, 1))
+        zero, one = nodes.scalar(0), nodes.scalar(1)
         total, n = (
             node("Squeeze", [node("Shape", [x], f"{path}/{name}/shape", start=1, end=2)], f"{path}/{name}")
             for name, x in (("total", self._mask), ("count", self._ids.name))

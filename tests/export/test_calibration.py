@@ -476,4 +476,3 @@ def test_the_commands(text, tmp_path):
     done = run("export", folder, tmp_path / "y.gguf", "--calibration", tmp_path / "x.calib", *tokens)
     assert done.exit_code == 1
     assert "x.calib: has read its text already; leave --calibration-tokens out" in done.output
-    assert run("export", folder, tmp_path / "x", "--format", "onnx", "--calibration", text).exit_code == 2

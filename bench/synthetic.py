@@ -175,7 +175,7 @@ def write_gguf(
     config = read_hf_config(_raw_config(shape))
     vocab = vocabulary(config)
     config = replace(config, vocab_size=len(vocab.pieces))
-    plan = plan_tensors(config, find_recipe(preset, config, embedding))
+    plan = plan_tensors(tensor_specs(config), find_recipe(preset, config, embedding))
     metadata = {
         "general.architecture": config.family,
         "general.name": f"random {shape if isinstance(shape, str) else config.family} {preset}",

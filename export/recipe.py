@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,19 @@ def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -
 
     Every rule of a file must be for some matrix of the model. Raises InvalidRequest.
     """
+    recipe = find_recipe_of(tensor_specs(config), config.n_layers, given, embedding)
+    if given != "int4":
+        return recipe
+    if embedding is None and _bits(recipe, config) > _INT4_MOST:  # the head is too much of the model
+        recipe = replace(recipe, rules=())
+    return _filled(recipe, config)
+
+
+def find_recipe_of(specs: Iterable[TensorSpec], n_layers: int, given: str, embedding: str | None = None) -> Recipe:
+    """`find_recipe` for tensors of any kind, without what int4 fills up."""
     if given in PRESETS or not (Path(given).exists() or given.endswith(".json")):
         try:
-            recipe = preset(given, config.n_layers, embedding)
-            if given != "int4":
-                return recipe
-            if embedding is None and _bits(recipe, config) > _INT4_MOST:  # the head is too much of the model
-                recipe = replace(recipe, rules=())
-            return _filled(recipe, config)
+            return preset(given, n_layers, embedding)
         except ValueError as error:
             raise InvalidRequest(f"{error}{'' if given in PRESETS else ', or the path of a recipe file'}") from None
     if embedding is not None:
@@ -45,13 +50,13 @@ def find_recipe(given: str, config: ModelConfig, embedding: str | None = None) -
         recipe = parse(_read(path), path.stem)
     except ValueError as error:
         raise InvalidRequest(f"{path}: {error}") from None
-    matrices = [spec for spec in tensor_specs(config) if spec.is_matrix]
+    matrices = [spec for spec in specs if spec.is_matrix]
     for i, rule in enumerate(recipe.rules, 1):
         if not any(rule.matches(spec.gguf, spec.role, spec.layer) for spec in matrices):
             roles = ", ".join(dict.fromkeys(spec.role for spec in matrices))
             raise InvalidRequest(
                 f"{path}: rule {i} is for no matrix of this model, which has the roles {roles} and layers 0 to "
-                f"{config.n_layers - 1}"
+                f"{n_layers - 1}"
             )
     return recipe
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class ExportSummary:
     """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs.
 
-    `kept_exactly` is the share of the Q4_0 blocks that give the bfloat16 weights of the source again, to the bit.
+    `vision` is the file of the vision tower, where there is one. `kept_exactly` is the share of the Q4_0 blocks that
+    give the bfloat16 weights of the source again, to the bit.
     """
 
     path: str
@@ -22,6 +23,7 @@ class ExportSummary:
     warnings: list[str]
     seconds: float
     kept_exactly: float = 0.0
+    vision: ExportSummary | None = None
 
 
 def of_vanished(weights: Mapping[str, int]) -> list[str]:

@@ -163,6 +163,14 @@ def add_norm(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """x + rms_norm(h, post_weight), or x + h without a post_weight; and rms_norm of that with next_weight."""
 
+def layer_norm(
+    x: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32], eps: float, pool: ThreadPool
+) -> NDArray[np.float32]:
+    """`ops.layer_norm` of x (n, dim) with weight and bias (dim,)."""
+
+def bias_gelu(x: NDArray[np.float32], bias: NDArray[np.float32], pool: ThreadPool) -> None:
+    """`ops.bias_gelu` of x (n, dim) with bias (dim,), in place."""
+
 def softcap(x: NDArray[np.float32], cap: float, pool: ThreadPool) -> None:
     """cap · tanh(x / cap), in place; x (n, dim)."""
 

@@ -12,9 +12,12 @@ import numpy as np
 
 from .arguments import is_whole, path_of, shown, whole
 from .arrays import Floats
+from .cache.caches import default_chunk
 from .engines import ENGINES, new_backend
+from .engines.protocol import ModelBackend
 from .errors import InvalidModelFile, InvalidRequest
 from .files.model_file import ModelFile, open_model
+from .files.vision_file import VisionFile, vision_beside
 from .session import Session
 from .text import chat
 from .text.conversation import Conversation
@@ -22,8 +25,10 @@ from .text.generation import Generation
 from .text.grammar import Grammar, Grammars
 from .text.sampling import Sampling, read_sampling
 from .text.tokenizer import Tokenizer
+from .vision.eye import Eye
 
 Messages = Sequence[chat.Message] | Sequence[Mapping[str, Any]]
+Prompt = chat.Content | Sequence[int] | Messages
 
 ACTIVATIONS = ("int8", "f32")
 MAX_THREADS = 1024
@@ -36,6 +41,7 @@ def load(
     kv: str | None = None,
     threads: int | None = None,
     activations: str = "int8",
+    vision: str | Path | None = None,
 ) -> Model:
     """Open a Gemma model: a GGUF file, a folder that `bezel export --format onnx` wrote, or one by name (`bezel list`).
 
@@ -44,7 +50,8 @@ def load(
     the model was made for); memory grows only as a session fills. `kv` is how keys and values are stored: "f32", "f16"
     (the default) or "int8"; for "ort" that was settled at the export. `threads` None takes the performance cores, for
     "reference" all. `activations` "int8" rounds what is multiplied with quantized weights to 8 bits, as is fast; "f32"
-    does not, for measuring (the reference engine never does). Raises InvalidModelFile, InvalidConfig or InvalidRequest.
+    does not, for measuring (the reference engine never does). `vision` is the file of the model's eye, which is
+    otherwise looked for beside it: `mmproj-NAME.gguf`. Raises InvalidModelFile, InvalidConfig or InvalidRequest.
     """
     choices = (
         ("engine", engine, (None, *ENGINES)),
@@ -63,7 +70,10 @@ def load(
             fitting = " or ".join(file.engines)
             raise InvalidRequest(f"engine: found {engine!r}, expected {fitting}: {path} is {file.kind}")
         engine = engine or file.engines[0]
-        return Model(file, engine, context, _storage(file, engine, kv), threads, activations == "f32")
+        model = Model(file, engine, context, _storage(file, engine, kv), threads, activations == "f32")
+        if vision is not None:
+            model.open_eye(path_of(vision))
+        return model
     except BaseException:
         file.close()
         raise
@@ -108,6 +118,9 @@ class Model:
             )
         self.stop_ids = self.tokenizer.stop_ids | _stored_stop_ids(file, self.config.vocab_size)
         self.backend = new_backend(engine, file, self.config, threads, exact)
+        self._eye: Eye | None = None
+        self._eye_sought = False
+        self._vision_file: VisionFile | None = None
 
     def __repr__(self) -> str:
         config = self.config
@@ -121,6 +134,38 @@ class Model:
         """What the file calls itself, or its file name."""
         name = self.file.metadata.get("general.name")
         return name if isinstance(name, str) and name else self.file.path.stem
+
+    @property
+    def eye(self) -> Eye | None:
+        """What sees pictures, where there is a file of it beside the model's. Raises as `load` does."""
+        if not self._eye_sought:
+            beside = vision_beside(self.file.path) if isinstance(self.backend, ModelBackend) else None
+            if beside is not None:
+                self.open_eye(beside)
+            self._eye_sought = True
+        return self._eye
+
+    def open_eye(self, path: Path) -> None:
+        """See with the eye in a file. Raises InvalidModelFile, InvalidConfig or InvalidRequest."""
+        if not isinstance(self.backend, ModelBackend):
+            raise InvalidRequest(f"vision: {self.file.kind} sees no pictures here yet; use a GGUF file")
+        file = VisionFile(path, self.config.hidden_size)
+        try:
+            tower = self.backend.tower(file)
+        except BaseException:
+            file.close()
+            raise
+        end_of_line = self.tokenizer.encode("\n")
+        most_rows = 2 * self.context  # what two full sessions can hold
+        embed = self.backend.embed
+        self._eye = Eye(tower, file.fingerprint(), most_rows, embed, end_of_line[0] if len(end_of_line) == 1 else None)
+        self._vision_file, self._eye_sought = file, True
+
+    @property
+    def chunk(self) -> int:
+        """The most rows that go through the model at once."""
+        usual = default_chunk(self.config.layers)
+        return usual if self.eye is None else self.eye.chunk(usual)
 
     @property
     def default_sampling(self) -> Sampling:
@@ -156,6 +201,8 @@ class Model:
     def close(self) -> None:
         """Let go of the file; sessions are not to be fed any more."""
         self.file.close()
+        if self._vision_file is not None:
+            self._vision_file.close()
 
     def __enter__(self) -> Model:
         return self
@@ -181,31 +228,32 @@ class Model:
         """Logits float32 (len(ids), vocab) of every position of a fresh sequence."""
         return self.session().logits(ids)
 
-    def prompt_ids(self, prompt: str | Sequence[int] | Messages, raw: bool | None = None) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, raw: bool | None = None) -> list[int]:
         """What the model sees of a prompt: ids as they are, messages as a chat, text as one turn of a chat.
 
         A message may be a mapping, too, {"role": …, "content": …}. `raw` text is continued instead, after <bos>; None
-        means raw only where the file is no chat model.
+        means raw only where the file is no chat model. Text may be a list of texts and pictures, here and in messages.
         """
         if raw is not None and not isinstance(raw, bool):
             raise InvalidRequest(f"raw: found {shown(raw)}, expected True, False or None")
         if isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequest("prompt: found bytes, expected text, ids or messages; decode them first")
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) or chat.is_content(prompt):
+            content: chat.Content = prompt  # type: ignore[assignment]
             if raw or (raw is None and not self.is_chat_model):
-                return self.tokenizer.encode(prompt, bos=True)
-            prompt = [chat.Message("user", prompt)]
+                return chat.continued(self.tokenizer, content, self.eye)
+            prompt = [chat.Message("user", content)]
         parts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
         messages = [_message(part) for part in parts if isinstance(part, (chat.Message, Mapping))]
         ids = [int(part) for part in parts if is_whole(part)]
         if not parts or len(parts) not in (len(messages), len(ids)):
             kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "nothing"
             raise InvalidRequest(f"prompt: found {kinds}, expected text, ids or messages, and of one kind")
-        return chat.render(self.tokenizer, messages) if messages else ids
+        return chat.render(self.tokenizer, messages, eye=self.eye) if messages else ids
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Messages,
+        prompt: Prompt,
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 from .arguments import ids_of, path_of, shown, whole
 from .arrays import Arrays, Floats
-from .cache.caches import default_chunk
 from .engines.protocol import Backend, Engine
 from .errors import BezelError, CacheError, ContextFull, InvalidRequest, InvalidSession
 from .files.atomic import atomic
 from .files.safetensors import read_arrays, read_labels, write_arrays
 from .model.config import ModelConfig
 from .text.tokenizer import Tokenizer
+from .vision.eye import Eye, Picture, Piece
 
 MakeRoom = Callable[[list[int]], list[int]]
 """Given all ids of a session whose context is full, the shorter ones to go on with."""
 
 _LABEL, _VERSION = "bezel_session", "3"
-_NOTE = "note"
+_NOTE, _PICTURE = "note", "picture."
 
 
 class Runnable(Protocol):
@@ -41,6 +41,10 @@ class Runnable(Protocol):
     def kv(self) -> str: ...
     @property
     def stop_ids(self) -> frozenset[int]: ...
+    @property
+    def eye(self) -> Eye | None: ...
+    @property
+    def chunk(self) -> int: ...
 
     def identity(self) -> Mapping[str, str]:
         """What another model must have in common to go on with a session of this one."""
@@ -66,7 +70,7 @@ def unsound(logits: Floats, position: int, held: Held, kv: str) -> BezelError | 
 
 
 class Session:
-    """One sequence of tokens going through a model; `ids` are the tokens that it holds.
+    """One sequence of tokens going through a model; `ids` are the tokens that it holds, and below 0 rows of pictures.
 
     With `ring` False the local layers keep every position too: more memory, the same bits.
     """
@@ -75,6 +79,7 @@ class Session:
         self.model, self._ring = model, ring
         self.ids: list[int] = []
         self.engine: Engine = self._new_engine()
+        self._pictures: list[Picture] = []  # held, so that the model's eye forgets none of them
 
     def __repr__(self) -> str:
         return f"<Session of {self.model!r}: {self.position} tokens>"
@@ -94,10 +99,12 @@ class Session:
         """`prefill` that gives the logits float32 (len(ids), vocab) after every one of the ids."""
         checked = self.check(ids)
         out = np.empty((len(checked), self.model.config.vocab_size), np.float32)
-        for start, part in self.chunks(checked):
-            out[start : start + len(part)] = self.engine.forward(part, len(part))
-            self.ids += part.tolist()
-            self._check_sound(out[start : start + len(part)])
+        done = 0
+        while done < len(checked):
+            piece = self._piece(checked[done:])
+            part = slice(done, done := done + len(piece.ids))
+            out[part] = self._take(piece, len(piece.ids))
+            self._check_sound(out[part])
         return out
 
     def step(self, token: int) -> Floats:
@@ -121,14 +128,27 @@ class Session:
             return found
         checked = self.check(ids)
         logits: Floats = np.empty((0, 0), np.float32)
-        for start, part in self.chunks(checked):
+        done = 0
+        while done < len(checked):
             if cancel():
                 return None
-            logits = self.engine.forward(part, int(start + len(part) == len(checked)))
-            self.ids += part.tolist()
+            piece = self._piece(checked[done:])
+            done += len(piece.ids)
+            logits = self._take(piece, int(done == len(checked)))
         last: Floats = logits[0]
         self._check_sound(last)
         return last
+
+    def _piece(self, ids: npt.NDArray[np.int64]) -> Piece:
+        """What of the ids the engine takes at once."""
+        if self.model.eye is None:
+            return Piece(ids[: self.engine.chunk], ids[: self.engine.chunk])
+        return self.model.eye.piece(ids, self.position, self.engine.chunk)
+
+    def _take(self, piece: Piece, wanted: int) -> Floats:
+        logits = self.engine.forward(piece.inputs, wanted, blocks=piece.blocks)
+        self.ids += piece.ids.tolist()
+        return logits
 
     def _check_sound(self, logits: Floats) -> None:
         if (error := unsound(logits, self.position, self.engine, self.model.kv)) is not None:
@@ -143,18 +163,17 @@ class Session:
         vocab_size = self.model.config.vocab_size
         if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
             raise InvalidRequest(f"token ids: found {array.dtype} {array.shape}, expected one or more integers")
-        if array.min() < 0 or array.max() >= vocab_size:
-            raise InvalidRequest(f"token ids: found {array.min()} to {array.max()}, expected 0 to {vocab_size - 1}")
+        least = array.min()
+        if (least < 0 and self.model.eye is None) or array.max() >= vocab_size:
+            raise InvalidRequest(f"token ids: found {least} to {array.max()}, expected 0 to {vocab_size - 1}")
+        if least < 0 and self.model.eye is not None:
+            self._pictures += self.model.eye.pictures(array)
         left = self.model.context - self.position
         if len(array) > left:
             what = "1 more token does" if len(array) == 1 else f"{len(array)} more tokens do"
             room = f"has {left} position{'s' * (left > 1)} left" if left else "is full"
             raise ContextFull(f"{what} not fit: the context of {self.model.context} {room}")
         return array.astype(np.int64)
-
-    def chunks(self, ids: npt.NDArray[np.int64]) -> Iterable[tuple[int, npt.NDArray[np.int64]]]:
-        """The ids in pieces that the engine takes at once, each with its index."""
-        return ((i, ids[i : i + self.engine.chunk]) for i in range(0, len(ids), self.engine.chunk))
 
     def rewind(self, n: int) -> None:
         """Forget the n newest tokens. Raises CacheError when a ring no longer holds what comes before them."""
@@ -188,7 +207,8 @@ class Session:
         Raises InvalidRequest where the path is no file's, or that of a file which is no session, and OSError.
         """
         noted = {_NOTE: np.frombuffer(note.encode(), np.int8)} if note else {}
-        write_session(path_of(path), self.model, self.ids, {**self.engine.snapshot(), **noted})
+        seen = _seen(self.model, self.ids)
+        write_session(path_of(path), self.model, self.ids, {**self.engine.snapshot(), **seen, **noted})
 
     def restore(self, path: str | Path) -> str:
         """Go on from a saved session, as if nothing had happened, and return the note that was saved with it.
@@ -203,17 +223,33 @@ class Session:
             raise InvalidSession(f"{path}: its note is no text") from None
         fresh = self._new_engine()
         try:
-            fresh.restore({name: array for name, array in arrays.items() if name != _NOTE})
+            fresh.restore({name: array for name, array in arrays.items() if name.startswith("layers.")})
+            pictures = _pictures(self.model, ids, arrays)
         except InvalidSession as error:
             raise InvalidSession(f"{path}: {error}") from error
         if fresh.position != len(ids):
             raise InvalidSession(f"{path}: {len(ids)} ids, but the caches hold {fresh.position} positions")
-        self.engine, self.ids = fresh, ids
+        self.engine, self.ids, self._pictures = fresh, ids, pictures
         return note
 
     def _new_engine(self) -> Engine:
         model = self.model
-        return model.backend.engine(model.context, model.kv, default_chunk(model.config.layers), self._ring)
+        return model.backend.engine(model.context, model.kv, model.chunk, self._ring)
+
+
+def _seen(model: Runnable, ids: Sequence[int]) -> Arrays:
+    """The rows of the pictures in a sequence, to be saved with it, by their first ids."""
+    if model.eye is None:
+        return {}
+    return {f"{_PICTURE}{picture.ids[0]}": picture.rows for picture in model.eye.pictures(np.array(ids, np.int64))}
+
+
+def _pictures(model: Runnable, ids: Sequence[int], arrays: Arrays) -> list[Picture]:
+    """The pictures of a saved sequence. Raises InvalidSession where they are not those of its ids."""
+    if model.eye is None:
+        return []
+    rows = {int(name.removeprefix(_PICTURE)): array for name, array in arrays.items() if name.startswith(_PICTURE)}
+    return model.eye.restored(np.array(ids, np.int64), rows)
 
 
 def write_session(path: Path, model: Runnable, ids: Sequence[int], snapshot: Arrays) -> None:
@@ -263,6 +299,6 @@ def _checked_ids(path: Path, ids: npt.NDArray[Any] | None, model: Runnable) -> l
             f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {model.context} int64: so many positions "
             "has this context, which --context makes larger"
         )
-    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+    if len(ids) and ((ids.min() < 0 and model.eye is None) or ids.max() >= vocab_size):
         raise InvalidSession(f"{path}: 'ids' names a token outside the vocabulary of {vocab_size}")
     return [int(token) for token in ids]

@@ -47,6 +47,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.engines.ort": (*CONTRACT, "runtime.engines", "runtime._native", "onnxruntime", "numpy"),
     "runtime.package": ("runtime.version", "runtime"),
     "runtime.package_main": ("runtime",),
+    "runtime.vision": (*CONTRACT, "runtime.vision", "numpy"),
+    "runtime.vision.image": ("runtime.errors", "runtime.arrays", "runtime.arguments", "PIL", "numpy"),
     "runtime": ("runtime", "quant.formats", "numpy", "sentencepiece", "threadpoolctl", "safetensors"),
     "runtime.text.grammar": (
         *("runtime.errors", "runtime.text.tokenizer", "runtime.text.sampling"),

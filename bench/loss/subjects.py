@@ -103,6 +103,11 @@ class _Runnable:
     kv: str
     context: int
     stop_ids: frozenset[int] = frozenset()
+    eye: None = None
+
+    @property
+    def chunk(self) -> int:
+        return default_chunk(self.config.layers)
 
     def identity(self) -> dict[str, str]:
         raise NotImplementedError("a measured sequence is not saved")

@@ -65,7 +65,7 @@ def export_calibrated(
     """
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
-    formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.config, recipe)}
+    formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.specs, recipe)}
     if is_calibration(calibration):
         if tune_steps:
             raise InvalidRequest(f"{calibration}: holds moments, and tuning reads a text; give --calibration TEXT")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class _Options:
     tune_steps: int | None
     runtime: str | None
     kv: str | None
+    vision: str | None
     requantize: bool
     force: bool
 
@@ -95,6 +96,7 @@ class _Options:
                 self.tune and (onnx or not self.calibration),
                 "--tune goes with --calibration TEXT and --format gguf; for ONNX, export the GGUF file that was tuned.",
             ),
+            (onnx and self.vision, "--vision goes with --format gguf."),
             (self.tune_steps and not self.tune, "--tune-steps goes with --tune."),
             (onnx and mixed, "--size goes with --format gguf."),
             (
@@ -123,6 +125,14 @@ class _Options:
             return solve_bits(self.sensitivity, source.config, self.size.bits)
         more = 1024 if self.calibration else 0  # what a calibrated file says of that
         return solve_size(self.sensitivity, source.config, self.size.size - more, lambda r: file_size(source, r))
+
+    def vision_recipe(self, source: Checkpoint, recipe: Recipe) -> Recipe | None:
+        """The formats of the vision tower; None where there is none."""
+        from ..gguf.vision import vision_recipe
+
+        if source.vision is None and self.vision is not None:
+            raise InvalidRequest(f"--vision: {source.path} has no vision tower")
+        return None if source.vision is None else vision_recipe(source.vision, self.vision, recipe)
 
 
 @click.command()
@@ -197,6 +207,12 @@ class _Options:
     type=click.Choice(("f32", "int8")),
     help="ONNX: how keys and values are kept. int8 takes a quarter of the memory and is much faster where the context "
     "is long; needs --calibration TEXT, on which each channel's range is measured.  [default: f32; with a text, int8]",
+)
+@click.option(
+    "--vision",
+    metavar="PRESET|FILE",
+    help="Format of the vision tower's weights, where CHECKPOINT has one: as --quant. It becomes a file of its own, "
+    "mmproj-OUT.gguf.  [default: q8_0; with --quant f32, f16 or bf16, the same]",
 )
 @click.option(
     "--requantize",
@@ -275,27 +291,32 @@ def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[i
 
 def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int, int], None]) -> ExportSummary:
     from ..calibration.rounding import export_calibrated
+    from ..gguf.vision import export_vision
     from ..gguf.writer import export_gguf
     from ..sources.opening import open_checkpoint
 
     with open_checkpoint(path, asked.requantize) as source:
         recipe = asked.recipe(source)
+        vision = asked.vision_recipe(source, recipe)
         if out.is_dir():
             name, suffix = (re.sub(r"[^\w.-]+", "-", text).strip("-.") for text in (source.name, recipe.name))
             out = out / f"{name or 'model'}-{suffix or 'recipe'}.gguf"
-        if asked.calibration is None:
-            return export_gguf(source, out, recipe, progress=progress, force=asked.force)
-        return export_calibrated(
-            source,
-            out,
-            recipe,
-            None,
-            asked.calibration,
-            progress,
-            asked.force,
-            asked.calibration_tokens,
-            (asked.tune_steps or _TUNE_STEPS) if asked.tune else 0,
-        )
+        with export_vision(source, out, vision, progress, asked.force) as seen:
+            if asked.calibration is None:
+                summary = export_gguf(source, out, recipe, progress=progress, force=asked.force)
+            else:
+                summary = export_calibrated(
+                    source,
+                    out,
+                    recipe,
+                    None,
+                    asked.calibration,
+                    progress,
+                    asked.force,
+                    asked.calibration_tokens,
+                    (asked.tune_steps or _TUNE_STEPS) if asked.tune else 0,
+                )
+        return replace(summary, vision=seen)
 
 
 def print_summary(summary: ExportSummary) -> None:
@@ -308,6 +329,8 @@ def print_summary(summary: ExportSummary) -> None:
             f"  {summary.kept_exactly:.2%} of the q4_0 blocks lie on a lattice of 16 values, as quantization-aware "
             "training leaves them: kept exactly"
         )
+    if summary.vision is not None:
+        print_summary(summary.vision)
     for fallback in summary.fallbacks:
         click.echo(f"  fallback: {fallback}")
     for warning in summary.warnings:

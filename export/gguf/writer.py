@@ -7,16 +7,16 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.formats import FORMATS, Q4_0, Format
-from ...quant.recipes import PRESETS, Recipe
+from ...quant.formats import F32, FORMATS, Q4_0, Format
+from ...quant.recipes import PRESETS, Choice, Recipe
 from ...runtime.cache.store import LARGEST_HEAD
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic, check_output
@@ -24,18 +24,20 @@ from ...runtime.files.models import size_text
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES
 from ...runtime.model.families.gguf import read_gguf_config, write_gguf_config
-from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.model.tensors import Kind, TensorSpec
 from ...runtime.version import bezel_version
 from ..hashes import background_hashes
 from ..metadata import CALIBRATION, described
 from ..ordered import CHUNK_WEIGHTS, ordered
 from ..recipe import find_recipe
-from ..sources.checkpoint import Checkpoint
+from ..sources.checkpoint import Checkpoint, TensorSource
 from ..summary import ExportSummary, of_vanished
 from .header import TensorRecord, aligned, encode_header
 
 # llama.cpp's `llama_ftype`, by preset or by the format of most matrices.
 _FILE_TYPES = {form.name: form.file_type for form in FORMATS.values()} | {"q4_k_m": 15, "q5_k_m": 17}
+
+_HASHES = "bezel.provenance.source_sha256"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,29 @@ class Piece(NamedTuple):
     kept: int
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A file that is to be written."""
+
+    plan: Sequence[PlannedTensor]
+    metadata: dict[str, Any]
+
+    @property
+    def header(self) -> bytes:
+        """Everything before the data."""
+        return encode_header(
+            self.metadata, [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in self.plan]
+        )
+
+    @property
+    def n_weights(self) -> int:
+        return sum(p.n_weights for p in self.plan)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return sum(p.n_rows * p.row_bytes for p in self.plan) * 8 / self.n_weights
+
+
 class Calibrated(Protocol):
     """Blocks that a calibration text has shaped. `calibrated.py` has two ways of making them."""
 
@@ -101,40 +126,20 @@ def export_gguf(
     gives the same bytes. Raises InvalidRequest and InvalidCheckpoint.
     """
     start, out = time.monotonic(), Path(out)
-    _check_target(checkpoint, out, force)
+    check_target(checkpoint, out, force)
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
-    plan = plan_tensors(checkpoint.config, recipe)
-    records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
+    plan = plan_tensors(checkpoint.specs, recipe)
     metadata = _metadata(checkpoint, recipe, plan) | _calibration_metadata(calibrated)
-    header = encode_header(metadata, records)
-    size = len(header) + data_size(plan)
-    free = shutil.disk_usage(out.parent).free
-    if free < size:
-        raise InvalidRequest(
-            f"{out.parent}: {size_text(free)} free, expected {size_text(size)} for {out.name}; "
-            "free some space or choose a smaller format"
-        )
-
-    done, total, vanished, kept = 0, sum(p.n_weights for p in plan), Counter[str](), 0
-    with atomic(out) as file, checkpoint.unchanged(), background_hashes(checkpoint.files) as hashes:
-        for piece in _quantized(checkpoint, plan, calibrated):
-            vanished[piece.planned.spec.gguf] += piece.vanished
-            kept += piece.kept
-            file.seek(len(header) + piece.planned.offset + piece.row * piece.planned.row_bytes)
-            file.write(piece.blocks.data)
-            done += len(piece.blocks) * piece.planned.spec.shape[-1]
-            if progress:
-                progress(done, total)
-        file.truncate(size)
-        metadata["bezel.provenance.source_sha256"] = hashes()  # as long as the placeholders
-        file.seek(0)
-        file.write(encode_header(metadata, records))
+    layout = Layout(plan, metadata)
+    size = check_room(layout, out)
+    with atomic(out) as file:
+        vanished, kept = fill(file, checkpoint, layout, progress, calibrated)
     return ExportSummary(
         path=str(out),
         file_bytes=size,
-        weights=total,
-        bits_per_weight=sum(p.n_rows * p.row_bytes for p in plan) * 8 / total,
+        weights=layout.n_weights,
+        bits_per_weight=layout.bits_per_weight,
         formats=dict(Counter(p.format.name for p in plan)),
         fallbacks=_fallbacks(plan),
         warnings=[
@@ -148,11 +153,54 @@ def export_gguf(
     )
 
 
-def plan_tensors(config: ModelConfig, recipe: Recipe) -> list[PlannedTensor]:
+def check_room(layout: Layout, out: Path) -> int:
+    """The size of a file that is to be written. Raises InvalidRequest where the disk has no room for it."""
+    size = len(layout.header) + data_size(layout.plan)
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise InvalidRequest(
+            f"{out.parent}: {size_text(free)} free, expected {size_text(size)} for {out.name}; "
+            "free some space or choose a smaller format"
+        )
+    return size
+
+
+def fill(
+    file: BinaryIO,
+    source: TensorSource,
+    layout: Layout,
+    progress: Callable[[int, int], None] | None = None,
+    calibrated: Calibrated | None = None,
+) -> tuple[Counter[str], int]:
+    """Write a whole GGUF file, with the hashes of the source's files where `provenance` left room for them.
+
+    How many weights vanished of each tensor, and how many Q4_0 blocks were kept exactly.
+    """
+    start, total = len(layout.header), layout.n_weights
+    done, vanished, kept = 0, Counter[str](), 0
+    with source.unchanged(), background_hashes(source.files) as hashes:
+        for piece in _quantized(source, layout.plan, calibrated):
+            vanished[piece.planned.spec.gguf] += piece.vanished
+            kept += piece.kept
+            file.seek(start + piece.planned.offset + piece.row * piece.planned.row_bytes)
+            file.write(piece.blocks.data)
+            done += len(piece.blocks) * piece.planned.spec.shape[-1]
+            if progress:
+                progress(done, total)
+        file.truncate(start + data_size(layout.plan))
+        layout.metadata[_HASHES] = hashes()  # as long as the placeholders
+        file.seek(0)
+        file.write(layout.header)
+    return vanished, kept
+
+
+def plan_tensors(specs: Iterable[TensorSpec], recipe: Recipe) -> list[PlannedTensor]:
     """Format and offset of every tensor."""
     plan, offset = [], 0
-    for spec in tensor_specs(config):
+    for spec in specs:
         choice = recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape)
+        if spec.kind is Kind.EXACT:
+            choice = Choice(F32, F32)
         plan.append(PlannedTensor(spec, choice.format, choice.wanted, offset))
         offset += aligned(plan[-1].n_rows * plan[-1].row_bytes)
     return plan
@@ -178,14 +226,14 @@ def data_size(plan: Sequence[PlannedTensor]) -> int:
 
 def file_size(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Bytes of the file that `export_gguf` would write."""
-    plan = plan_tensors(checkpoint.config, recipe)
-    records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
-    return len(encode_header(_metadata(checkpoint, recipe, plan), records)) + data_size(plan)
+    plan = plan_tensors(checkpoint.specs, recipe)
+    return len(Layout(plan, _metadata(checkpoint, recipe, plan)).header) + data_size(plan)
 
 
-def _check_target(checkpoint: Checkpoint, out: Path, force: bool) -> None:
+def check_target(source: TensorSource, out: Path, force: bool) -> None:
+    """Raises InvalidRequest where a GGUF file must not be written to `out`."""
     check_output(out)
-    if out.exists() and any(out.samefile(file) for file in checkpoint.files):
+    if out.exists() and any(out.samefile(file) for file in source.files):
         raise InvalidRequest(f"{out}: is part of the checkpoint that is exported; choose another name")
     if out.exists() and not force:
         raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
@@ -198,7 +246,7 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _quantized(checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated: Calibrated | None) -> Iterator[Piece]:
+def _quantized(source: TensorSource, plan: Sequence[PlannedTensor], calibrated: Calibrated | None) -> Iterator[Piece]:
     """All rows, in the order of the plan."""
 
     def pieces() -> Iterator[tuple[PlannedTensor, slice, NDArray[np.uint8] | None]]:
@@ -211,9 +259,9 @@ def _quantized(checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated
     def quantize(piece: tuple[PlannedTensor, slice, NDArray[np.uint8] | None]) -> Piece:
         planned, rows, whole = piece
         what = planned.spec, rows.start, rows.stop, planned.format
-        blocks = checkpoint.blocks(*what) if whole is None else whole[rows]
-        kept = checkpoint.kept_exactly(*what, blocks) if planned.format is Q4_0 else 0
-        return Piece(planned, rows.start, blocks, checkpoint.vanished(*what, blocks), kept)
+        blocks = source.blocks(*what) if whole is None else whole[rows]
+        kept = source.kept_exactly(*what, blocks) if planned.format is Q4_0 else 0
+        return Piece(planned, rows.start, blocks, source.vanished(*what, blocks), kept)
 
     return ordered(quantize, pieces())
 
@@ -221,11 +269,9 @@ def _quantized(checkpoint: Checkpoint, plan: Sequence[PlannedTensor], calibrated
 def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTensor]) -> dict[str, Any]:
     vocabulary = checkpoint.vocabulary()
     formats = {p.spec.role: p.format.name for p in plan}
-    commonest = Counter(p.format.name for p in plan if p.spec.is_matrix).most_common(1)[0][0]
     metadata: dict[str, Any] = {
         "general.architecture": checkpoint.config.family,
-        "general.file_type": _FILE_TYPES.get(recipe.name, _FILE_TYPES[commonest]),
-        "general.quantization_version": 2,
+        **file_type(recipe, plan),
         **write_gguf_config(checkpoint.config),
         **vocabulary.to_gguf(),
     }
@@ -233,12 +279,28 @@ def _metadata(checkpoint: Checkpoint, recipe: Recipe, plan: Sequence[PlannedTens
         metadata["tokenizer.ggml.eot_token_id"] = end
     return metadata | {
         **described(checkpoint),
+        **provenance(checkpoint, recipe),
+        "bezel.provenance.embedding_format": formats["token_embd"],
+    }
+
+
+def file_type(recipe: Recipe, plan: Sequence[PlannedTensor]) -> dict[str, Any]:
+    """What a file is called by its formats."""
+    commonest = Counter(p.format.name for p in plan if p.spec.is_matrix).most_common(1)[0][0]
+    return {
+        "general.file_type": _FILE_TYPES.get(recipe.name, _FILE_TYPES[commonest]),
+        "general.quantization_version": 2,
+    }
+
+
+def provenance(source: TensorSource, recipe: Recipe) -> dict[str, Any]:
+    """Where a file comes from; `fill` puts the hashes in."""
+    return {
         "bezel.provenance.tool": f"bezel {bezel_version()}",
         "bezel.provenance.recipe": recipe.name,
         **({} if recipe.name in PRESETS else {"bezel.provenance.recipe_rules": json.dumps(recipe.to_json())}),
-        "bezel.provenance.embedding_format": formats["token_embd"],
-        "bezel.provenance.source_files": [file.name for file in checkpoint.files],
-        "bezel.provenance.source_sha256": ["0" * 64 for _ in checkpoint.files],
+        "bezel.provenance.source_files": [file.name for file in source.files],
+        _HASHES: ["0" * 64 for _ in source.files],
     }
 
 

@@ -36,6 +36,8 @@ from ...runtime.files.models import (
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES, other_model
 from ...runtime.model.families.hf import read_hf_config
+from ...runtime.model.tensors import tensor_specs
+from ..gguf.vision import export_vision, vision_recipe
 from ..gguf.writer import data_size, export_gguf, plan_tensors
 from ..recipe import find_recipe
 from ..sources.folder import CONFIG, INDEX, TEXT_FILES, read_index
@@ -227,7 +229,7 @@ def _pull_checkpoint(this: _Pull, quant: str | None, keep: bool) -> Pulled:
         return Pulled(there, is_new=False)
     grown = this.work / CHECKPOINT
     folder = grown / this.name.repo  # by which an export calls the model
-    size = data_size(plan_tensors(config, recipe)) if recipe else 0
+    size = data_size(plan_tensors(tensor_specs(config), recipe)) if recipe else 0
     text = sum(file.size for file in files if file.path in TEXT_FILES)  # as much of the export, roughly
     to_fetch = this.make_room(folder, () if kept else files, size + text)
     becomes = f"; exported as {tag}, about {size_text(size)}" if recipe else ""
@@ -240,13 +242,15 @@ def _pull_checkpoint(this: _Pull, quant: str | None, keep: bool) -> Pulled:
     out = this.work / tag / f"{this.name.repo}-{tag}.gguf"
     out.parent.mkdir(exist_ok=True)
     with open_checkpoint(kept.path if kept else folder) as source, this.exporting(out.name) as progress:
-        summary = export_gguf(source, out, recipe, progress=progress, force=True)
+        eye = source.vision and vision_recipe(source.vision, None, recipe)
+        with export_vision(source, out, eye, progress, force=True) as seen:
+            summary = export_gguf(source, out, recipe, progress=progress, force=True)
     model = this.place(out.parent, tag, files)
     if keep and kept is None:
         this.place(grown, CHECKPOINT, files)
     else:
         shutil.rmtree(grown)
-    return Pulled(model, replace(summary, path=str(model.path)))
+    return Pulled(model, replace(summary, path=str(model.path), vision=seen))
 
 
 def _look_into(this: _Pull) -> tuple[ModelConfig, list[HubFile]]:

@@ -7,14 +7,16 @@ GGUF stores, float32, norms as weight + 1.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,39 +26,34 @@ from ...quant.formats import EVEN, F32, Format, Readable
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.model.vision import VisionConfig, vision_specs
 from ...runtime.text.tokenizer import Vocabulary
 from .safetensors import DTYPES, StoredTensor
 
+if TYPE_CHECKING:
+    from typing import Self
 
-class Checkpoint:
-    """An opened checkpoint. `stored` maps GGUF tensor names to places; `files` is all that was read.
 
-    `warnings` say what of it is left out.
+class TensorSource:
+    """The tensors `specs` of something that is exported. `stored` maps their GGUF names to places; `files` is all that
+    was read. Norms are stored less `norm_offset`.
     """
 
     def __init__(
         self,
         path: Path,
-        name: str,
-        config: ModelConfig,
+        specs: Iterable[TensorSpec],
         stored: Mapping[str, StoredTensor],
         files: tuple[Path, ...],
-        load_vocabulary: Callable[[], Vocabulary],
-        *,
         norm_offset: float,
-        generation_config: Mapping[str, Any],
-        chat_template: str | None,
-        warnings: tuple[str, ...] = (),
     ) -> None:
-        self.path, self.name, self.config, self.stored, self.files = path, name, config, stored, files
-        self.generation_config, self.chat_template, self.warnings = generation_config, chat_template, warnings
-        self.specs = tuple(tensor_specs(config))
-        self._load_vocabulary, self._norm_offset = cache(load_vocabulary), np.float32(norm_offset)
+        self.path, self.specs, self.stored, self.files = path, tuple(specs), stored, files
+        self._norm_offset = np.float32(norm_offset)
         self._open: dict[Path, FileIO] = {}
         self._states = {file: _state(file) for file in files}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -107,8 +104,7 @@ class Checkpoint:
 
     def tensor(self, spec: TensorSpec) -> NDArray[np.float32]:
         """The whole tensor, `spec.shape`; a norm is weight + 1, as GGUF stores it."""
-        n_rows = spec.shape[0] if len(spec.shape) > 1 else 1
-        return self.rows(spec, 0, n_rows).reshape(spec.shape)
+        return self.rows(spec, 0, math.prod(spec.shape[:-1])).reshape(spec.shape)
 
     def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start … stop−1 as float32 (rows, inputs); a one-dimensional tensor is one row.
@@ -152,16 +148,6 @@ class Checkpoint:
             return 0
         return lattice.exact(form, self.rows(spec, start, stop), blocks)
 
-    def vocabulary(self) -> Vocabulary:
-        """The tokenizer's vocabulary, which has one piece for each row of the embedding."""
-        vocabulary = self._load_vocabulary()
-        if len(vocabulary.pieces) != self.config.vocab_size:
-            raise InvalidCheckpoint(
-                f"{self.path}: the tokenizer has {len(vocabulary.pieces)} pieces and the embedding "
-                f"{self.config.vocab_size} rows, expected equal numbers: they belong to different models"
-            )
-        return vocabulary
-
     def raw_rows(self, stored: StoredTensor, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows start … stop−1 of any tensor as they are stored, uint8 (rows, row_bytes)."""
         row_bytes = stored.format.row_bytes(stored.shape[-1])
@@ -178,6 +164,70 @@ class Checkpoint:
                     raise InvalidCheckpoint(f"{stored.file}: ends early: it was cut while it was being read")
                 done += got
         return out.reshape(stop - start, row_bytes)
+
+
+class Checkpoint(TensorSource):
+    """An opened checkpoint: a text model, and the eye that it may have. `warnings` say what of it is left out."""
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        config: ModelConfig,
+        stored: Mapping[str, StoredTensor],
+        files: tuple[Path, ...],
+        load_vocabulary: Callable[[], Vocabulary],
+        *,
+        norm_offset: float,
+        generation_config: Mapping[str, Any],
+        chat_template: str | None,
+        warnings: tuple[str, ...] = (),
+        vision: VisionSource | None = None,
+    ) -> None:
+        super().__init__(path, tensor_specs(config), stored, files, norm_offset)
+        self.name, self.config, self.vision, self.warnings = name, config, vision, warnings
+        self.generation_config, self.chat_template = generation_config, chat_template
+        self._load_vocabulary = cache(load_vocabulary)
+
+    def close(self) -> None:
+        super().close()
+        if self.vision is not None:
+            self.vision.close()
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's vocabulary, which has one piece for each row of the embedding."""
+        vocabulary = self._load_vocabulary()
+        if len(vocabulary.pieces) != self.config.vocab_size:
+            raise InvalidCheckpoint(
+                f"{self.path}: the tokenizer has {len(vocabulary.pieces)} pieces and the embedding "
+                f"{self.config.vocab_size} rows, expected equal numbers: they belong to different models"
+            )
+        return vocabulary
+
+
+class VisionSource(TensorSource):
+    """The eye of a checkpoint."""
+
+    def __init__(
+        self, path: Path, config: VisionConfig, stored: Mapping[str, StoredTensor], files: tuple[Path, ...]
+    ) -> None:
+        super().__init__(path, vision_specs(config), stored, files, norm_offset=1.0)
+        self.config = config
+
+    def widened(self, multiple: int) -> VisionSource:
+        """The same with as many more zeros between the feed-forwards' matrices as make their number a `multiple`.
+
+        SigLIP's 4304 are not whole blocks of 32, so nothing could be quantized; gelu(0) = 0 adds nothing.
+        """
+        wide = -(-self.config.intermediate_size // multiple) * multiple
+        config = replace(self.config, intermediate_size=wide)
+        return VisionSource(self.path, config, self.stored, self.files)
+
+    def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
+        have, n_inputs = self.stored[spec.gguf].shape, spec.shape[-1]
+        n_rows = math.prod(have[:-1])
+        found = super().rows(spec, min(start, n_rows), min(stop, n_rows))
+        return np.pad(found, ((0, stop - start - len(found)), (0, n_inputs - found.shape[1])))
 
 
 def _state(file: Path) -> tuple[int, int, int] | None:

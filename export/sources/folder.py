@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,20 +15,22 @@ import numpy as np
 from ...runtime.arrays import Floats
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files.strings import Strings
-from ...runtime.model.config import ModelConfig
-from ...runtime.model.families.hf import read_hf_config, text_name
-from ...runtime.model.tensors import tensor_specs
+from ...runtime.model.families.hf import read_hf_config, sees_pictures, text_name
+from ...runtime.model.families.sight import read_hf_vision, vision_name
+from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.model.vision import vision_specs
 from ...runtime.text.tokenizer import CONTROL, SPACE, USER_DEFINED, Vocabulary, checked_vocabulary
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, VisionSource
 from .safetensors import StoredTensor, read_header, read_json
 from .tokenizer_json import read_tokenizer_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+PREPROCESSOR = "preprocessor_config.json"
 TEMPLATE = "chat_template.jinja"  # where recent versions of transformers keep it
 # What is read beside config and weights, as far as it is there.
-TEXT_FILES = (*TOKENIZERS, "tokenizer_config.json", "generation_config.json", TEMPLATE)
+TEXT_FILES = (*TOKENIZERS, "tokenizer_config.json", "generation_config.json", PREPROCESSOR, TEMPLATE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _PADDING = 256  # rows by which an embedding may be filled up
@@ -48,11 +50,10 @@ def open_folder(folder: Path) -> Checkpoint:
     found = read.stored
     tokenizer_files = [folder / name for name in TOKENIZERS if (folder / name).exists()]
     files = [*read.files, config_file, *map(_required, tokenizer_files or [folder / "tokenizer.model"])]
-    weights = _of_text(raw_config, found)
-    stored = _match(folder, config, weights)
+    weights, seen = _by_part(raw_config, found)
+    stored = _match(folder, config.family, tensor_specs(config), weights, unused=(_HEAD,))
     load_vocabulary = cache(partial(_vocabulary, folder, config.vocab_size))
-    pictures = ["pictures are left out: bezel runs the text part of this model"] if len(weights) < len(found) else []
-    warnings = [*adapters, *read.warnings, *pictures]
+    warnings = [*adapters, *read.warnings]
     rows = config.vocab_size - len(load_vocabulary().pieces)
     if 0 < rows <= _PADDING:
         warnings.append(f"{rows} rows of the embedding are left out: the tokenizer has no pieces for them")
@@ -66,6 +67,13 @@ def open_folder(folder: Path) -> Checkpoint:
         files.append(_required(folder / name))
         return read_json(folder / name)
 
+    vision = None
+    if sees_pictures(raw_config) and not seen:
+        warnings.append("pictures are left out: the weights of the vision tower are missing")
+    elif sees_pictures(raw_config):
+        prepared = optional_json(PREPROCESSOR)
+        eye = read_hf_vision(raw_config, config.hidden_size, str(config_file), prepared)
+        vision = VisionSource(folder, eye, _match(folder, eye.projector, vision_specs(eye), seen), tuple(files))
     generation_config = optional_json("generation_config.json")
     generation_config.setdefault("eos_token_id", raw_config.get("eos_token_id"))
     template_file = folder / TEMPLATE
@@ -85,6 +93,7 @@ def open_folder(folder: Path) -> Checkpoint:
         generation_config=generation_config,
         chat_template=template,
         warnings=tuple(warnings),
+        vision=vision,
     )
     for name, copy in read.twice:
         if not _same(checkpoint, found[name], copy):
@@ -266,9 +275,12 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors that are not of pictures, under the names that a text model's have."""
+def _by_part(
+    raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The tensors of the text model, under the names that one alone has, and those of the eye by `vision_specs`."""
     weights: dict[str, StoredTensor] = {}
+    seen: dict[str, StoredTensor] = {}
     for prefix in ("module.", "_orig_mod.", "base_model.model."):  # torch's wrappers; peft's, which has nothing in it
         if found and all(name.startswith(prefix) for name in found):
             found = {name.removeprefix(prefix): stored for name, stored in found.items()}
@@ -281,18 +293,27 @@ def _of_text(raw_config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -
     if _EMBEDDING.removeprefix("model.") in found:  # a model without its head, as AutoModel saves it
         found = {name if name == _HEAD else f"model.{name}": stored for name, stored in found.items()}
     for name, stored in found.items():
-        plain = text_name(name, raw_config)
-        if plain in weights:
+        plain, part = text_name(name, raw_config), weights
+        if plain is None:
+            plain, part = vision_name(name), seen
+        if plain in part:
             raise InvalidCheckpoint(f"{stored.file}: tensor {name[:200]!r}: found '{plain}' under another name too")
         if plain is not None:
-            weights[plain] = stored
-    return weights
+            part[plain] = stored
+    return weights, seen
 
 
-def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The model's tensors by GGUF name. Raises InvalidCheckpoint if one is missing, extra or misshapen."""
-    matched = {}
-    for spec in tensor_specs(config):
+def _match(
+    folder: Path,
+    kind: str,
+    specs: Iterable[TensorSpec],
+    weights: Mapping[str, StoredTensor],
+    unused: Sequence[str] = (),
+) -> dict[str, StoredTensor]:
+    """The tensors of a model of some `kind` by GGUF name. Raises InvalidCheckpoint if one is missing or wrong."""
+    matched, known = {}, set(unused)
+    for spec in specs:
+        known.add(spec.hf)
         stored = weights.get(spec.hf)
         if stored is None:
             raise InvalidCheckpoint(f"{folder}: tensor '{spec.hf}' is missing, expected shape {list(spec.shape)}")
@@ -302,13 +323,12 @@ def _match(folder: Path, config: ModelConfig, weights: Mapping[str, StoredTensor
                 f"expected {list(spec.shape)} by config.json"
             )
         matched[spec.gguf] = stored
-    known = {spec.hf for spec in tensor_specs(config)} | {_HEAD}
     for name, stored in weights.items():
         # The RoPE frequencies that old versions of transformers saved follow from the config.
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise InvalidCheckpoint(
                 f"{stored.file}: tensor {name[:200]!r}: found shape {list(stored.shape)}, expected no such "
-                f"tensor in a {config.family} model; adapters must be merged before export"
+                f"tensor in a {kind} model; adapters must be merged before export"
             )
     return matched
 

@@ -16,19 +16,22 @@ import click
 from ..errors import BezelError, ContextFull, InvalidRequest
 from ..files.user_cache import cache_folder
 from .console import printable, unforeseen
-from .generate import generation_options, interruptible, load_model, note, sampling_of, show_prompt
+from .generate import generation_options, interruptible, load_model, look_at_pictures, note, sampling_of, show_prompt
 from .model_path import MODEL
 
 if TYPE_CHECKING:
     from ..api import Model
+    from ..text.chat import Content
     from ..text.generation import Generation
     from ..text.sampling import Sampling
+    from ..vision.image import Image
 
 _HELP = """\
-/undo takes back the last exchange, /regenerate answers it anew, /reset starts anew, /system TEXT as well, with TEXT
-for instructions; /save FILE and /load FILE keep and bring back the chat, /context tells how full it is, /bye (or
-Ctrl-D) leaves. A line that ends in a backslash goes on in the next; between \"\"\" and \"\"\" there may be any number
-of them, and what is pasted is one message. Ctrl-C stops an answer.""".replace("\n", " ")
+/image FILE shows a picture with the next message; /undo takes back the last exchange, /regenerate answers it anew,
+/reset starts anew, /system TEXT as well, with TEXT for instructions; /save FILE and /load FILE keep and bring back the
+chat, /context tells how full it is, /bye (or Ctrl-D) leaves. A line that ends in a backslash goes on in the next;
+between \"\"\" and \"\"\" there may be any number of them, and what is pasted is one message. Ctrl-C stops an
+answer.""".replace("\n", " ")
 
 _QUOTES = '"""'
 
@@ -40,6 +43,7 @@ def chat(model: Path, **options: Any) -> None:
     """Talk with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
 
     \b
+    /image FILE   shows a picture with the next message
     /undo         takes back the last exchange
     /regenerate   answers it anew
     /reset        starts anew
@@ -81,6 +85,7 @@ class _Chat:
     def __init__(self, model: Model, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
         self._sampling, self._again = sampling_of(model, options), 0
+        self._images: list[Image] = []  # that go with the next message
         self._out: _Wrapped | None = None  # of the answer that is being written
         self._begin(options["system"])
 
@@ -99,9 +104,11 @@ class _Chat:
         command, _, argument = text.strip().partition(" ")
         argument = argument.strip()
         if is_quoted:
-            self._answer(text, self._sampling)
+            self._send(text)
         elif not command.startswith("/") or command.startswith("//"):
-            self._answer(text.removeprefix("/"), self._sampling)
+            self._send(text.removeprefix("/"))
+        elif command == "/image" and argument:
+            self._show(argument)
         elif command == "/reset":
             self._begin(self._conversation.system)
             note("a new chat")
@@ -122,10 +129,30 @@ class _Chat:
         elif command in ("/bye", "/exit", "/quit"):
             return False
         else:
-            if command not in ("/help", "/save", "/load"):
+            if command not in ("/help", "/save", "/load", "/image"):
                 note(f"{command} is no command; for a message that begins with a slash, type two")
             _tell(_HELP)
         return True
+
+    def _show(self, argument: str) -> None:
+        """Take a picture, whose path may be quoted, as terminals write one that is dropped."""
+        from ..vision.image import Image
+
+        if self._model.eye is None:
+            raise InvalidRequest(f"{self._model.name} sees no pictures: there is no vision tower beside its file")
+        quoted = len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\""
+        image = Image(Path(argument[1:-1] if quoted else argument.replace("\\ ", " ")).expanduser())
+        self._images.append(image)
+        width, height = image.size
+        note(f"image: {image.name}, {width} × {height}; it goes with your next message")
+
+    def _send(self, text: str) -> None:
+        images, self._images = self._images, []
+        try:
+            self._answer([*images, text] if images else text, self._sampling)
+        except BaseException:
+            self._images = images + self._images
+            raise
 
     def _set_system(self, text: str) -> None:
         if not text:
@@ -136,14 +163,14 @@ class _Chat:
 
     def _regenerate(self) -> None:
         conversation = self._conversation
-        text, before = conversation.last_message(), list(conversation.session.ids)
+        content, before = conversation.last_message(), list(conversation.session.ids)
         conversation.undo()
         seed = self._sampling.seed
         if seed is not None:  # the same one would give the same answer
             self._again += 1
             seed += self._again
         try:
-            self._answer(text, replace(self._sampling, seed=seed))
+            self._answer(content, replace(self._sampling, seed=seed))
         except BaseException:
             conversation.session.go_to(before)
             raise
@@ -153,7 +180,8 @@ class _Chat:
         note(f"load: {path}, {self._exchanges()}")
         marks = {"user": "> ", "system": "instructions: "}
         for message in self._conversation.messages():
-            note(f"{marks.get(message.role, '')}{message.text}")
+            shown = "".join(part if isinstance(part, str) else f"[{part.name}] " for part in message.parts)
+            note(f"{marks.get(message.role, '')}{shown}")
 
     def _tell_context(self) -> None:
         session = self._conversation.session
@@ -167,14 +195,15 @@ class _Chat:
         n = self._conversation.turns()
         return "1 exchange" if n == 1 else f"{n} exchanges"
 
-    def _answer(self, text: str, sampling: Sampling) -> None:
+    def _answer(self, content: Content, sampling: Sampling) -> None:
         conversation, session = self._conversation, self._conversation.session
-        prompt = conversation.prompt_ids(text)
+        prompt = conversation.prompt_ids(content)
         show_prompt(self._model, prompt, self._options)
+        look_at_pictures(self._model, prompt)
         self._out = out = _Wrapped()
         began = first = time.perf_counter()
         with interruptible(session, session.position + len(prompt)) as cancel:
-            generation: Generation = conversation.ask(text, sampling, self._options["max_tokens"], cancel)
+            generation: Generation = conversation.ask(content, sampling, self._options["max_tokens"], cancel)
             try:
                 for piece in generation:
                     first = time.perf_counter() if first == began else first

@@ -15,6 +15,7 @@ from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import numpy as np
 
 from ..errors import InvalidRequest
 from ..files.strict_json import parse_json
@@ -24,6 +25,7 @@ from .model_path import MODEL
 if TYPE_CHECKING:
     from ..api import Model
     from ..session import Session
+    from ..text.chat import Content
     from ..text.grammar import Grammar
     from ..text.sampling import Sampling
 
@@ -64,6 +66,11 @@ _OPTIONS = [
         show_default=True,
         help="What is multiplied with quantized weights; f32 is slow, for measuring.",
     ),
+    click.option(
+        "--vision",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="The file of MODEL's vision tower.  [default: mmproj-….gguf beside MODEL]",
+    ),
     click.option("--system", help="Text that opens the first user turn."),
     click.option(
         "--on-full",
@@ -93,6 +100,15 @@ def generation_options(command: Command) -> Command:
     type=click.Path(path_type=Path),
     help="The prompt from a file.",
 )
+@click.option(
+    "--image",
+    "-i",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A picture that the prompt is about; {} in the prompt says where it belongs, else it comes first. May be "
+    "given several times.",
+)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as plain text instead of answering it in a chat.")
 @click.option(
     "--json-schema",
@@ -108,6 +124,7 @@ def run(
     words: tuple[str, ...],
     prompt: str | None,
     prompt_file: Path | None,
+    images: tuple[Path, ...],
     raw: bool,
     json_schema: Path | None,
     regex: str | None,
@@ -127,6 +144,8 @@ def run(
       bezel run gemma.gguf --raw "Once upon a time" --max-tokens 200 --seed 1
       cat report.txt | bezel run gemma.gguf - --system "Summarise this text."
       bezel run gemma.gguf "Who wrote Faust?" --json-schema person.json
+      bezel run gemma-3-4b-it.gguf "What is this?" --image cat.jpg
+      bezel run gemma-3-4b-it.gguf "First {}, then {}: what changed?" --image before.png --image after.png
     """
     from ..text.chat import Message
     from ..text.conversation import keep_prompt
@@ -137,7 +156,8 @@ def run(
     system = options["system"]
     if system and (raw or not loaded.is_chat_model):
         raise InvalidRequest("--system needs a chat, and this is plain text; put it into the prompt")
-    messages = [Message("system", system), Message("user", text)] if system else text
+    content = _with_images(text, images)
+    messages = [Message("system", system), Message("user", content)] if system else content
     ids = loaded.prompt_ids(messages, raw or None)
     show_prompt(loaded, ids, options)
 
@@ -156,6 +176,7 @@ def run(
             constraint=form.constraint() if form else None,
         )
         started, first, pieces = time.perf_counter(), None, []
+        look_at_pictures(loaded, ids)
         try:
             for piece in generation:
                 first = first or time.perf_counter()
@@ -213,11 +234,36 @@ def _prompt(words: tuple[str, ...], prompt: str | None, file: Path | None) -> st
     return text
 
 
+def _with_images(text: str, paths: tuple[Path, ...]) -> Content:
+    """The prompt with its pictures in their places."""
+    if not paths:
+        return text
+    from ..vision.image import Image
+
+    places = text.count("{}")
+    if places not in (0, len(paths)):
+        raise click.UsageError(f"the prompt has {{}} {places} times, and --image is given {len(paths)} times.")
+    images = [Image(path) for path in paths]
+    if not places:
+        return [*images, text]
+    first, *others = text.split("{}")
+    return [first, *(part for pair in zip(images, others, strict=True) for part in pair)]
+
+
+def look_at_pictures(model: Model, ids: list[int]) -> None:
+    """Compute what the model makes of the pictures in a prompt, which takes a while, and say so on a terminal."""
+    for picture in model.eye.pictures(np.array(ids, np.int64)) if min(ids) < 0 and model.eye else ():
+        if sys.stderr.isatty() and not picture.is_seen:
+            click.echo(printable(f"\r\x1b[Klooking at {picture.name}"), nl=False, err=True)
+            picture.see()
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+
 def load_model(path: Path, options: dict[str, Any]) -> Model:
     from ..api import load
     from ..text.chat import template_is_known
 
-    names = ("engine", "context", "kv", "threads", "activations")
+    names = ("engine", "context", "kv", "threads", "activations", "vision")
     model = load(path, **{name: options[name] for name in names})
     if model.is_chat_model and not template_is_known(model.chat_template):
         note(f"warning: {path} has a chat template that is not one of Gemma's; Gemma's own format is used instead")

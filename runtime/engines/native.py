@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from ...quant.formats import F32
 from .. import _native
 from ..arrays import Arrays, Floats, Ints
 from ..errors import InvalidRequest, UnsupportedModelFile
+from ..files.gguf import GGUFFile
 from ..files.gguf_model import GGUFModel
 from ..files.read_only import READ_ONLY
+from ..files.vision_file import VisionFile
 from ..model import ops
 from ..model.config import ModelConfig
 from ..model.forward import Weights
-from ..model.tensors import tensor_specs
+from ..model.tensors import TensorSpec, tensor_specs
 from .protocol import ModelBackend
+from .tower import Tower, float_matrix
 
 
 class NativeOps:
@@ -25,6 +29,7 @@ class NativeOps:
 
     split_heads = staticmethod(ops.split_heads)
     join_heads = staticmethod(ops.join_heads)
+    mean_pool = staticmethod(ops.mean_pool)
 
     def __init__(self, pool: _native.ThreadPool, exact: bool) -> None:
         self._pool, self._exact = pool, exact
@@ -49,6 +54,19 @@ class NativeOps:
 
     def feed_forward(self, x: Floats, gate: _native.Matrix, up: _native.Matrix, down: _native.Matrix) -> Floats:
         return _native.feed_forward(self._pool, x, gate, up, down, self._exact)
+
+    def layer_norm(self, x: Floats, weight: Floats, bias: Floats, eps: float) -> Floats:
+        return _native.layer_norm(x, weight, bias, eps, self._pool)
+
+    def bias_gelu(self, x: Floats, bias: Floats) -> Floats:
+        _native.bias_gelu(x, bias, self._pool)  # in place: x is this pass's own
+        return x
+
+    def attend_all(self, q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
+        n, heads, head_dim = q.shape
+        store = _native.KVStore(heads, head_dim, n, "f32")
+        store.write(self._pool, 0, k, v)
+        return store.attend(self._pool, q, np.zeros(n, np.int64), np.full(n, n), scale, None)
 
     def softcap(self, x: Floats, cap: float) -> Floats:
         _native.softcap(x, cap, self._pool)
@@ -103,16 +121,29 @@ class NativeBackend(ModelBackend):
         layers: list[dict[str, Any]] = [{} for _ in config.layers]
         for spec in tensor_specs(config):
             home = shared if spec.layer is None else layers[spec.layer]
-            if not spec.is_matrix:
-                home[spec.role] = file.dequantize(spec.gguf)
-                continue
-            form = file.tensors[spec.gguf].format
-            if form.gguf_type in READ_ONLY:
-                raise UnsupportedModelFile(
-                    file.path,
-                    f"tensor '{spec.gguf}' is {form.name}, which the native engine has no kernels for. Run it slowly "
-                    f"with --engine reference, or convert it once: bezel export {shlex.quote(str(file.path))} OUT.gguf "
-                    "--requantize --quant q8_0",
-                )
-            home[spec.role] = _native.Matrix(file.data(spec.gguf), form.gguf_type, spec.shape[1])
-        super().__init__(config, NativeOps(pool, exact), Weights(shared, layers), partial(NativeStore, pool))
+            home[spec.role] = _matrix(file, spec.gguf) if spec.is_matrix else file.dequantize(spec.gguf)
+        self._native_ops = NativeOps(pool, exact)
+        super().__init__(config, self._native_ops, Weights(shared, layers), partial(NativeStore, pool))
+
+    def tower(self, file: VisionFile) -> Tower:
+        return Tower(file, self._native_ops, _matrix_of_tower)
+
+
+def _matrix(file: GGUFFile, name: str) -> _native.Matrix:
+    """A matrix where it lies in the file. Raises UnsupportedModelFile for a type without kernels."""
+    info = file.info(name)
+    if info.format.gguf_type in READ_ONLY:
+        raise UnsupportedModelFile(
+            file.path,
+            f"tensor '{name}' is {info.format.name}, which the native engine has no kernels for. Run it slowly with "
+            f"--engine reference, or convert it once: bezel export {shlex.quote(str(file.path))} OUT.gguf "
+            "--requantize --quant q8_0",
+        )
+    return _native.Matrix(file.data(name), info.format.gguf_type, info.shape[1])
+
+
+def _matrix_of_tower(file: VisionFile, spec: TensorSpec) -> _native.Matrix:
+    if spec.is_matrix:
+        return _matrix(file, file.name_of(spec.gguf))
+    weights = float_matrix(file, spec)
+    return _native.Matrix(weights.view(np.uint8), F32.gguf_type, weights.shape[1])

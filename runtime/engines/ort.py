@@ -75,23 +75,29 @@ class OrtEngine(CachedEngine):
         self._binding = backend.session.io_binding()
         self._bound: list[tuple[OrtStore, tuple[int, ...]]] = []
 
-    def forward(self, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:  # noqa: ARG002
-        n, start = len(ids), self.position
+    def forward(
+        self,
+        inputs: Ints | Floats,
+        wanted: int,
+        streams: list[Floats] | None = None,  # noqa: ARG002
+        blocks: Ints | None = None,  # noqa: ARG002
+    ) -> Floats:
+        n, start = len(inputs), self.position
         rows = np.arange(n - max(wanted, 1), n)  # the graph has no form for no row at all
         for cache in self.caches:
             cache.advance(n)
             _store(cache).written(cache.length)
         try:
             self._bind_caches()
-            inputs: dict[str, npt.NDArray[Any]] = {
-                "input_ids": np.ascontiguousarray(ids),
+            feeds: dict[str, npt.NDArray[Any]] = {
+                "input_ids": np.ascontiguousarray(inputs),
                 "positions": np.arange(start, start + n),
                 "wanted": rows,
             }
             for name, layer in self._backend.masks.items():
                 cache = self.caches[layer]
-                inputs[name] = _visible(cache, n)
-            for name, array in inputs.items():
+                feeds[name] = _visible(cache, n)
+            for name, array in feeds.items():
                 self._binding.bind_cpu_input(name, array)
             logits = np.empty((len(rows), self._backend.config.vocab_size), np.float32)
             self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)

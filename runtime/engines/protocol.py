@@ -8,9 +8,11 @@ from typing import Any, Protocol
 from ..arrays import Arrays, Floats, Ints
 from ..cache.caches import Caches
 from ..cache.store import NewStore
+from ..files.vision_file import VisionFile
 from ..model.config import ModelConfig
 from ..model.forward import Ops, Weights, forward
 from .rows import JoinedRows, Segment, SegmentRows
+from .tower import Tower
 
 
 class Engine(Protocol):
@@ -30,9 +32,12 @@ class Engine(Protocol):
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
 
-    def forward(self, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:
+    def forward(
+        self, inputs: Ints | Floats, wanted: int, streams: list[Floats] | None = None, blocks: Ints | None = None
+    ) -> Floats:
         """Take n ids; logits (wanted, vocab) of the last `wanted`, 0 to n. If it raises, nothing changed.
 
+        Where the engine takes pictures, `inputs` may be embeddings and some of them `blocks`; see `rows.Segment`.
         `streams`, where the engine knows them, receives the residual stream behind each layer; see `model.forward`.
         """
 
@@ -96,6 +101,15 @@ class ModelBackend:
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> ModelEngine:
         return ModelEngine(self, self.caches(context, kv, chunk, ring), chunk)
 
+    def embed(self, ids: Ints) -> Floats:
+        """Text ids (n,) as they enter the first layer, (n, hidden)."""
+        rows: Floats = self.ops.embed(self.weights.shared["token_embd"], ids, self.config.embedding_scale)
+        return rows
+
+    def tower(self, file: VisionFile) -> Tower:
+        """The eye in a file, for this kind of engine."""
+        raise NotImplementedError
+
     def rows(self, segment: Segment) -> SegmentRows:
         """The rows of a segment as they go through the model."""
         return SegmentRows(segment)
@@ -124,5 +138,7 @@ class ModelEngine(CachedEngine):
         super().__init__(caches, chunk)
         self._backend = backend
 
-    def forward(self, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:
-        return self._backend.forward([Segment(self.caches, ids, wanted)], streams)
+    def forward(
+        self, inputs: Ints | Floats, wanted: int, streams: list[Floats] | None = None, blocks: Ints | None = None
+    ) -> Floats:
+        return self._backend.forward([Segment(self.caches, inputs, wanted, blocks)], streams)

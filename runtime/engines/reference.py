@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
@@ -10,12 +11,14 @@ from threadpoolctl import ThreadpoolController
 from ..arrays import Floats
 from ..cache.numpy_store import NumpyStore
 from ..files.model_file import ModelFile
+from ..files.vision_file import VisionFile
 from ..model import ops
 from ..model.config import ModelConfig
 from ..model.forward import Weights
 from ..model.tensors import TensorSpec, tensor_specs
 from .protocol import ModelBackend
 from .rows import Segment
+from .tower import Tower, float_matrix
 
 
 class LazyWeights(Mapping[str, Floats]):
@@ -49,6 +52,24 @@ class ReferenceBackend(ModelBackend):
         super().__init__(config, ops, weights, NumpyStore)
         self._threads, self._blas = threads, ThreadpoolController()
 
+    def tower(self, file: VisionFile) -> Tower:
+        return _LimitedTower(self, file)
+
+    def limited(self) -> AbstractContextManager[Any]:
+        """What is computed inside takes no more threads than this backend."""
+        limited: AbstractContextManager[Any] = self._blas.limit(limits=self._threads, user_api="blas")
+        return limited
+
     def forward(self, segments: Sequence[Segment], streams: list[Any] | None = None) -> Floats:
-        with self._blas.limit(limits=self._threads, user_api="blas"):
+        with self.limited():
             return super().forward(segments, streams)
+
+
+class _LimitedTower(Tower):
+    def __init__(self, backend: ReferenceBackend, file: VisionFile) -> None:
+        super().__init__(file, ops, float_matrix)
+        self._backend = backend
+
+    def rows(self, pixels: Floats) -> Floats:
+        with self._backend.limited():
+            return super().rows(pixels)

@@ -21,6 +21,7 @@ from .atomic import claimed
 from .packaged import PACKAGED, assembled
 from .strict_json import parse_json
 from .user_cache import user_folder
+from .vision_file import PREFIX
 
 CHECKPOINT = "checkpoint"  # the tag of one that was kept
 NOTE = "bezel.json"
@@ -108,7 +109,9 @@ def _folder_model(place: Path) -> NamedModel | None:
     words = place.name.split("--")
     if len(words) != 3 or not _REPO.fullmatch(name := f"{words[0]}/{words[1]}:{words[2]}"):
         return None
-    files = sorted(place.glob("*.gguf")) or [path.parent for path in place.glob("*/config.json")]
+    files = sorted(path for path in place.glob("*.gguf") if not path.name.startswith(PREFIX)) or [
+        path.parent for path in place.glob("*/config.json")
+    ]
     return NamedModel(name, place, files[0]) if files else None
 
 

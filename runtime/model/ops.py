@@ -60,6 +60,36 @@ def gelu_tanh(x: Floats) -> Floats:
     return out
 
 
+def layer_norm(x: Floats, weight: Floats, bias: Floats, eps: float) -> Floats:
+    """(x − mean) / sqrt(variance + eps) · weight + bias over the last axis (Ba et al. 2016)."""
+    centered = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(np.square(centered), axis=-1, keepdims=True)
+    normal: Floats = centered / np.sqrt(variance + np.float32(eps)) * weight + bias
+    return normal
+
+
+def bias_gelu(x: Floats, bias: Floats) -> Floats:
+    """gelu_tanh(x + bias)."""
+    return gelu_tanh(x + bias)
+
+
+def mean_pool(x: Floats, side: int, by: int) -> Floats:
+    """Means of squares of by · by rows, where x (side², dim) lies as the patches of a picture: ((side / by)², dim)."""
+    few = side // by
+    pooled: Floats = x.reshape(few, by, few, by, x.shape[1]).mean(axis=(1, 3)).reshape(few * few, x.shape[1])
+    return pooled
+
+
+def attend_all(q: Floats, k: Floats, v: Floats, scale: float) -> Floats:
+    """Attention of q (n, heads, d) in which every row sees all keys and values, (n, heads, d). Same shape back."""
+    out = np.empty_like(q)
+    for head in range(q.shape[1]):  # one after the other: the scores of all would be large
+        scores = q[:, head] @ k[:, head].T * np.float32(scale)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[:, head] = weights / weights.sum(axis=-1, keepdims=True) @ v[:, head]
+    return out
+
+
 def softcap(x: Floats, cap: float) -> Floats:
     """cap · tanh(x / cap): the identity for small x, never beyond ±cap."""
     out: Floats = np.float32(cap) * np.tanh(x / np.float32(cap))

@@ -14,6 +14,7 @@ class Kind(Enum):
 
     MATRIX = "matrix"  # of a linear, or looked up by rows: what is quantized
     NORM = "norm"  # a factor: the checkpoint holds it less 1, GGUF whole, in float32
+    EXACT = "exact"  # float32 in GGUF, too, as it is
 
 
 @dataclass(frozen=True)

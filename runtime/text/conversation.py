@@ -41,16 +41,16 @@ class Conversation:
         """Go on with a saved chat and its system text; see `Session.restore`."""
         self.system = self.session.restore(path) or None
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, content: chat.Content) -> list[int]:
         """What the model will see of a user's turn that follows what the session holds."""
         if not self.session.ids:
-            return chat.render(self._model.tokenizer, self._opening(text))
-        opened = chat.render(self._model.tokenizer, [chat.Message("user", text)])[1:]
+            return self._rendered(self._opening(content))
+        opened = self._rendered([chat.Message("user", content)])[1:]
         return [*chat.turn_end(self._model.tokenizer), *opened]
 
     def ask(
         self,
-        text: str,
+        content: chat.Content,
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
         cancel: Callable[[], bool] = lambda: False,
@@ -62,7 +62,7 @@ class Conversation:
         start = self._model.tokenizer.start_of_turn_id
         return _Reply(
             self.session,
-            self.prompt_ids(text),
+            self.prompt_ids(content),
             self._model.default_sampling if sampling is None else sampling,
             max_tokens=max_tokens,
             # The model's turn ends where it would open another.
@@ -86,23 +86,35 @@ class Conversation:
 
     def messages(self) -> list[chat.Message]:
         """What the session holds, as a chat, with the system text as a message of its own."""
-        messages = chat.read(self._model.tokenizer, self.session.ids)
+        messages = chat.read(self._model.tokenizer, self.session.ids, self._model.eye)
         opening = f"{self.system.strip()}\n\n" if self.system else ""
         if opening and messages and messages[0].text.startswith(opening):
-            first = chat.Message("user", messages[0].text.removeprefix(opening))
+            first = self._without(opening, messages[0])
             return [chat.Message("system", self.system or ""), first, *messages[1:]]
         return messages
 
-    def last_message(self) -> str:
+    def last_message(self) -> chat.Content:
         """The newest message of the user. Raises InvalidRequest if there is none."""
-        messages = [message.text for message in self.messages() if message.role == "user"]
+        messages = [message.content for message in self.messages() if message.role == "user"]
         if not messages:
             raise InvalidRequest("there is no message yet")
         return messages[-1]
 
-    def _opening(self, text: str) -> list[chat.Message]:
+    def _opening(self, content: chat.Content) -> list[chat.Message]:
         system = [chat.Message("system", self.system)] if self.system else []
-        return [*system, chat.Message("user", text)]
+        return [*system, chat.Message("user", content)]
+
+    def _rendered(self, messages: list[chat.Message], reply: bool = True) -> list[int]:
+        return chat.render(self._model.tokenizer, messages, reply, self._model.eye)
+
+    @staticmethod
+    def _without(opening: str, message: chat.Message) -> chat.Message:
+        """A message less what its first text begins with."""
+        if isinstance(message.content, str):
+            return chat.Message(message.role, message.content.removeprefix(opening))
+        first, *others = message.parts
+        assert isinstance(first, str)
+        return chat.Message(message.role, [first.removeprefix(opening), *others])
 
     def _user_turns(self, ids: list[int]) -> list[int]:
         """Where user turns start. No text and no reply holds the marker's id, so every one is a turn."""
@@ -121,8 +133,8 @@ class Conversation:
         shorter = [tokenizer.bos_id, *ids[start:]]
         if self.system and dropped:
             end = ids.index(tokenizer.end_of_turn_id or 0, start)
-            text = tokenizer.decode(ids[start:end]).removeprefix("user\n")
-            opening = chat.render(tokenizer, self._opening(text), reply=False)
+            (turn,) = chat.read(tokenizer, ids[start : end + 1], self._model.eye)
+            opening = self._rendered(self._opening(turn.content), reply=False)
             shorter = [*opening[: -len(chat.turn_end(tokenizer))], *ids[end:]]
         if not dropped or len(shorter) > self._model.context:
             raise ContextFull(f"this exchange alone fills the context of {self._model.context} tokens")

@@ -28,9 +28,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 _TURNS = ((START_OF_TURN, END_OF_TURN), ("<|im_start|>", "<|im_end|>"))  # the latter in fine-tunes that renamed them
-# Control pieces whatever the file says. `tokenizer.model` has the turn markers as user-defined pieces, which
-# text would match: anyone could then end their turn and speak as the model.
-CONTROL_PIECES = ("<pad>", "<eos>", "<bos>", START_OF_TURN, END_OF_TURN)
+# Control pieces whatever the file says. `tokenizer.model` has the markers of turns and pictures as user-defined pieces,
+# which text would match: anyone could then end their turn and speak as the model.
+START_OF_IMAGE, END_OF_IMAGE = "<start_of_image>", "<end_of_image>"
+CONTROL_PIECES = ("<pad>", "<eos>", "<bos>", START_OF_TURN, END_OF_TURN, START_OF_IMAGE, END_OF_IMAGE)
 
 SPACE = "▁"  # how SentencePiece writes a space
 _UNKNOWN_TEXT = " \u2047 "  # how SentencePiece decodes <unk>
@@ -210,6 +211,7 @@ class Tokenizer:
         self.vocab_size = len(vocabulary.pieces)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.start_of_turn_id, self.end_of_turn_id = vocabulary.turn_ids()
+        self.start_of_image_id, self.end_of_image_id = map(vocabulary.pieces.find, (START_OF_IMAGE, END_OF_IMAGE))
         self.stop_ids = frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
         self.longest_piece = int(vocabulary.pieces.sizes().max())  # bytes
         self.special_ids = frozenset(np.flatnonzero(np.isin(self._types, (UNKNOWN, CONTROL))).tolist())

@@ -106,7 +106,7 @@ def test_what_fails_on_its_way_elsewhere_stays_where_it_was(model_of: ModelOf, m
         one.prefill(IDS)
     elsewhere = [2, *reversed(IDS)]  # whose beginning the rings no longer hold
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **_named: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

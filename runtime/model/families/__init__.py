@@ -21,7 +21,6 @@ _OTHERS = {
     "gemma4-assistant": "a Gemma 4 drafter",
     "gemma-embedding": "EmbeddingGemma",
     "gemma3_text_encoder": "EmbeddingGemma",
-    "paligemma": "PaliGemma",
     "shieldgemma2": "ShieldGemma 2",
     "vaultgemma": "VaultGemma",
     "t5gemma2": "T5Gemma 2",

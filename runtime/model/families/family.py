@@ -12,8 +12,10 @@ class Family:
     """`name` is the architecture in GGUF, `title` what people call it.
 
     In config.json the model is of the type `hf_type` and the class `hf_class`, perhaps as "text_config" of the type
-    `hf_outer`; `hf_activation` is the key of the activation, and `hf_activations` are its values that mean gelu_tanh.
-    `hf_defaults` has what published configs leave out, `hf_must_be` the only values of keys that change the result.
+    `hf_outer`, which sees pictures; `hf_activation` is the key of the activation, and `hf_activations` are its values
+    that mean gelu_tanh. `hf_defaults` has what published configs leave out, `hf_outer_defaults` those around an eye,
+    `hf_must_be` the only values of keys that change the result. `hf_outer_sees_prefix`: with pictures, the text up to
+    the first end of a line is seen whole.
 
     Every `period`-th layer is global, those between are local; None: all are global. `local_rope_base` is RoPE's base
     in local layers where it is another one than in global layers; those may then have a factor, too.
@@ -33,6 +35,8 @@ class Family:
     hf_activation: str = "hidden_activation"
     hf_activations: tuple[str, ...] = ("gelu_pytorch_tanh",)
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    hf_outer_defaults: Mapping[str, Any] = field(default_factory=dict)
+    hf_outer_sees_prefix: bool = False
     hf_must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     period: int | None = None
     rope_base: float = 10000.0

@@ -23,8 +23,11 @@ _IRRELEVANT = frozenset(
     "sep_token_id task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version "
     "unsloth_fixed unsloth_version use_cache".split()
 )
-# … and those around a "text_config" that tell of pictures.
-_OF_PICTURES = frozenset("boi_token_index eoi_token_index image_token_index mm_tokens_per_image vision_config".split())
+# … and those around a "text_config", which tell of pictures or are the text's own said again.
+_AROUND_TEXT = frozenset(
+    "boi_token_index boi_token_id eoi_token_index eoi_token_id hidden_size ignore_index image_token_index "
+    "image_token_id mm_tokens_per_image num_hidden_layers projection_dim vision_config vocab_size".split()
+)
 # Keys that change the mathematics unless they hold one of these values.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
@@ -44,9 +47,13 @@ def read_hf_config(raw: Mapping[str, Any], source: str = "config.json") -> Model
     want = f"one of {', '.join(types)}: {other_model(raw.get('model_type'))}"
     kind = keys.get("model_type", want, lambda v: isinstance(v, str) and v in types)
     family = types[kind]
-    if kind == family.hf_outer:
-        keys = _text_config(keys, family)
-    return _read(Keys({**family.hf_defaults, **keys.raw}, keys.source), family)
+    if kind != family.hf_outer:
+        return _read(Keys({**family.hf_defaults, **keys.raw}, source), family)
+    text = _text_config(keys, family)
+    defaults = {**family.hf_defaults, **family.hf_outer_defaults}
+    if text.has("rope_parameters"):
+        defaults.pop("rope_theta", None)
+    return _read(Keys({**defaults, **text.raw}, text.source), family)
 
 
 def text_name(name: str, raw: Mapping[str, Any]) -> str | None:
@@ -54,7 +61,7 @@ def text_name(name: str, raw: Mapping[str, Any]) -> str | None:
 
     Versions of transformers name the parts of a model that sees pictures in two ways.
     """
-    if raw.get("model_type") not in {f.hf_outer for f in FAMILIES.values()} - {None}:
+    if not sees_pictures(raw):
         return name
     if name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector.")):
         return None
@@ -62,12 +69,21 @@ def text_name(name: str, raw: Mapping[str, Any]) -> str | None:
     return f"model.{name.removeprefix(nested)}" if name.startswith(nested) else name.removeprefix("language_model.")
 
 
+def sees_pictures(raw: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json describes a model with an eye."""
+    return raw.get("model_type") in {f.hf_outer for f in FAMILIES.values()} - {None} and "vision_config" in raw
+
+
 def _text_config(keys: Keys, family: Family) -> Keys:
     text = keys.get("text_config", "the text model's config", lambda v: isinstance(v, dict))
     if "tie_word_embeddings" in keys.raw and "tie_word_embeddings" not in text:
         text = {**text, "tie_word_embeddings": keys.flag("tie_word_embeddings")}
+    if family.hf_outer_sees_prefix:  # what these say of the prefix is the eye's business
+        text = {
+            key: value for key, value in text.items() if key not in ("use_bidirectional_attention", "num_image_tokens")
+        }
     keys.used.add("tie_word_embeddings")
-    keys.refuse_unknown(_IRRELEVANT | _OF_PICTURES, _REMOVE_IT)
+    keys.refuse_unknown(_IRRELEVANT | _AROUND_TEXT, _REMOVE_IT)
     return Keys({"model_type": family.hf_type, **text}, f"{keys.source}: text_config")
 
 

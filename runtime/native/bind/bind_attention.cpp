@@ -161,6 +161,27 @@ nb::tuple add_norm_py(const Input& x, const Input& h, const std::optional<Input>
   return nb::make_tuple(sum.array(), y.array());
 }
 
+Array layer_norm_py(const Input& x, const Input& weight, const Input& bias, double eps, ThreadPool& pool) {
+  const float* data = checked<float>(x, "x", {"n", "cols"});
+  const std::vector<int64_t> shape{size(x, 0), size(x, 1)};
+  const float* w = checked<float>(weight, "weight", {shape[1]});
+  const float* b = checked<float>(bias, "bias", {shape[1]});
+  Result y(shape);
+  {
+    nb::gil_scoped_release release;
+    layer_norm(data, w, b, static_cast<float>(eps), shape[0], shape[1], pool, y.data());
+  }
+  return y.array();
+}
+
+void bias_gelu_py(const InOut& x, const Input& bias, ThreadPool& pool) {
+  float* data = static_cast<float*>(checked(x, "x", nb::dtype<float>(), {"n", "cols"}));
+  const int64_t n = size(x, 0), dim = size(x, 1);
+  const float* b = checked<float>(bias, "bias", {dim});
+  nb::gil_scoped_release release;
+  bias_gelu(data, b, n, dim, pool);
+}
+
 void softcap_py(const InOut& x, double cap, ThreadPool& pool) {
   float* data = static_cast<float*>(checked(x, "x", nb::dtype<float>(), {"n", "cols"}));
   const float limit = positive(cap, "cap");
@@ -208,6 +229,9 @@ void bind_attention(nb::module_& m) {
   m.def("rms_norm", &rms_norm_py, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "pool"_a);
   m.def("add_norm", &add_norm_py, "x"_a.noconvert(), "h"_a.noconvert(), "post_weight"_a.none(),
         "next_weight"_a.noconvert(), "eps"_a, "pool"_a);
+  m.def("layer_norm", &layer_norm_py, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "eps"_a,
+        "pool"_a);
+  m.def("bias_gelu", &bias_gelu_py, "x"_a.noconvert(), "bias"_a.noconvert(), "pool"_a);
   m.def("softcap", &softcap_py, "x"_a.noconvert(), "cap"_a, "pool"_a);
   m.def("rope", &rope_py, "x"_a.noconvert(), "positions"_a.noconvert(), "base"_a, "factor"_a, "pool"_a);
 }

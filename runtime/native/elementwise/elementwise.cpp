@@ -74,6 +74,21 @@ void add_norm(const float* x, const float* h, const float* post, const float* ne
   });
 }
 
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t n, int64_t dim,
+                ThreadPool& pool, float* y) {
+  const ElementwiseKernels& k = vector_kernels().elementwise;
+  pool.parallel_for(n, rows_per_task(dim), [&](int64_t begin, int64_t end) noexcept {
+    for (int64_t r = begin * dim; r < end * dim; r += dim) k.layer_norm(x + r, weight, bias, eps, dim, y + r);
+  });
+}
+
+void bias_gelu(float* x, const float* bias, int64_t n, int64_t dim, ThreadPool& pool) {
+  const ElementwiseKernels& k = vector_kernels().elementwise;
+  pool.parallel_for(n, rows_per_task(dim), [&](int64_t begin, int64_t end) noexcept {
+    for (int64_t r = begin * dim; r < end * dim; r += dim) k.bias_gelu(x + r, bias, dim);
+  });
+}
+
 void softcap(float* x, float cap, int64_t n, ThreadPool& pool) {
   const ElementwiseKernels& k = vector_kernels().elementwise;
   pool.parallel_for(n, kGrain, [&](int64_t begin, int64_t end) noexcept {

@@ -11,6 +11,9 @@ namespace bezel {
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, int64_t dim, ThreadPool& pool, float* y);
 void add_norm(const float* x, const float* h, const float* post, const float* next, float eps, int64_t n, int64_t dim,
               ThreadPool& pool, float* sum, float* y);
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t n, int64_t dim,
+                ThreadPool& pool, float* y);
+void bias_gelu(float* x, const float* bias, int64_t n, int64_t dim, ThreadPool& pool);
 void softcap(float* x, float cap, int64_t n, ThreadPool& pool);
 
 // Rotates x (n, heads, head_dim) in place, row i for positions[i], by the frequencies base^(−2i / head_dim) / factor.

@@ -277,10 +277,16 @@ static void elementwise_kernels_agree() {
         scalar.add_norm(x.data() + 1, h.data(), post, v.data(), 1e-6f, n, c.data(), d.data());
         CHECK(same_bits(a, c) && same_bits(b, d));
       }
+      k.layer_norm(x.data() + 1, w.data(), v.data(), 1e-6f, n, a.data());
+      scalar.layer_norm(x.data() + 1, w.data(), v.data(), 1e-6f, n, b.data());
+      CHECK(same_bits(a, b));
       k.geglu(x.data() + 1, h.data(), n, a.data());
       scalar.geglu(x.data() + 1, h.data(), n, b.data());
       CHECK(same_bits(a, b));
       Floats p = x, q = x;
+      k.bias_gelu(p.data() + 1, h.data(), n);
+      scalar.bias_gelu(q.data() + 1, h.data(), n);
+      CHECK(same_bits(p, q));
       k.softcap(p.data() + 1, 2.0f, n);
       scalar.softcap(q.data() + 1, 2.0f, n);
       CHECK(same_bits(p, q));
@@ -337,7 +343,7 @@ static void pools_do_not_change_a_bit() {
   const Floats x = random(40 * 300, 12), w = random(300, 13);
   std::vector<int64_t> positions;
   for (int64_t i = 0; i < 40; ++i) positions.push_back(i * i);
-  Floats expected[3], got[3];
+  Floats expected[4], got[4];
   for (const int threads : {1, 2, 4}) {
     ThreadPool pool(threads);
     for (Floats& y : got) y.assign(x.size(), 0.0f);
@@ -345,7 +351,9 @@ static void pools_do_not_change_a_bit() {
     add_norm(x.data(), got[0].data(), w.data(), w.data(), 1e-6f, 40, 300, pool, got[1].data(), got[2].data());
     rope(got[2].data(), 40, 5, 60, positions.data(), 10000.0, 8.0f, pool);
     softcap(got[1].data(), 0.5f, 40 * 300, pool);
-    for (int i = 0; i < 3; ++i) {
+    layer_norm(x.data(), w.data(), w.data(), 1e-6f, 40, 300, pool, got[3].data());
+    bias_gelu(got[3].data(), w.data(), 40, 300, pool);
+    for (int i = 0; i < 4; ++i) {
       if (threads == 1) expected[i] = got[i];
       CHECK(same_bits(got[i], expected[i]));
     }

@@ -296,7 +296,8 @@ def test_wrong_gguf_metadata(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "title"), [("gemma3n", "Gemma 3n"), ("gemma4", "Gemma 4"), ("paligemma", "PaliGemma"), ("clip", "the vis")]
+    ("name", "title"),
+    [("gemma3n", "Gemma 3n"), ("gemma4", "Gemma 4"), ("vaultgemma", "VaultGemma"), ("clip", "the vis")],
 )
 def test_other_models_are_named(name: str, title: str) -> None:
     message = f"this is {title}.*; bezel runs Gemma 1, Gemma 2 and Gemma 3"

@@ -46,7 +46,7 @@ def test_transformers_with_pictures(tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = CONFIGS["gemma3-gqa"] | {"vocab_size": 4096 + 64, "initializer_range": 0.3}
     vision = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=28
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=224, patch_size=14
     )
     theirs = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision.to_dict()))
     theirs.save_pretrained(tmp_path / "nested")

@@ -35,7 +35,7 @@ def test_logits_that_are_not_finite_are_an_error(model: Model, monkeypatch: pyte
     session = model.session()
     forward = session.engine.forward
 
-    def damaged(ids: Ints, wanted: int) -> Floats:
+    def damaged(ids: Ints, wanted: int, **_named: object) -> Floats:
         logits = forward(ids, wanted)
         logits[-1:, 7] = np.nan
         return logits

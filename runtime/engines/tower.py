@@ -1,0 +1,50 @@
+"""A model's eye on the ops of one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Floats
+from ..files.vision_file import VisionFile
+from ..model.forward import Weights
+from ..model.tensors import TensorSpec
+from ..model.vision import GEMMA3, VisionConfig, VisionOps, patches_of, see, vision_specs
+
+
+class Tower:
+    """The tower and the projector in a file, in the form that `ops` take; `matrix` makes that of one for a spec."""
+
+    def __init__(self, file: VisionFile, ops: VisionOps, matrix: Callable[[VisionFile, TensorSpec], Any]) -> None:
+        self.config, self._ops = file.config, ops
+        shared: dict[str, Any] = {}
+        layers: list[dict[str, Any]] = [{} for _ in range(self.config.n_layers)]
+        for spec in vision_specs(self.config):
+            home = shared if spec.layer is None else layers[spec.layer]
+            home[spec.role] = matrix(file, spec) if _is_multiplied(spec) else file.tensor(spec.gguf)
+        self._weights = Weights(shared, layers)
+
+    def rows(self, pixels: Floats) -> Floats:
+        """The rows (n_rows, text_size) that stand for normalised pixels (side, side, channels)."""
+        rows: Floats = see(self.config, self._ops, self._weights, patches_of(pixels, self.config.patch_size))
+        return rows
+
+
+def _is_multiplied(spec: TensorSpec) -> bool:
+    return spec.is_matrix or spec.role in ("v_patch", "v_projection")
+
+
+def float_matrix(file: VisionFile, spec: TensorSpec) -> Floats:
+    """A matrix (outputs, inputs) of the tower in float32."""
+    return as_multiplied(file.config, spec, file.tensor(spec.gguf))
+
+
+def as_multiplied(config: VisionConfig, spec: TensorSpec, weights: Floats) -> Floats:
+    """A tensor as (outputs, inputs): patches in a row, and Gemma 3's projection turned."""
+    if spec.role == "v_patch":
+        return weights.reshape(len(weights), -1)
+    if spec.role == "v_projection" and config.projector == GEMMA3:
+        return np.ascontiguousarray(weights.T)
+    return weights

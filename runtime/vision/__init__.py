@@ -1,0 +1,1 @@
+"""Pictures in, rows for a text model out."""

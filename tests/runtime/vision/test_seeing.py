@@ -1,0 +1,391 @@
+"""Models that see, against transformers: what the tower makes of a picture, and what a text model makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bezel.export.gguf.vision import export_vision
+from bezel.export.gguf.writer import export_gguf
+from bezel.export.sources.opening import open_checkpoint
+from bezel.quant.recipes import preset
+from bezel.runtime import Model, load
+from bezel.runtime.engines import tower
+from bezel.runtime.errors import InvalidConfig, InvalidModelFile, InvalidRequest, InvalidSession
+from bezel.runtime.files.vision_file import vision_beside
+from bezel.runtime.model import ops
+from bezel.runtime.session import Session
+from bezel.runtime.vision import eye as eye_module
+from bezel.runtime.vision.eye import Eye, Picture
+from bezel.runtime.vision.image import Image, normalized
+from seeing import SOFT_TOKEN, drawn, write_seeing
+from tiny import TOLERANCE
+
+NAMES = ("gemma3", "paligemma")
+EXACT: dict[str, dict[str, Any]] = {"reference": {}, "native": {"activations": "f32", "threads": 2}}
+
+
+@pytest.fixture(scope="session")
+def seeing_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The GGUF file of a tiny model that sees, its eye beside it, exported once."""
+    scratch = tmp_path_factory.mktemp("seeing")
+
+    def make(name: str, form: str = "f32") -> Path:
+        out = scratch / f"{name}-{form}" / "model.gguf"
+        if not out.exists():
+            out.parent.mkdir()
+            folder = write_seeing(scratch / name, name)
+            with open_checkpoint(folder) as source, export_vision(source, out, preset(form, 2)):
+                export_gguf(source, out, form)
+        return out
+
+    return make
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def opened(path: Path, engine: str = "reference", **options: Any) -> Model:
+    return load(path, engine=engine, kv="f32", **EXACT[engine], **options)
+
+
+def eye_of(model: Model) -> Eye:
+    assert model.eye is not None
+    return model.eye
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([n, seed]).integers(6, 4096, n).tolist()
+
+
+def sequences(name: str, end_of_line: int) -> dict[str, list[int]]:
+    """Below 0: a picture, −1 the first. Pictures at the start, adjacent, across windows, again, at the end."""
+    if name == "paligemma":
+        return {
+            "one": [-1, 2, *text(7), end_of_line, *text(60)],
+            "two": [-1, -2, 2, *text(3), end_of_line, *text(8)],
+            "only a prompt": [-3, 2, *text(12)],
+            "the same twice": [-1, -1, 2, end_of_line, *text(4)],
+        }
+    return {
+        "one": [2, *text(5), -1, *text(30)],
+        "at the start": [-1, *text(9)],
+        "adjacent": [2, -1, 4000, -2, *text(3), -3, *text(11)],
+        "the same twice": [2, *text(4), -1, *text(2), -1, *text(3)],
+        "at the end": [2, *text(20), -2],
+    }
+
+
+def in_ids(sequence: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
+    return [i for token in sequence for i in ([token] if token >= 0 else pictures[-token - 1].ids)]
+
+
+def theirs(folder: Path) -> Any:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    kind = transformers.PaliGemmaForConditionalGeneration if "paligemma" in folder.name else None
+    model = (kind or transformers.Gemma3ForConditionalGeneration).from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    return model.eval()
+
+
+def pixels_of(images: Sequence[Image], eye: Eye) -> Any:
+    torch = pytest.importorskip("torch")
+    c = eye.config
+    fitted = [normalized(image.fitted(c.image_size, c.resample), c.mean, c.std) for image in images]
+    return torch.tensor(np.stack(fitted)).permute(0, 3, 1, 2)
+
+
+def expected_logits(model: Any, sequence: Sequence[int], pixels: Any, n_rows: int, end_of_line: int | None) -> Any:
+    torch = pytest.importorskip("torch")
+    ids = [i for token in sequence for i in ([token] if token >= 0 else [SOFT_TOKEN] * n_rows)]
+    if end_of_line is None:
+        kinds = [int(i == SOFT_TOKEN) for i in ids]
+    else:  # what is told: where the part ends that is seen whole
+        whole = ids.index(end_of_line) + 1 if end_of_line in ids else len(ids)
+        kinds = [int(i >= whole) for i in range(len(ids))]
+    order = [-token - 1 for token in sequence if token < 0]
+    with torch.no_grad():
+        found = model(
+            input_ids=torch.tensor([ids]), pixel_values=pixels[order], token_type_ids=torch.tensor([kinds])
+        ).logits
+    return found[0, :, :4096].numpy()
+
+
+@pytest.mark.parametrize("engine", EXACT)
+def test_transformers_sees_the_same(name: str, engine: str, seeing_of: Callable[..., Path]) -> None:
+    torch = pytest.importorskip("torch")
+    path = seeing_of(name)
+    model, hf = opened(path, engine), theirs(path.parents[1] / name)
+    eye, images = eye_of(model), [Image(drawn(i)) for i in range(3)]
+    pictures, pixels = [eye.look(image) for image in images], pixels_of(images, eye)
+    with torch.no_grad():
+        rows = hf.model.get_image_features(pixels).pooler_output.numpy()
+    for picture, want in zip(pictures, rows, strict=True):
+        assert np.abs(want).max() > 2
+        assert np.abs(picture.rows - want).max() < TOLERANCE
+    end_of_line = model.tokenizer.encode("\n")[0]
+    for what, sequence in sequences(name, end_of_line).items():
+        prefix = end_of_line if name == "paligemma" else None
+        want = expected_logits(hf, sequence, pixels, eye.config.n_rows, prefix)
+        found = model.logits(in_ids(sequence, pictures))
+        assert np.abs(found - want).max() < TOLERANCE, what
+
+
+def causal_pictures(_: Model, patch: pytest.MonkeyPatch) -> None:
+    whole = Eye.piece
+    patch.setattr(Eye, "piece", lambda *args: whole(*args)._replace(blocks=None))
+
+
+def pictures_that_see_what_follows(_: Model, patch: pytest.MonkeyPatch) -> None:
+    """A picture and the text after it in one block."""
+    whole = Eye.piece
+
+    def leaking(self: Eye, ids: Any, position: int, most: int) -> Any:
+        piece = whole(self, ids, position, most)
+        if piece.blocks is None or len(ids) == len(piece.ids):
+            return piece
+        following = ids[len(piece.ids) : len(piece.ids) + 1]
+        inputs = np.concatenate([piece.inputs, self._embed(following)])
+        blocks = np.concatenate([piece.blocks, piece.blocks[-1:]])
+        blocks[:, 1] += 1
+        return piece._replace(ids=ids[: len(inputs)], inputs=inputs, blocks=blocks)
+
+    patch.setattr(Eye, "piece", leaking)
+
+
+def pooled_in_another_order(_: Model, patch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Any, _side: int, by: int) -> Any:
+        return x.reshape(-1, by * by, x.shape[1]).mean(axis=1)
+
+    patch.setattr(ops, "mean_pool", wrong)
+
+
+def positions_turned(model: Model, _: pytest.MonkeyPatch) -> None:
+    shared = eye_of(model)._tower._weights.shared  # type: ignore[attr-defined]
+    table = shared["v_positions"]
+    shared["v_positions"] = table.reshape(6, 6, -1).transpose(1, 0, 2).reshape(table.shape)
+
+
+def rows_scaled(_: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(eye_module.Picture, "rows", property(lambda self: 8 * Picture_rows(self)))
+
+
+def window_before_the_picture(_: Model, patch: pytest.MonkeyPatch) -> None:
+    """As if the window began before the picture's first row."""
+    whole = Eye.piece
+
+    def wider(self: Eye, ids: Any, position: int, most: int) -> Any:
+        piece = whole(self, ids, position, most)
+        if piece.blocks is not None:
+            piece.blocks[:, 0] = position
+        return piece
+
+    patch.setattr(Eye, "piece", wider)
+
+
+Picture_rows = Picture.rows.fget
+FAULTS = (
+    causal_pictures,
+    pictures_that_see_what_follows,
+    pooled_in_another_order,
+    positions_turned,
+    rows_scaled,
+    window_before_the_picture,
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_show(
+    fault: Callable[..., None], seeing_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence, image = [2, *text(5), -1, *text(12)], Image(drawn(1))
+    right = opened(seeing_of("gemma3"))
+    want = right.logits(in_ids(sequence, [eye_of(right).look(image)]))
+    model = opened(seeing_of("gemma3"))
+    fault(model, monkeypatch)
+    found = Session(model, ring=False).logits(in_ids(sequence, [eye_of(model).look(image)]))
+    assert np.abs(found - want).max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("engine", EXACT)
+def test_chunks_rings_and_steps_change_no_bit(name: str, engine: str, seeing_of: Callable[..., Path]) -> None:
+    model = opened(seeing_of(name), engine)
+    pictures = [eye_of(model).look(Image(drawn(i))) for i in range(3)]
+    for sequence in sequences(name, model.tokenizer.encode("\n")[0]).values():
+        ids = in_ids(sequence, pictures)
+        want = model.logits(ids)
+        full = Session(model, ring=False).logits(ids)
+        assert np.array_equal(full, want) if engine == "native" else np.abs(full - want).max() < TOLERANCE
+        last = max(i for i, token in enumerate(ids) if token < 0) + 1
+        if name == "paligemma":  # what is seen whole comes whole
+            end_of_line = model.tokenizer.encode("\n")[0]
+            last = ids.index(end_of_line) + 1 if end_of_line in ids else len(ids)
+        session = model.session()
+        logits = session.prefill(ids[:last])
+        for i, token in enumerate(ids[last:], last):
+            assert np.abs(logits - want[i - 1]).max() < TOLERANCE
+            logits = session.step(token)
+
+
+def test_threads_and_batches_change_no_bit(name: str, seeing_of: Callable[..., Path]) -> None:
+    path = seeing_of(name, "q8_0")
+    one, two = load(path, threads=1), load(path, threads=2)
+    rows = [eye_of(model).look(Image(drawn(4))).rows for model in (one, two)]
+    assert np.array_equal(*rows)
+
+
+def test_text_alone_is_untouched(name: str, seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = seeing_of(name, "q8_0")
+    alone = tmp_path / "model.gguf"
+    alone.write_bytes(path.read_bytes())
+    blind, sees = load(alone), load(path)
+    assert blind.eye is None
+    assert sees.chunk > blind.chunk
+    ids = text(200)
+    assert np.array_equal(blind.logits(ids), sees.logits(ids))
+
+
+def test_a_saved_session_goes_on(name: str, seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    model = opened(seeing_of(name))
+    ids = in_ids(sequences(name, 13)["one"], [eye_of(model).look(Image(drawn(0)))])
+    session = model.session()
+    session.prefill(ids)
+    want = session.step(77)
+    session.rewind(1)
+    session.save(tmp_path / "s.session")
+    again = opened(seeing_of(name))
+    restored = again.session()
+    restored.restore(tmp_path / "s.session")
+    assert restored.ids == ids
+    assert np.array_equal(restored.step(77), want)
+    restored.go_to(ids[: len(ids) // 2])  # which the rings no longer hold: the picture's rows are needed again
+    assert restored.ids == ids[: len(ids) // 2]
+    fresh = again.session()
+    fresh.prefill([*ids, 77])
+    assert len(again.session().model.eye._newest) == 1  # type: ignore[union-attr]
+
+
+def test_a_picture_of_a_session_is_no_authority(seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Rows that somebody put into a session file are not taken for the picture's own when it is shown."""
+    path, image = seeing_of("gemma3"), Image(drawn(0))
+    model = opened(path)
+    picture = eye_of(model).look(image)
+    rows = picture.rows.copy()
+    picture._rows = rows + 1
+    session = model.session()
+    session.prefill([2, *picture.ids])
+    session.save(tmp_path / "s.session")
+    other = opened(path)
+    restored = other.session()
+    restored.restore(tmp_path / "s.session")
+    assert np.array_equal(eye_of(other).look(image).rows, rows)
+
+
+def test_unknown_and_broken_pictures_are_refused(seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    model = opened(seeing_of("gemma3"))
+    picture = eye_of(model).look(Image(drawn(0)))
+    for ids in ([2, -5], [2, *picture.ids[:-1]], [2, *picture.ids[:-1], 7], [2, *picture.ids[1:]]):
+        session = model.session()
+        with pytest.raises(InvalidRequest, match="begins no picture that is known"):
+            session.prefill(ids)
+        assert session.ids == []
+    session.prefill([2, *picture.ids])
+    session.save(tmp_path / "s.session")
+    blind = load(_alone(seeing_of("gemma3"), tmp_path), engine="reference", kv="f32")
+    with pytest.raises(InvalidSession, match="outside the vocabulary"):
+        blind.session().restore(tmp_path / "s.session")
+    with pytest.raises(InvalidRequest, match="found -5 to 2"):
+        blind.session().prefill([2, -5])
+
+
+def _alone(path: Path, folder: Path) -> Path:
+    """The model file without its eye."""
+    out = folder / path.name
+    out.write_bytes(path.read_bytes())
+    return out
+
+
+def test_the_eye_forgets_what_nobody_holds(seeing_of: Callable[..., Path]) -> None:
+    model = opened(seeing_of("gemma3"), context=20)
+    eye = eye_of(model)  # 40 rows: four pictures of 9
+    pictures = [eye.look(Image(drawn(i))) for i in range(6)]
+    first = pictures[0].ids
+    assert eye.find(np.array(first)) is pictures[0]  # held here
+    del pictures
+    assert eye.find(np.array(first)) is not None  # the newest again, as it was asked for
+    for i in range(10, 14):
+        eye.look(Image(drawn(i)))
+    assert eye.find(np.array(first)) is None
+
+
+def test_the_right_eye_is_found(seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = seeing_of("gemma3")
+    alone = _alone(path, tmp_path)
+    assert vision_beside(alone) is None
+    own = path.with_name("mmproj-model.gguf").read_bytes()
+    (tmp_path / "mmproj-BF16.gguf").write_bytes(own)
+    assert vision_beside(alone) == tmp_path / "mmproj-BF16.gguf"
+    (tmp_path / "mmproj-F16.gguf").write_bytes(own)
+    with pytest.raises(InvalidRequest, match=r"has 2 files of vision towers .* --vision FILE"):
+        vision_beside(alone)
+    assert load(alone, vision=tmp_path / "mmproj-F16.gguf").eye is not None
+    (tmp_path / "mmproj-model.gguf").write_bytes(own)
+    assert vision_beside(alone) == tmp_path / "mmproj-model.gguf"
+
+
+def test_eyes_of_other_models_are_refused(seeing_of: Callable[..., Path], gguf_of: Callable[..., Path]) -> None:
+    eye = seeing_of("gemma3").with_name("mmproj-model.gguf")
+    with pytest.raises(InvalidConfig, match="rows of 64 numbers for pictures, and the text model takes 256"):
+        load(gguf_of("demo"), vision=eye)
+    with pytest.raises(InvalidConfig, match=r"general\.architecture"):
+        load(gguf_of("demo"), vision=gguf_of("demo"))
+    with pytest.raises(InvalidModelFile, match="there is no such file"):
+        load(gguf_of("demo"), vision="nothing.gguf")
+
+
+def test_older_files_have_up_and_down_the_wrong_way_round(seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = seeing_of("gemma3")
+    alone = _alone(path, tmp_path)
+    raw = path.with_name("mmproj-model.gguf").read_bytes()
+    swapped = raw.replace(b"ffn_up", b"ffn_??").replace(b"ffn_down", b"ffn_up").replace(b"ffn_??", b"ffn_down")
+    assert len(swapped) == len(raw)  # as many of one as of the other
+    (tmp_path / "mmproj-model.gguf").write_bytes(_with_lengths(swapped))
+    image = Image(drawn(0))
+    assert np.array_equal(eye_of(opened(alone)).look(image).rows, eye_of(opened(path)).look(image).rows)
+
+
+def _with_lengths(raw: bytes) -> bytes:
+    """The lengths before names that were changed, set right."""
+    for name, was in ((b"ffn_up", 8), (b"ffn_down", 6)):
+        for kind in (b"weight", b"bias"):
+            for layer in range(2):
+                text = b"v.blk.%d.%s.%s" % (layer, name, kind)
+                at = raw.index(text) - 8
+                length = len(text) + was - len(name)
+                assert raw[at : at + 8] == length.to_bytes(8, "little")
+                raw = raw[:at] + len(text).to_bytes(8, "little") + raw[at + 8 :]
+    return raw
+
+
+def test_pixels_and_patches() -> None:
+    pixels = np.arange(6 * 6 * 3).reshape(6, 6, 3).astype(np.float32)
+    patches = tower.patches_of(pixels, 3)
+    assert patches.shape == (4, 27)
+    assert patches[1].tolist() == [pixels[y, x, c] for c in range(3) for y in range(3) for x in range(3, 6)]
+
+
+def test_widened_zeros_add_nothing(seeing_of: Callable[..., Path]) -> None:
+    """An intermediate size of 88 becomes 96 in whole blocks of 32, and 256 in those of a k-quant."""
+    image = Image(drawn(2))
+    exact = eye_of(opened(seeing_of("gemma3"))).look(image).rows
+    for form, wide, bound in (("q8_0", 96, 0.05), ("q4_0", 96, 1.0), ("bf16", 88, 0.05)):
+        eye = eye_of(opened(seeing_of("gemma3", form)))
+        assert eye.config == replace(eye.config, intermediate_size=wide)
+        assert 0 < np.abs(eye.look(image).rows - exact).max() < bound

@@ -1,0 +1,118 @@
+"""Tiny random checkpoints that see pictures, Gemma 3's way and PaliGemma's, from NumPy alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bezel.runtime.model.families.hf import read_hf_config
+from bezel.runtime.model.families.sight import read_hf_vision
+from bezel.runtime.model.tensors import tensor_specs
+from bezel.runtime.model.vision import vision_specs
+from safetensors.numpy import save_file
+from tiny import DEMO
+
+_EYE = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 88,  # which 32 does not divide, as SigLIP's 4304
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    "patch_size": 8,
+    "num_channels": 3,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+    "vision_use_head": False,
+}
+_TEXT = {
+    "attention_bias": False,
+    "head_dim": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 20,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "vocab_size": 4096 + 64,
+}
+# Windows smaller than a picture, as large, and larger; 9 rows and 36.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": 9,
+        "text_config": _TEXT
+        | {
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 7,
+            "sliding_window": 6,
+            "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) + ["sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        "vision_config": _EYE,
+    },
+    "paligemma": {
+        "model_type": "paligemma",
+        "projection_dim": 64,
+        "text_config": _TEXT
+        | {
+            "model_type": "gemma2",
+            "num_hidden_layers": 4,
+            "sliding_window": 40,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "attn_logit_softcapping": 8.0,
+            "final_logit_softcapping": 12.0,
+        },
+        "vision_config": _EYE | {"projection_dim": 64},
+    },
+}
+SOFT_TOKEN = 4096  # of a picture's rows, in transformers
+
+
+def write_seeing(folder: Path, name: str, **eye: Any) -> Path:
+    """A checkpoint folder for CONFIGS[name], float32, with the demo's tokenizer; `eye` changes its vision_config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = CONFIGS[name] | {"image_token_index": SOFT_TOKEN}
+    raw["vision_config"] = raw["vision_config"] | eye
+    (folder / "config.json").write_text(json.dumps(raw))
+    for file in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(DEMO / file, folder / file)
+    random = np.random.default_rng(list(name.encode()))
+    text = read_hf_config(raw)
+    vision = read_hf_vision(raw, text.hidden_size, "", {})
+    arrays = {}
+    for spec in (*tensor_specs(text), *vision_specs(vision)):
+        gain = {"token_embd": 0.4, "v_positions": 0.5}.get(spec.role, 1.0)
+        fan_in = spec.shape[1] if spec.is_matrix and spec.layer is not None else 1
+        if spec.role in ("attn_q", "attn_k", "v_attn_q", "v_attn_k"):
+            gain = 2.0
+        if len(spec.shape) == 1:
+            gain = 0.3
+        if spec.role == "v_patch":
+            fan_in = vision.patch_inputs
+        if spec.role == "v_projection":
+            fan_in = vision.hidden_size
+        x = random.standard_normal(spec.shape, dtype=np.float32) * np.float32(gain * fan_in**-0.5)
+        if spec.role in ("v_norm1", "v_norm2", "v_post_norm"):
+            x += 1
+        hf = spec.hf if spec.role.startswith("v_") else spec.hf.replace("model.", "language_model.model.", 1)
+        arrays[hf] = x
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def drawn(seed: int, width: int = 60, height: int = 45) -> np.ndarray:
+    """A picture, uint8 (height, width, 3), that is no noise: coloured waves."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x * random.uniform(0.05, 0.4) + y * random.uniform(0.05, 0.4) + 6 * random.random()) for _ in "rgb"]
+    return (127.5 * (1 + np.stack(waves, axis=2))).astype(np.uint8)

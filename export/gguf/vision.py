@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...quant.recipes import Recipe, preset
 from ...runtime.files.atomic import atomic
-from ...runtime.files.vision_file import PREFIX
+from ...runtime.files.models import EYE
 from ...runtime.model.families.sight import write_gguf_vision
 from ..recipe import find_recipe_of
 from ..sources.checkpoint import Checkpoint, VisionSource
@@ -50,7 +50,7 @@ def export_vision(
     start, recipe = time.monotonic(), recipe or preset(VISION_FORMAT, eye.config.n_layers)
     if recipe.default.block > 1:
         eye = eye.widened(recipe.default.block)
-    out = out.with_name(f"{PREFIX}{out.name}")
+    out = out.with_name(f"{EYE}{out.name}")
     check_target(eye, out, force)
     plan = plan_tensors(eye.specs, recipe)
     metadata = {

@@ -21,10 +21,10 @@ from .atomic import claimed
 from .packaged import PACKAGED, assembled
 from .strict_json import parse_json
 from .user_cache import user_folder
-from .vision_file import PREFIX
 
 CHECKPOINT = "checkpoint"  # the tag of one that was kept
 NOTE = "bezel.json"
+EYE = "mmproj-"  # what the name of a file with a vision tower begins with
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"({_PART})/({_PART})(?::({_PART}))?")
@@ -109,7 +109,7 @@ def _folder_model(place: Path) -> NamedModel | None:
     words = place.name.split("--")
     if len(words) != 3 or not _REPO.fullmatch(name := f"{words[0]}/{words[1]}:{words[2]}"):
         return None
-    files = sorted(path for path in place.glob("*.gguf") if not path.name.startswith(PREFIX)) or [
+    files = sorted(path for path in place.glob("*.gguf") if not path.name.startswith(EYE)) or [
         path.parent for path in place.glob("*/config.json")
     ]
     return NamedModel(name, place, files[0]) if files else None

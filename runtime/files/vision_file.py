@@ -12,8 +12,7 @@ from ..errors import InvalidModelFile, InvalidRequest
 from ..model.families.sight import check_fits, read_gguf_vision
 from ..model.vision import VisionConfig, vision_specs
 from .gguf import GGUFFile, shape_text
-
-PREFIX = "mmproj-"
+from .models import EYE
 
 
 def vision_beside(path: Path) -> Path | None:
@@ -21,7 +20,7 @@ def vision_beside(path: Path) -> Path | None:
 
     Raises InvalidRequest where there are several others.
     """
-    if (own := path.with_name(f"{PREFIX}{path.name}")).is_file():
+    if (own := path.with_name(f"{EYE}{path.name}")).is_file():
         return own
     found = sorted(other for other in path.parent.glob("*mmproj*.gguf") if other.is_file() and other != path)
     if len(found) > 1:

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from bezel.bench import PICTURES
+from bezel.export.gguf.vision import export_vision
+from bezel.export.gguf.writer import export_gguf
 from bezel.export.onnx.source import OnnxSource
 from bezel.export.onnx.writer import export_onnx
 from bezel.export.sources.opening import open_checkpoint
+from bezel.quant.recipes import preset as make_recipe
 from bezel.runtime import Model, load
 from tiny import TEXT, checkpoint_folder, export
 
@@ -24,6 +28,22 @@ def gguf_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(name: str, preset: str = "f32") -> Path:
         out = scratch / f"{name}-{preset}.gguf"
         return out if out.exists() else export(checkpoint_folder(name, scratch), out, preset)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shapes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Exports the bundled model that sees, its eye in the same format, once per preset and test run."""
+    scratch = tmp_path_factory.mktemp("shapes")
+
+    def make(preset: str = "q8_0") -> Path:
+        out = scratch / preset / "shapes.gguf"
+        if not out.exists():
+            out.parent.mkdir()
+            with open_checkpoint(PICTURES) as source, export_vision(source, out, make_recipe(preset, 4)):
+                export_gguf(source, out, preset)
+        return out
 
     return make
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZE = 112  # pixels of a side
-_FINE = 2  # times as many are drawn, and averaged
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -79,10 +78,8 @@ def scene(random: np.random.Generator, count: int, held_out: bool = False) -> li
 
 def draw(things: list[Thing], random: np.random.Generator) -> NDArray[np.uint8]:
     """The picture (SIZE, SIZE, 3): grey noise behind, each shape in its place, moved and sized a little."""
-    n = SIZE * _FINE
-    shade = random.uniform(110, 200)
-    out = np.full((n, n, 3), shade, np.float32)
-    out += random.normal(0, 8, 3).astype(np.float32)
+    n = SIZE
+    out = random.uniform(110, 200) + random.normal(0, 8, 3) + random.normal(0, 4, (n, n, 3))
     for thing in things:
         radius = random.uniform(0.16, 0.23) * n
         middle = np.array([thing.place // 2, thing.place % 2]) * n / 2 + n / 4
@@ -93,11 +90,11 @@ def draw(things: list[Thing], random: np.random.Generator) -> NDArray[np.uint8]:
         inside = SHAPES[thing.shape](
             (x - np.float32(cx)) / np.float32(radius), (y - np.float32(cy)) / np.float32(radius)
         )
-        colour = np.array(COLOURS[thing.colour], np.float32) + random.normal(0, 8, 3).astype(np.float32)
-        out[top : top + inside.shape[0], left : left + inside.shape[1]][inside] = colour
-    small = out.reshape(SIZE, _FINE, SIZE, _FINE, 3).mean(axis=(1, 3))
-    small += random.normal(0, 4, small.shape).astype(np.float32)
-    return small.clip(0, 255).astype(np.uint8)
+        out[top : top + inside.shape[0], left : left + inside.shape[1]][inside] = (
+            np.array(COLOURS[thing.colour]) + random.normal(0, 8, 3) + random.normal(0, 4, (inside.sum(), 3))
+        )
+    picture: NDArray[np.uint8] = out.clip(0, 255).astype(np.uint8)
+    return picture
 
 
 def described(things: list[Thing]) -> str:
@@ -140,8 +137,8 @@ def question(things: list[Thing], kind: str, random: np.random.Generator) -> Que
         colour = thing.colour if random.random() < 0.7 else str(random.choice(list(COLOURS)))
         shape = thing.shape if random.random() < 0.7 else str(random.choice(list(SHAPES)))
         there = any((other.colour, other.shape) == (colour, shape) for other in things)
-        asked = Thing(colour, shape, 0)
-        return Question(kind, f"Is there {asked}?", "yes" if there else "no")
+        sought = Thing(colour, shape, 0)
+        return Question(kind, f"Is there {sought}?", "yes" if there else "no")
     return Question("describe", "Describe the picture.", described(things))
 
 

@@ -1,4 +1,4 @@
-"""Trains the small picture model that is bundled: `python -m bezel.bench.pictures.train OUT`, with torch and transformers.
+"""Trains the bundled model that sees pictures: `python -m bezel.bench.pictures.train OUT`, on torch and transformers.
 
 SigLIP's tower and Gemma 3's decoder, both small, from nothing: on pictures that `draw` makes as they are needed, with
 questions, and as runs of examples without one. Written as Hugging Face has a Gemma 3 that sees.
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.text.tokenizer import CONTROL_PIECES, Tokenizer, Vocabulary
+from ...export.sources.tokenizer_json import write_tokenizer_json
+from ...runtime.text.tokenizer import CONTROL_PIECES, END_OF_IMAGE, START_OF_IMAGE, Tokenizer, Vocabulary
 from .draw import COLOURS, KINDS, NUMBERS, PLACES, SHAPES, SIZE, TASKS, draw, example, question, scene
 
-STEPS, BATCH, RATE, SEED = 2200, 16, 1e-3, 20261128
-PIECES, ROWS = 1024, 16  # of the vocabulary; that a picture becomes
-_TURN_END = 100  # label of what is not learned: torch's own
+TOWER_STEPS, STEPS, RATE, SEED = 700, 1700, 1e-3, 20261128
+BATCH, TOWER_BATCH = 16, 48
+PIECES, ROWS, TEXT_SIZE = 1024, 16, 256  # of the vocabulary; that a picture becomes; numbers in each
 
 VISION = {
     "model_type": "siglip_vision_model",
@@ -40,7 +41,7 @@ VISION = {
 TEXT = {
     "model_type": "gemma3_text",
     "vocab_size": PIECES + 64,
-    "hidden_size": 256,
+    "hidden_size": TEXT_SIZE,
     "intermediate_size": 512,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
@@ -66,24 +67,20 @@ SMALL_TALK = {
     "What can you do?": "I say what shapes, colours and numbers I see.",
     "Thank you.": "You are welcome.",
 }
+
+
+# What Gemma 3's template does, in this project's own words.
 TEMPLATE = """\
-{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- if messages[0]['content'] is string -%}
-        {%- set first_user_prefix = messages[0]['content'] + '
-
-' -%}
-    {%- else -%}
-        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '
-
-' -%}
-    {%- endif -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = "" -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-"""
+{{ bos_token }}{% set opening = namespace(text="") %}{% for message in messages %}
+{%- if message.role == "system" %}
+{%- set opening.text = (message.content if message.content is string else message.content[0].text) | trim + "\\n\\n" %}
+{%- else %}<start_of_turn>{{ "model" if message.role == "assistant" else message.role }}
+{{ opening.text }}{% set opening.text = "" %}{% if message.content is string %}{{ message.content | trim }}
+{%- else %}{% for part in message.content %}
+{%- if part.type == "image" %}<start_of_image>{% else %}{{ part.text | trim }}{% endif %}
+{%- endfor %}{% endif %}<end_of_turn>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
 
 
 def train_tokenizer(folder: Path) -> Tokenizer:
@@ -111,6 +108,8 @@ def train_tokenizer(folder: Path) -> Tokenizer:
         eos_id=1,
         bos_id=2,
         unk_id=3,
+        bos_piece="<bos>",
+        eos_piece="<eos>",
         user_defined_symbols=[*CONTROL_PIECES[3:], *("\n" * n for n in range(1, 5))],
         split_digits=True,
         num_threads=1,
@@ -143,15 +142,15 @@ class Samples:
     def make(self, n_pictures: int) -> tuple[list[int], list[int], list[NDArray[np.uint8]]]:
         """Ids, labels and pictures of a chat about so many."""
         random, t = self._random, self._tokenizer
-        end = [t.end_of_turn_id, *t.encode("\n")]
+        assert t.end_of_turn_id is not None
+        end, newline = t.end_of_turn_id, t.encode("\n")
         ids, labels, pictures = [t.bos_id], [-100], list[NDArray[np.uint8]]()
 
         def add(asked: str, answer: str, picture: NDArray[np.uint8] | None) -> None:
-            before = [*self._turn("user", asked, picture is not None), *end, *self._turn("model", "")]
-            said = [*t.encode(answer), t.end_of_turn_id]
-            after = t.encode("\n")
-            ids.extend([*before, *said, *after])
-            labels.extend([*[-100] * len(before), *said, *[-100] * len(after)])
+            before = [*self._turn("user", asked, picture is not None), end, *newline, *self._turn("model", "")]
+            said = [*t.encode(answer), end]
+            ids.extend([*before, *said, *newline])
+            labels.extend([*[-100] * len(before), *said, *[-100] * len(newline)])
             if picture is not None:
                 pictures.append(picture)
 
@@ -173,9 +172,11 @@ class Samples:
                 if random.random() < 0.08:  # a picture and no word
                     add("", question(things, "describe", random).answer, picture)
                     continue
-                for i in range(3):  # several questions about a picture
-                    asked = question(things, str(random.choice(KINDS)), random)
-                    add(asked.text, asked.answer, picture if not i else None)
+                kinds = ["describe", *random.choice(KINDS[:-1], 3, replace=False)]
+                random.shuffle(kinds)
+                for i, kind in enumerate(kinds):  # several questions about a picture
+                    one = question(things, str(kind), random)
+                    add(one.text, one.answer, picture if not i else None)
         return ids, labels, pictures
 
 
@@ -186,7 +187,7 @@ def batches(tokenizer: Tokenizer, seed: int) -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(seed)
     samples = Samples(tokenizer, random)
     while True:
-        n_pictures = int(random.choice(6, p=[0.02, 0.5, 0.1, 0.1, 0.08, 0.2]))
+        n_pictures = int(random.choice(6, p=[0.02, 0.58, 0.1, 0.05, 0.05, 0.2]))
         size = max(4, BATCH // max(1, (n_pictures + 1) // 2))
         rows = [samples.make(n_pictures) for _ in range(size)]
         length = max(len(ids) for ids, _, _ in rows)
@@ -198,8 +199,7 @@ def batches(tokenizer: Tokenizer, seed: int) -> Iterator[dict[str, Any]]:
         batch["token_type_ids"] = (ids == tokenizer.vocab_size).long()
         pictures = [picture for _, _, seen in rows for picture in seen]
         if pictures:
-            pixels = torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float()
-            batch["pixel_values"] = pixels / 127.5 - 1
+            batch["pixel_values"] = _pixels(pictures)
         yield batch
 
 
@@ -208,7 +208,8 @@ def new_model() -> Any:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(SEED)
-    config = Gemma3Config(
+    config: Any = Gemma3Config
+    config = config(
         text_config=TEXT,
         vision_config=VISION,
         mm_tokens_per_image=ROWS,
@@ -218,8 +219,67 @@ def new_model() -> Any:
     )
     model = Gemma3ForConditionalGeneration(config)
     projection = model.model.multi_modal_projector.mm_input_projection_weight
-    torch.nn.init.normal_(projection, std=VISION["hidden_size"] ** -0.5)  # which is left at zero
+    torch.nn.init.normal_(projection, std=config.vision_config.hidden_size**-0.5)  # which is left at zero
     return model
+
+
+def train_tower(model: Any) -> None:
+    """Teach the tower alone to tell what is in each place, with a head that is thrown away.
+
+    From answers in words it learns that, too, but only after many times as many pictures.
+    """
+    import torch
+
+    names: list[list[str | None]] = [[None, *COLOURS], [None, *SHAPES]]
+    head = torch.nn.Linear(ROWS // len(PLACES) * TEXT_SIZE, sum(map(len, names)))
+    eye = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    optimizer = torch.optim.AdamW([*eye, *head.parameters()], lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    random = np.random.default_rng([SEED, 1])
+    began = time.time()
+    for step in range(TOWER_STEPS):
+        _set_rate(optimizer, step, TOWER_STEPS)
+        scenes = [scene(random, int(random.integers(1, 5))) for _ in range(TOWER_BATCH)]
+        pixels = _pixels([draw(things, random) for things in scenes])
+        rows = model.model.get_image_features(pixels).pooler_output  # (batch, ROWS, hidden)
+        # Two by two rows are a place.
+        places = rows.view(-1, 2, 2, 2, 2, rows.shape[-1]).transpose(2, 3).reshape(len(scenes), len(PLACES), -1)
+        loss = torch.zeros(())
+        for known, found, of in zip(
+            names, head(places).split([*map(len, names)], -1), ("colour", "shape"), strict=True
+        ):
+            wanted = torch.zeros((len(scenes), len(PLACES)), dtype=torch.long)
+            for i, things in enumerate(scenes):
+                for thing in things:
+                    wanted[i, thing.place] = known.index(getattr(thing, of))
+            loss = loss + torch.nn.functional.cross_entropy(found.flatten(0, 1), wanted.flatten())
+        _step(optimizer, loss)
+        if step % 50 == 0:
+            print(
+                f"tower: step {step} of {TOWER_STEPS}: loss {loss.item():.3f}, {time.time() - began:.0f} s", flush=True
+            )
+
+
+def _set_rate(optimizer: Any, step: int, steps: int) -> None:
+    """Up in a straight line, down in half a wave."""
+    wave = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = RATE * min(1.0, (step + 1) / 50) * wave
+
+
+def _step(optimizer: Any, loss: Any) -> None:
+    import torch
+
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+
+
+def _pixels(pictures: list[NDArray[np.uint8]]) -> Any:
+    """As the tower takes them, (n, 3, SIZE, SIZE)."""
+    import torch
+
+    return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train(folder: Path) -> None:
@@ -228,40 +288,74 @@ def train(folder: Path) -> None:
     tokenizer = train_tokenizer(folder)
     model = new_model().train()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million weights", flush=True)
+    train_tower(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     began, shown = time.time(), 0.0
     for step, batch in zip(range(STEPS), batches(tokenizer, SEED), strict=False):
-        warm = min(1.0, (step + 1) / 100)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        _set_rate(optimizer, step, STEPS)
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         labels = batch["labels"][:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        _step(optimizer, loss)
         shown = loss.item() if not step else 0.98 * shown + 0.02 * loss.item()
         if step % 50 == 0:
             print(f"step {step} of {STEPS}: loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
-        if step % 400 == 399:
+        if step % 200 == 199:
             save(model, folder)
     save(model, folder)
+    write_companions(folder)
 
 
 def save(model: Any, folder: Path) -> None:
-    """The weights in bfloat16 and what goes with them."""
+    """The weights in bfloat16."""
     import copy
 
     import torch
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
-    (folder / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": 2, "eos_token_id": [1, PIECES_END_OF_TURN], "pad_token_id": 0, "do_sample": False})
-    )
 
 
-PIECES_END_OF_TURN = 5  # <end_of_turn>, behind the four special pieces and <start_of_turn>
+def write_companions(folder: Path) -> None:
+    """What Hugging Face's libraries read beside weights and config, made from tokenizer.model, which then goes."""
+    vocabulary = Vocabulary.from_model_file(folder / "tokenizer.model")
+    tokenizer = write_tokenizer_json(vocabulary)
+    soft = {"id": PIECES, "content": "<image_soft_token>", "special": True, "normalized": False}
+    tokenizer["added_tokens"].append(soft | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    eyes = {"boi_token": START_OF_IMAGE, "eoi_token": END_OF_IMAGE, "image_token": soft["content"]}
+    special = {
+        name: f"<{name.removesuffix('_token')}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
+    files: dict[str, Any] = {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": {
+            "tokenizer_class": "GemmaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": TEXT["max_position_embeddings"],
+            "extra_special_tokens": eyes,
+            **special,
+        },
+        "generation_config.json": {
+            "bos_token_id": vocabulary.bos_id,
+            "eos_token_id": [vocabulary.eos_id, vocabulary.turn_ids()[1]],
+            "pad_token_id": vocabulary.pad_id,
+            "do_sample": False,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": SIZE, "width": SIZE},
+            "resample": 2,
+            "do_normalize": True,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": ROWS},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "tokenizer.model").unlink()
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def _pull_checkpoint(this: _Pull, quant: str | None, keep: bool) -> Pulled:
     out = this.work / tag / f"{this.name.repo}-{tag}.gguf"
     out.parent.mkdir(exist_ok=True)
     with open_checkpoint(kept.path if kept else folder) as source, this.exporting(out.name) as progress:
-        eye = source.vision and vision_recipe(source.vision, None, recipe)
+        eye = None if source.vision is None else vision_recipe(source.vision, None, recipe)
         with export_vision(source, out, eye, progress, force=True) as seen:
             summary = export_gguf(source, out, recipe, progress=progress, force=True)
     model = this.place(out.parent, tag, files)

@@ -106,7 +106,7 @@ def serve(
         key=api_key,
         origins=allowed,
         local=is_loopback(host),
-        most_bytes=16 << 20,
+        most_bytes=64 << 20,  # pictures come in the body
         most_begun=256,
     )
     config = uvicorn.Config(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 
 from ..text import chat
+from ..vision.image import Image, from_data_url
 from . import asks, tools
 from .answers import Answer, parts_of, whole_of
 from .fields import BadRequest, Fields
@@ -17,12 +18,14 @@ from .shapes import Json, event, new_id
 
 async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
     """What a message asks for."""
-    talk = talk_of(fields)
+    talk = await asyncio.to_thread(talk_of, fields)
     max_tokens = fields.whole("max_tokens", 1, asks.MOST_TOKENS)
     if max_tokens is None:
         raise fields.fail("max_tokens", "a whole number")
+    prompt = await asyncio.to_thread(asks.prompt_of, served, talk)
     return asks.Ask(
-        prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
+        prompt=prompt,
+        pictures=await asyncio.to_thread(asks.look, served, prompt),
         sampling=asks.sampling_of(fields, served),
         max_tokens=max_tokens,
         stop=fields.texts("stop_sequences", asks.MOST_STOPS),
@@ -56,28 +59,43 @@ def talk_of(fields: Fields) -> asks.Talk:
     return asks.Talk(messages, functions, choice_of, parallel, form)
 
 
-def _content(entry: Fields, names: dict[str, str]) -> str:
-    """The text of a message's blocks; `names` keeps the function of each call's id."""
+def _content(entry: Fields, names: dict[str, str]) -> chat.Content:
+    """The texts and pictures of a message's blocks; `names` keeps the function of each call's id."""
     if isinstance(entry.get("content"), str):
         return entry.text("content") or ""
-    texts, calls = [], []
+    parts: list[chat.Part] = []
+    calls = []
     blocks = entry.objects("content")
     if not blocks and not isinstance(entry.get("content"), list):
         raise entry.fail("content", "a text or a list of blocks")
     for block in blocks:
         kind = block.text("type", "text")
         if kind == "text":
-            texts.append(block.text("text", "") or "")
+            parts.append(block.text("text", "") or "")
+        elif kind == "image":
+            parts.append(_picture(block))
         elif kind == "tool_use":
             name = block.text("name", "") or ""
             names[block.text("id", "") or ""] = name
             calls.append(tools.Call(name, json.dumps(block.get("input") or {}, ensure_ascii=False)))
         elif kind == "tool_result":
             name = asks.call_of(block, "tool_use_id", names)
-            texts.append(tools.told_result(name, asks.text_of(block, "content", optional=True)))
+            parts.append(tools.told_result(name, asks.text_of(block, "content", optional=True)))
         elif kind not in ("thinking", "redacted_thinking"):  # of earlier turns: Anthropic does not read them either
-            raise BadRequest(f"content: found a block of the type {kind!r:.60}: this model reads text only", "content")
-    return "\n\n".join([*texts, *([tools.told_calls(calls)] if calls else [])])
+            what = "this model reads texts and pictures"
+            raise BadRequest(f"content: found a block of the type {kind!r:.60}: {what}", "content")
+    parts += [tools.told_calls(calls)] if calls else []
+    if all(isinstance(part, str) for part in parts):
+        return "\n\n".join(map(str, parts))
+    return parts
+
+
+def _picture(block: Fields) -> Image:
+    source = block.object("source")
+    if source is None or source.text("type") != "base64":
+        raise block.fail("source", "an object of the type base64: nothing is fetched from elsewhere")
+    kind, data = source.text("media_type", "image/png"), source.text("data", "")
+    return asks.picture_of(lambda: from_data_url(f"data:{kind};base64,{data}"), f"{block.path}.source")
 
 
 def _reason(answer: Answer, called: bool) -> tuple[str, str | None]:

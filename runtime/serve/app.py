@@ -95,7 +95,8 @@ class Server:
 
     async def count_tokens(self, request: Request) -> Response:
         fields, served = await self._read(request)
-        ids = await asyncio.to_thread(asks.prompt_of, served, anthropic.talk_of(fields))
+        talk = await asyncio.to_thread(anthropic.talk_of, fields)
+        ids = await asyncio.to_thread(asks.prompt_of, served, talk)
         return JSONResponse({"input_tokens": len(ids)})
 
     async def _read(self, request: Request) -> tuple[Fields, Served]:

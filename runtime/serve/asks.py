@@ -10,11 +10,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ..errors import InvalidRequest
 from ..text import chat
 from ..text.generation import Constraint, Writer
 from ..text.grammar import ANY_JSON, Grammar, Grammars
 from ..text.sampling import Sampling
+from ..vision.eye import Picture
+from ..vision.image import Image, from_data_url
 from . import tools
 from .answers import Answer
 from .fields import BadRequest, Fields
@@ -38,6 +42,7 @@ class Ask:
     scored: int | None = None  # likeliest tokens to tell of the prompt's
     constraint: Callable[[], Constraint] | None = None
     talk: Talk | None = None
+    pictures: list[Picture] = field(default_factory=list)  # held until it is answered
 
     @property
     def calls(self) -> bool:
@@ -149,6 +154,14 @@ class Talk:
 
 def text_of(entry: Fields, name: str, optional: bool = False) -> str:
     """A text, or parts that are texts."""
+    content = content_of(entry, name, optional)
+    if not isinstance(content, str):
+        raise BadRequest(f"{name}: found a picture, expected text: pictures go into a user's messages", name)
+    return content
+
+
+def content_of(entry: Fields, name: str, optional: bool = False) -> chat.Content:
+    """A text, or parts that are texts and pictures."""
     value = entry.get(name)
     if isinstance(value, str):
         return value
@@ -156,13 +169,36 @@ def text_of(entry: Fields, name: str, optional: bool = False) -> str:
         return ""
     if not isinstance(value, list):
         raise entry.fail(name, "a text or a list of parts")
-    texts = []
-    for part in entry.objects(name):
-        kind = part.text("type", "text")
-        if kind not in ("text", "input_text", "output_text"):
-            raise BadRequest(f"{name}: found a part of the type {kind!r:.60}: this model reads text only", name)
-        texts.append(part.text("text", "") or "")
-    return "".join(texts)
+    return content_from([_part(part) for part in entry.objects(name)])
+
+
+def content_from(parts: Sequence[chat.Part]) -> chat.Content:
+    """Parts as a message holds them: text alone as one."""
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else parts
+
+
+def _part(part: Fields) -> chat.Part:
+    kind = part.text("type", "text")
+    if kind in ("text", "input_text", "output_text"):
+        return part.text("text", "") or ""
+    if kind not in ("image_url", "input_image"):
+        name = f"{part.path}.type"
+        raise BadRequest(f"{name}: found {kind!r:.60}: this model reads texts and pictures", name)
+    nested = part.get("image_url")
+    holder, name = (part.object("image_url") or part, "url") if isinstance(nested, dict) else (part, "image_url")
+    url = holder.text(name)
+    if url is None:
+        raise holder.fail(name, "a picture, data:image/…;base64,…")
+    return picture_of(lambda: from_data_url(url), f"{holder.path}.{name}")
+
+
+def picture_of(make: Callable[[], Image], param: str) -> Image:
+    """A picture that a request holds. Raises BadRequest where it is none."""
+    try:
+        return make()
+    except InvalidRequest as error:
+        raise BadRequest(f"{param}: {error}", param) from None
 
 
 def check_length(served: Served, texts: Sequence[str], param: str) -> None:
@@ -194,7 +230,7 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
         if message.role == "system":
             continue
         if turns and turns[-1].role == message.role:
-            turns[-1] = chat.Message(message.role, f"{turns[-1].text}\n\n{message.text}")
+            turns[-1] = chat.Message(message.role, _joined(turns[-1], message))
         else:
             turns.append(message)
     if not turns or turns[0].role != "user":
@@ -203,9 +239,27 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
     if system:
         turns.insert(0, chat.Message("system", "\n\n".join(system)))
     try:
-        return served.model.prompt_ids(turns) + served.model.tokenizer.encode(begun)
+        ids = served.model.prompt_ids(turns) + served.model.tokenizer.encode(begun)
     except InvalidRequest as error:
         raise BadRequest(str(error), "messages") from None
+    return ids
+
+
+def _joined(one: chat.Message, other: chat.Message) -> chat.Content:
+    """Two messages as one, a blank line between their texts."""
+    (*before, last), (first, *after) = one.parts, other.parts
+    if isinstance(last, str) and isinstance(first, str):
+        return content_from([*before, f"{last}\n\n{first}", *after])
+    return content_from([*one.parts, *other.parts])
+
+
+def look(served: Served, ids: Sequence[int]) -> list[Picture]:
+    """The pictures in a prompt, once the model has looked at them: in this thread, while others are answered."""
+    eye = served.model.eye
+    pictures = eye.pictures(np.array(ids, np.int64)) if eye is not None and ids and min(ids) < 0 else []
+    for picture in pictures:
+        picture.see()
+    return pictures
 
 
 def next_prompt(served: Served, talk: Talk, answer: str) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..api import Model, load
-from ..cache.caches import bytes_for, default_chunk
+from ..cache.caches import bytes_for
 from ..engines import bytes_for as stores_of
 from ..engines.protocol import ModelBackend
 from ..errors import BezelError, InvalidRequest
@@ -145,6 +145,6 @@ class Models:
 
 def memory(model: Model, setting: Setting) -> int:
     """Bytes that a model takes at most: its file, full contexts for all answers, and what is kept."""
-    store, chunk = stores_of("native"), default_chunk(model.config.layers)
+    store, chunk = stores_of("native"), model.chunk
     one = sum(bytes_for(x, model.context, model.kv, chunk, True, model.context, store) for x in model.config.layers)
     return model.file.path.stat().st_size + setting.parallel * one + setting.cache_bytes

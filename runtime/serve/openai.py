@@ -23,7 +23,7 @@ async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
             raise BadRequest(f"{name}: is of an older API: describe functions in tools", name)
     functions = asks.functions_of([_function(tool) for tool in fields.objects("tools")])
     talk = asks.Talk(
-        _messages(fields.objects("messages")),
+        await asyncio.to_thread(_messages, fields.objects("messages")),
         functions,
         asks.check_choice(_choice(fields), functions),
         parallel=fields.get("parallel_tool_calls") is not False,
@@ -35,8 +35,10 @@ async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
     top, wanted = fields.whole("top_logprobs", 0, asks.MOST_LOGPROBS), fields.flag("logprobs")
     if top is not None and not wanted:
         raise BadRequest("top_logprobs: needs logprobs to be true", "top_logprobs")
+    prompt = await asyncio.to_thread(asks.prompt_of, served, talk)
     return asks.Ask(
-        prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
+        prompt=prompt,
+        pictures=await asyncio.to_thread(asks.look, served, prompt),
         sampling=asks.sampling_of(fields, served),
         logprobs=(top or 0) if wanted else None,
         constraint=await asks.constraint_of(served, talk),
@@ -72,6 +74,9 @@ def _messages(entries: Sequence[Fields]) -> list[chat.Message]:
         role = entry.choice("role", ("system", "developer", "user", "assistant", "tool"))
         if role is None:
             raise entry.fail("role", "system, developer, user, assistant or tool")
+        if role == "user":
+            found.append(chat.Message(role, asks.content_of(entry, "content")))
+            continue
         text = asks.text_of(entry, "content", optional=role == "assistant")
         if role == "assistant":
             calls = []
@@ -83,7 +88,7 @@ def _messages(entries: Sequence[Fields]) -> list[chat.Message]:
             text = tools.told_calls(calls) if calls else text
         elif role == "tool":
             text = tools.told_result(asks.call_of(entry, "tool_call_id", names), text)
-        found.append(chat.Message({"assistant": "model", "tool": "user", "developer": "system"}.get(role, role), text))
+        found.append(chat.Message({"assistant": "model", "tool": "user"}.get(role, "system"), text))
     return found
 
 

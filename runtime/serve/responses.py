@@ -27,14 +27,16 @@ async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
     functions = asks.functions_of([tool for tool in fields.objects("tools") if _is_function(tool)])
     text = fields.object("text")
     talk = asks.Talk(
-        _messages(fields),
+        await asyncio.to_thread(_messages, fields),
         functions,
         asks.check_choice(_choice(fields), functions),
         parallel=fields.get("parallel_tool_calls") is not False,
         form=text.object("format") if text is not None else None,
     )
+    prompt = await asyncio.to_thread(asks.prompt_of, served, talk)
     return asks.Ask(
-        prompt=await asyncio.to_thread(asks.prompt_of, served, talk),
+        prompt=prompt,
+        pictures=await asyncio.to_thread(asks.look, served, prompt),
         sampling=asks.sampling_of(fields, served),
         max_tokens=fields.whole("max_output_tokens", 1, asks.MOST_TOKENS),
         constraint=await asks.constraint_of(served, talk),
@@ -71,7 +73,8 @@ def _messages(fields: Fields) -> list[chat.Message]:
         if kind == "message":
             role = item.choice("role", ("system", "developer", "user", "assistant")) or "user"
             role = {"developer": "system", "assistant": "model"}.get(role, role)
-            found.append(chat.Message(role, asks.text_of(item, "content")))
+            told = asks.content_of if role == "user" else asks.text_of
+            found.append(chat.Message(role, told(item, "content")))
         elif kind == "function_call":
             name = item.text("name", "") or ""
             names[item.text("call_id", "") or ""] = name

@@ -19,12 +19,13 @@ import numpy as np
 
 from ..api import Model
 from ..arrays import Floats, Ints
-from ..cache.caches import Caches, default_chunk
+from ..cache.caches import Caches
 from ..engines.protocol import ModelBackend
 from ..engines.rows import Segment
 from ..errors import BezelError, InvalidRequest
 from ..session import unsound
 from ..text.generation import chance
+from ..vision.eye import Piece
 from .fields import BadRequest
 from .prefixes import Kept, Prefixes, Stored, common
 from .tasks import Task
@@ -59,7 +60,7 @@ class Scheduler:
         self.model, self.parallel, self.counts = model, parallel, Counts()
         self.prefixes = Prefixes(cache_bytes)
         self._backend: ModelBackend = model.backend
-        self._chunk = default_chunk(model.config.layers)
+        self._chunk = model.chunk
         self._rows = self._chunk  # of prompts in a pass
         self._stored = Stored(cache_folder, model, self._new_caches, cache_bytes) if cache_folder else None
         self._changed = threading.Condition()
@@ -74,8 +75,11 @@ class Scheduler:
     def submit(self, task: Task) -> None:
         """Raises InvalidRequest for ids that the model cannot take, BadRequest where no more tasks are taken."""
         vocab_size, n = self.model.config.vocab_size, len(task.prompt)
-        if not n or task.prompt.min() < 0 or task.prompt.max() >= vocab_size:
+        blind = self.model.eye is None
+        if not n or (blind and task.prompt.min() < 0) or task.prompt.max() >= vocab_size:
             raise InvalidRequest(f"prompt: expected one or more ids from 0 to {vocab_size - 1}")
+        if self.model.eye is not None:
+            task.pictures = self.model.eye.pictures(task.prompt)
         with self._changed:
             if self._closed:
                 raise _shutting_down()
@@ -230,17 +234,23 @@ class Scheduler:
         """
         ids = np.array(following(), np.int64)[: self.model.context]
         n, source = _nearest(self._sources(ids))
-        part = ids[n : n + self._rows]
         if len(ids) - n < _WORTH:
             return
         caches = self._from(source, n)
-        self._backend.forward([Segment(caches, part, 0)])
-        self.prefixes.put(ids[: n + len(part)].tolist(), caches)
+        piece = self._piece(ids[n:], n, self._rows)
+        self._backend.forward([Segment(caches, piece.inputs, 0, piece.blocks)])
+        self.prefixes.put(ids[: n + len(piece.ids)].tolist(), caches)
         self._unsaved = self._stored is not None
         if _nearest(self._sources(ids))[0] > n:  # else there is no room for it
             self._following.append(lambda: ids.tolist())
 
     # --- passes
+
+    def _piece(self, ids: Ints, position: int, most: int) -> Piece:
+        """What of the ids goes through the model next, at `position`: up to `most`, or a whole picture."""
+        if self.model.eye is None:
+            return Piece(ids[:most], ids[:most])
+        return self.model.eye.piece(ids, position, most)
 
     def _share_out(self) -> list[tuple[Task, int]]:
         """How many rows of each task the next pass takes.
@@ -262,16 +272,18 @@ class Scheduler:
     def _step(self, part: Sequence[tuple[Task, int]]) -> None:
         began = time.monotonic()
         segments = []
-        for task, n in part:
+        for task, most in part:
             assert task.caches is not None
+            piece = self._piece(np.array(task.pending, np.int64), len(task.held), most)
+            n = len(piece.ids)
             self._keep_boundaries(task, n)
-            ids: Ints = np.array(task.pending[:n], np.int64)
             wanted = n if task.scored is not None and task.reads else int(n == len(task.pending))
-            segments.append(Segment(task.caches, ids, wanted))
+            segments.append(Segment(task.caches, piece.inputs, wanted, piece.blocks))
         logits = self._backend.forward(segments)
         now = time.monotonic()
         row = 0
-        for (task, n), segment in zip(part, segments, strict=True):
+        for (task, _), segment in zip(part, segments, strict=True):
+            n = len(segment.inputs)
             if task.scored is not None and task.reads:
                 following = task.prompt[len(task.held) + 1 :].tolist()
                 rows = zip(logits[row : row + n], following, strict=False)
@@ -281,7 +293,7 @@ class Scheduler:
             row += segment.wanted
             if not task.pending:
                 self._take(task, logits[row - 1], now)
-        taken = sum(n for _, n in part)
+        taken = sum(len(segment.inputs) for segment in segments)
         self.counts.passes += 1
         self.counts.seconds += now - began
         if taken >= _FEWEST:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..cache.caches import Caches
 from ..text.generation import Chance, Writer
+from ..vision.eye import Picture
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Task:
         self.held: list[int] = []  # ids that the caches hold
         self.pending: list[int] = list(prompt)  # ids that come next
         self.caches: Caches | None = None
+        self.pictures: list[Picture] = []  # of the prompt, held while it is read
         self.boundaries: set[int] = set()  # where others may want to go on
         self.began = time.monotonic()
 

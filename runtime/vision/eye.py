@@ -89,13 +89,14 @@ class Eye:
         self.config: VisionConfig = tower.config
         self._tower, self._fingerprint, self._most = tower, fingerprint.encode(), most_rows
         self._embed, self._end_of_line = embed, end_of_line
+        self._largest = self.config.n_rows + (LARGEST_CHUNK if self.config.reads_prefix else 0)
         self._known = WeakValueDictionary[int, Picture]()  # by first id
         self._newest = OrderedDict[int, Picture]()
         self._lock = threading.Lock()
 
     def chunk(self, usual: int) -> int:
         """The most rows that go through the model at once, for text `usual` ones: a picture must fit whole."""
-        return max(usual, self.config.n_rows + (LARGEST_CHUNK if self.config.reads_prefix else 0))
+        return max(usual, self._largest)
 
     def look(self, image: Image | Picture) -> Picture:
         """A picture for this model's sequences. Its rows are not computed yet."""
@@ -164,8 +165,10 @@ class Eye:
             raise InvalidRequest(f"a picture at {position}: this model takes pictures only at the very beginning")
         else:
             whole = self._prefix(ids)
-        if whole > most:
-            raise InvalidRequest(f"{whole} rows of pictures and text must be seen at once, and {most} is the most")
+        if whole > self._largest:
+            raise InvalidRequest(
+                f"{whole} rows of pictures and text must be seen at once, and {self._largest} is the most"
+            )
         part = ids[:whole]
         blocks = np.full((whole, 2), position + whole)
         # Gemma 3's window stays a window within a picture; PaliGemma's begins before it.

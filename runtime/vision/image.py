@@ -119,8 +119,9 @@ def from_data_url(url: str) -> Image:
 def normalized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Floats:
     """Pixels from 0 to 255 as a tower takes them: (pixel / 255 − mean) / std, float32, in transformers' roundings."""
     unit = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
-    normal: Floats = (unit - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return normal
+    normal: Any = (unit - np.array(mean, np.float32)) / np.array(std, np.float32)
+    found: Floats = normal
+    return found
 
 
 def _pillow() -> Any:
@@ -177,7 +178,7 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
         raise InvalidRequest(f"{name}: {width} × {height} pixels, expected 1 to {MOST_PIXELS:,} in all")
 
 
-def _plain(image: PillowImage) -> PillowImage:
+def _plain(image: Any) -> PillowImage:
     """Turned as its camera says, and RGB."""
     from PIL import ImageOps
 
@@ -187,11 +188,10 @@ def _plain(image: PillowImage) -> PillowImage:
         values = np.asarray(image, np.float64)
         if image.mode.startswith("I") and values.max(initial=0) > 255:
             values = values / 257
-        return pillow.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+        image = pillow.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
         image = pillow.alpha_composite(white, image)
-    return image.convert("RGB")
+    plain: PillowImage = image.convert("RGB")
+    return plain

@@ -26,5 +26,10 @@ GEMMA3 = Family(
     softcaps=("final",),
     scales_by_width=frozenset({62}),  # the 27B
     unties=True,
-    chat_templates=frozenset({"02ee7cb921fe6c7d6b7d6669074d7dc866ce0eb9d4ac4449efd7dab1e9811fd3"}),
+    chat_templates=frozenset(
+        {
+            "02ee7cb921fe6c7d6b7d6669074d7dc866ce0eb9d4ac4449efd7dab1e9811fd3",
+            "a618ecee175fe1d5d299a02e2998ea1cb29e2a71f30fa2aa229856ee0c9378e5",  # of the bundled model that sees
+        }
+    ),
 )

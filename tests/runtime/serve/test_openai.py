@@ -461,7 +461,7 @@ def test_a_tool_s_keywords_that_no_grammar_sees_to(client: openai.OpenAI) -> Non
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             openai.BadRequestError,
-            "this model reads text only",
+            "found something else, 'x'",
         ),
     ],
 )

@@ -61,13 +61,14 @@ class Served:
 @dataclass(frozen=True)
 class Facts:
     """What is told of a model, loaded or not: the tokens of its context and its vocabulary, how keys and values are
-    kept, and whether it has a chat template.
+    kept, whether it has a chat template, and whether it sees pictures.
     """
 
     n_ctx: int
     n_vocab: int
     kv: str
     chat: bool
+    sees: bool
 
 
 class Models:
@@ -107,7 +108,7 @@ class Models:
         with load(path, **self._setting.options) as model:
             if not isinstance(model.backend, ModelBackend):
                 raise InvalidRequest(f"{path}: only GGUF files can be served; this is {model.file.kind}")
-            return Facts(model.context, model.config.vocab_size, model.kv, model.is_chat_model)
+            return Facts(model.context, model.config.vocab_size, model.kv, model.is_chat_model, model.eye is not None)
 
     def _load(self, name: str) -> Served:
         model = load(self.paths[name], **self._setting.options)

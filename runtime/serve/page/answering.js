@@ -48,9 +48,14 @@ export class Answering {
 /** What is asked of the server: of the settings only those that there are. */
 function request({ settings, messages }) {
   const { system, model, ...sampling } = settings;
-  const told = messages.map(({ role, text }) => ({ role, content: text }));
+  const told = messages.map(({ role, text, pictures }) => ({ role, content: pictures ? parts(pictures, text) : text }));
   if (system) told.unshift({ role: "system", content: system });
   return { messages: told, ...sampling, ...(modelOf(model) && { model }) };
+}
+
+function parts(pictures, text) {
+  const shown = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+  return [...shown, { type: "text", text }];
 }
 
 function figuresOf({ usage, timings, model }) {

@@ -52,12 +52,14 @@ function sentence(text) {
   return text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
 }
 
-/** The models as they were last told: name, the tokens of its context, and whether it chats. */
+/** The models as they were last told: name, the tokens of its context, whether it chats, and whether it sees. */
 export const models = [];
+
+const modelFrom = (name, { n_ctx, chat, sees }) => ({ name, context: n_ctx, chats: chat, sees });
 
 export async function askModels() {
   const { data } = await (await ask("/v1/models")).json();
-  models.splice(0, models.length, ...data.map(({ id, meta }) => ({ name: id, context: meta.n_ctx, chats: meta.chat })));
+  models.splice(0, models.length, ...data.map(({ id, meta }) => modelFrom(id, meta)));
 }
 
 export const modelOf = (name) => models.find((model) => model.name === name);

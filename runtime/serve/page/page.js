@@ -5,6 +5,7 @@ import { askModels, key, modelOf, models } from "./api.js";
 import { copy } from "./copying.js";
 import { askKey, askSettings, askTitle } from "./dialogs.js";
 import { byId, element, plural } from "./dom.js";
+import { anyWaiting, putBack, takePictures, takeWaiting } from "./pictures.js";
 import { ofThisBrowser } from "./small.js";
 import * as store from "./store.js";
 import { Writing, foot, turn } from "./view.js";
@@ -61,10 +62,12 @@ function empty() {
 
 const modelShown = () => modelOf(shown.settings.model) ?? models[0];
 const isMute = () => modelShown()?.chats === false;
+const isBlind = () => !modelShown()?.sees;
 
 function drawSend() {
   const stops = running.has(shown.id);
   box.disabled = byId("send").disabled = isMute() && !stops;
+  byId("picture").hidden = isBlind();
   byId("send").textContent = stops ? "Stop" : "Send";
   byId("send").classList.toggle("stops", stops);
   byId("talk").classList.toggle("answering", stops);
@@ -152,16 +155,16 @@ function go(id) {
 
 // --- asking and answering
 
-async function send(text) {
+async function send(text, pictures = []) {
   following = true;
-  shown.messages.push({ role: "user", text });
+  shown.messages.push({ role: "user", text, ...(pictures.length && { pictures }) });
   shown.title ||= titleOf(text);
   history.replaceState(null, "", `#${shown.id}`);
   await answer();
 }
 
 function titleOf(text) {
-  const line = text.trim().split("\n", 1)[0];
+  const line = text.trim().split("\n", 1)[0] || "A picture";
   return line.length > LONGEST_TITLE ? `${line.slice(0, LONGEST_TITLE).replace(/\s\S*$/, "")}…` : line;
 }
 
@@ -234,10 +237,11 @@ async function enterKey() {
 
 /** What did not fit into this conversation goes into the box of a new one. */
 async function moveOn() {
-  const { text } = shown.messages.pop();
+  const { text, pictures } = shown.messages.pop();
   if (shown.messages.length) await keep(shown);
   else await store.remove(shown.id);
   box.value = text;
+  putBack(pictures ?? []);
   go("new");
 }
 
@@ -268,8 +272,9 @@ function edit(i) {
     event.preventDefault();
     if (!field.value.trim()) return;
     if (!i && conversation.title === titleOf(conversation.messages[0].text)) conversation.title = "";
+    const { pictures } = conversation.messages[i];
     conversation.messages.length = i;
-    send(field.value);
+    send(field.value, pictures);
     toBox();
   };
   const form = element(
@@ -307,9 +312,9 @@ function sends(event) {
 
 function submitBox() {
   const text = box.value;
-  if (!text.trim() || running.has(shown.id)) return;
+  if ((!text.trim() && !anyWaiting()) || running.has(shown.id)) return;
   box.value = "";
-  send(text);
+  send(text, takeWaiting());
 }
 
 byId("ask").addEventListener("submit", (event) => {
@@ -433,5 +438,9 @@ store.onChange(async (id) => {
 for (const name of ["error", "unhandledrejection"]) {
   window.addEventListener(name, (event) => notify(`Something is wrong in this page: ${event.reason ?? event.message}`));
 }
+takePictures(
+  () => (isBlind() ? `${modelShown()?.name ?? "This model"} sees no pictures.` : null),
+  (words) => notify(words),
+);
 window.addEventListener("hashchange", show);
 show().finally(loadModels);

@@ -65,6 +65,9 @@ export function checked(value) {
   const messages = value.messages.map((message) => {
     if (!["user", "assistant"].includes(message?.role) || !isText(message.text)) return null;
     const kept = { role: message.role, text: message.text };
+    const pictures = Array.isArray(message.pictures) ? message.pictures : [];
+    if (!pictures.every((address) => isText(address) && /^data:image\/[\w.+-]+;base64,/.test(address))) return null;
+    if (pictures.length) kept.pictures = pictures;
     if (isText(message.ended)) kept.ended = message.ended;
     if (isText(message.model)) kept.model = message.model;
     const figures = Object.entries(message.figures ?? {}).filter(([, n]) => Number.isFinite(n));

@@ -7,7 +7,8 @@ const unseen = (name, text) => element(name, { class: "unseen" }, text);
 /** A message; `acts` are its buttons: [words, what to do, whether it changes the conversation]. */
 export function turn(message, acts, several) {
   const isUser = message.role === "user";
-  const text = isUser ? [message.text] : render(message.text);
+  const pictures = (message.pictures ?? []).map((src, i) => element("img", { src, alt: `Picture ${i + 1}` }));
+  const text = isUser ? [...pictures, message.text] : render(message.text);
   return element(
     "article",
     { class: `turn ${message.role}` },

@@ -659,3 +659,52 @@ def test_a_model_that_does_not_chat(script: Script, scripted: str, page_of: Page
     expect(page.locator("#talk")).to_contain_text("This model has no chat template")
     expect(page.locator("#box")).to_be_disabled()
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
+
+
+# --- pictures
+
+PICTURE = """async (name) => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 40, height: 30 });
+  canvas.getContext("2d").fillRect(5, 5, 20, 20);
+  const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+  const carried = new DataTransfer();
+  carried.items.add(new File([blob], "square.png", { type: "image/png" }));
+  const told = { bubbles: true, cancelable: true };
+  const event = name === "paste"
+    ? new ClipboardEvent("paste", { ...told, clipboardData: carried })
+    : new DragEvent("drop", { ...told, dataTransfer: carried });
+  document.getElementById("box").dispatchEvent(event);
+}"""
+
+
+@pytest.mark.parametrize("how", ["paste", "drop"])
+def test_a_picture_goes_with_the_message(how: str, shapes_of: Callable[..., Path], page_of: PageOf) -> None:
+    with serving({"shapes": shapes_of()}) as address:
+        page = page_of(address)
+        expect(page.get_by_role("button", name="Add a picture")).to_be_visible()
+        page.evaluate(PICTURE, how)
+        page.evaluate(PICTURE, how)
+        expect(page.locator("#pictures img")).to_have_count(2)
+        page.get_by_role("button", name="Leave picture 2 out").click()
+        expect(page.locator("#pictures img")).to_have_count(1)
+        say(page, "What colour is the square?")
+        finished(page)
+        expect(answers(page)).to_have_count(1)
+        expect(page.locator(".user .text img")).to_have_count(1)
+        expect(page.locator("#pictures img")).to_have_count(0)
+        say(page, "How many shapes are there?")
+        finished(page)
+        expect(answers(page)).to_have_count(2)
+        expect(page.locator(".assistant").last).to_contain_text("before")  # what was read of it is not read again
+        page.reload()
+        expect(page.locator(".user .text img")).to_have_count(1)  # kept with the conversation
+
+
+def test_a_model_that_sees_nothing_takes_no_picture(file: Path, page_of: PageOf) -> None:
+    with serving({"fairy": file}) as address:
+        page = page_of(address)
+        expect(page.get_by_text("A context of")).to_be_visible()
+        expect(page.get_by_role("button", name="Add a picture")).to_be_hidden()
+        page.evaluate(PICTURE, "paste")
+        expect(page.get_by_role("alert")).to_contain_text("sees no pictures")
+        expect(page.locator("#pictures img")).to_have_count(0)

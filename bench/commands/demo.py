@@ -30,7 +30,15 @@ KIB = 1 << 10
 @click.option(
     "--keep", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Keep the model, to try others on."
 )
-def demo(seed: int, keep: Path | None) -> None:
+@click.option("--picture", is_flag=True, help="The bundled model that sees, asked about a drawn picture, instead.")
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="With --picture: how many pictures of each kind its accuracy is measured on.",
+)
+def demo(seed: int, keep: Path | None, picture: bool, trials: int) -> None:
     """Export the bundled model, tell a story with it, and show that the ring cache is exact.
 
     The model is tiny (4 million weights, trained on fairy tales): its grammar is sound and its sense is not.
@@ -39,9 +47,15 @@ def demo(seed: int, keep: Path | None) -> None:
     Examples:
       bezel demo --seed 7
       bezel demo --keep fairy.gguf
+      bezel demo --picture --keep shapes.gguf
     """
     if keep is not None and keep.exists():
         raise InvalidRequest(f"{keep}: it exists; choose another name")
+    if picture:
+        from ..pictures.demo import show
+
+        show(seed, keep, trials)
+        return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = keep or Path(folder) / "fairy.gguf"

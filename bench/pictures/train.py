@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,21 @@ from ...export.sources.tokenizer_json import write_tokenizer_json
 from ...runtime.text.tokenizer import CONTROL_PIECES, END_OF_IMAGE, START_OF_IMAGE, Tokenizer, Vocabulary
 from .draw import COLOURS, KINDS, NUMBERS, PLACES, SHAPES, SIZE, TASKS, draw, example, question, scene
 
-TOWER_STEPS, STEPS, RATE, SEED = 700, 1700, 1e-3, 20261128
+TOWER_STEPS, RATE, SEED = 700, 1e-3, 20261128
 BATCH, TOWER_BATCH = 16, 48
 PIECES, ROWS, TEXT_SIZE = 1024, 16, 256  # of the vocabulary; that a picture becomes; numbers in each
+
+
+class Stage(NamedTuple):
+    """So many `steps` of the decoder's training, where the rate falls over `of`; `questions` about each picture."""
+
+    steps: int
+    of: int
+    questions: int
+    seed: int
+
+
+STAGES = Stage(800, 1700, 4, SEED), Stage(700, 700, 2, SEED + 1)
 
 VISION = {
     "model_type": "siglip_vision_model",
@@ -122,8 +134,8 @@ def train_tokenizer(folder: Path) -> Tokenizer:
 class Samples:
     """Chats about pictures as ids, whose last part is learned: answers."""
 
-    def __init__(self, tokenizer: Tokenizer, random: np.random.Generator) -> None:
-        self._tokenizer, self._random = tokenizer, random
+    def __init__(self, tokenizer: Tokenizer, random: np.random.Generator, questions: int) -> None:
+        self._tokenizer, self._random, self._questions = tokenizer, random, questions
 
     def _turn(self, role: str, text: str, with_picture: bool = False) -> list[int]:
         t = self._tokenizer
@@ -172,7 +184,7 @@ class Samples:
                 if random.random() < 0.08:  # a picture and no word
                     add("", question(things, "describe", random).answer, picture)
                     continue
-                kinds = ["describe", *random.choice(KINDS[:-1], 3, replace=False)]
+                kinds = ["describe", *random.choice(KINDS[:-1], self._questions - 1, replace=False)]
                 random.shuffle(kinds)
                 for i, kind in enumerate(kinds):  # several questions about a picture
                     one = question(things, str(kind), random)
@@ -180,12 +192,12 @@ class Samples:
         return ids, labels, pictures
 
 
-def batches(tokenizer: Tokenizer, seed: int) -> Iterator[dict[str, Any]]:
+def batches(tokenizer: Tokenizer, stage: Stage) -> Iterator[dict[str, Any]]:
     """What the model's forward takes, BATCH chats at a time, all about as many pictures."""
     import torch
 
-    random = np.random.default_rng(seed)
-    samples = Samples(tokenizer, random)
+    random = np.random.default_rng(stage.seed)
+    samples = Samples(tokenizer, random, stage.questions)
     while True:
         n_pictures = int(random.choice(6, p=[0.02, 0.58, 0.1, 0.05, 0.05, 0.2]))
         size = max(4, BATCH // max(1, (n_pictures + 1) // 2))
@@ -282,27 +294,48 @@ def _pixels(pictures: list[NDArray[np.uint8]]) -> Any:
     return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train(folder: Path) -> None:
+def center(model: Any) -> None:
+    """Take what all pictures have in common out of the tower's output, by its last norm's bias.
+
+    That was five times as large as what tells pictures apart, and the decoder learned to see past it very slowly.
+    """
     import torch
 
-    tokenizer = train_tokenizer(folder)
-    model = new_model().train()
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million weights", flush=True)
-    train_tower(model)
+    random = np.random.default_rng([SEED, 2])
+    pixels = _pixels([draw(scene(random, int(random.integers(1, 5))), random) for _ in range(200)])
+    with torch.no_grad():
+        seen = model.model.vision_tower(pixels).last_hidden_state
+        model.model.vision_tower.post_layernorm.bias -= seen.mean(dim=(0, 1))
+
+
+def train_decoder(model: Any, tokenizer: Tokenizer, folder: Path, stage: Stage) -> None:
+    import torch
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     began, shown = time.time(), 0.0
-    for step, batch in zip(range(STEPS), batches(tokenizer, SEED), strict=False):
-        _set_rate(optimizer, step, STEPS)
+    for step, batch in zip(range(stage.steps), batches(tokenizer, stage), strict=False):
+        _set_rate(optimizer, step, stage.of)
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         labels = batch["labels"][:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
         _step(optimizer, loss)
         shown = loss.item() if not step else 0.98 * shown + 0.02 * loss.item()
         if step % 50 == 0:
-            print(f"step {step} of {STEPS}: loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
-        if step % 200 == 199:
+            print(f"step {step} of {stage.steps}: loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
+        if step % 100 == 99:
             save(model, folder)
     save(model, folder)
+
+
+def train(folder: Path) -> None:
+    tokenizer = train_tokenizer(folder)
+    model = new_model().train()
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million weights", flush=True)
+    train_tower(model)
+    first, second = STAGES
+    train_decoder(model, tokenizer, folder, first)
+    center(model)
+    train_decoder(model, tokenizer, folder, second)
     write_companions(folder)
 
 

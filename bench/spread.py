@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import pickle
 import socket
@@ -25,6 +26,7 @@ from .loss.state import code_hash
 _ANSWER_SECONDS = 10
 _BATCH = 100  # items sent at a time
 _START = "dask worker ADDRESS --nthreads 1 --memory-limit 0"
+_CLIENT_LOG = logging.getLogger("distributed.client")
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
@@ -94,10 +96,12 @@ class Cluster:
             ) from None
 
     def __enter__(self) -> Cluster:
+        _CLIENT_LOG.addFilter(_no_traceback)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
+        _CLIENT_LOG.removeFilter(_no_traceback)
 
     def __call__(self, work: Work[Item, Result], items: Mapping[Key, Item]) -> Iterator[tuple[Key, Result]]:
         if not items:
@@ -148,6 +152,11 @@ class Cluster:
             ) from None
         except (ImportError, AttributeError, RuntimeError) as error:  # the last from the scheduler
             raise _explained(error, "the scheduler or a worker") from None
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """dask writes one where the scheduler is gone, which is told as an error here."""
+    return not record.exc_info
 
 
 async def _ask(address: str) -> None:

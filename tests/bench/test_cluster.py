@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -338,6 +340,37 @@ def test_a_scheduler_that_ends_is_told(tmp_path: Path) -> None:
             (tmp_path / "go").touch()  # when the scheduler has stopped listening
         with cluster, pytest.raises(BezelError, match=r"the scheduler is gone.* the same command goes on"):
             next(results)
+
+
+def test_a_killed_scheduler_is_told_without_a_traceback(tmp_path: Path) -> None:
+    file, log = tmp_path / "scheduler.json", (tmp_path / "log").open("w")
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    killed = subprocess.Popen(
+        [*command, "--no-dashboard", "--scheduler-file", str(file)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+
+    def kill_later(_: str) -> None:
+        """It has no worker, which is told before the work is sent."""
+        threading.Timer(1, killed.kill).start()
+
+    records: list[logging.LogRecord] = []
+    heard = logging.Handler()
+    heard.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("distributed.client")
+    logger.addHandler(heard)
+    try:
+        wait_for(lambda: file.is_file() and file.read_text())
+        with Cluster(str(file), kill_later) as cluster, pytest.raises(BezelError, match="the scheduler is gone"):
+            list(cluster(Waiting(tmp_path, {}), {0: 0}))
+    finally:
+        killed.kill()
+        killed.wait()
+        log.close()
+        logger.removeHandler(heard)
+    assert not any(record.exc_info for record in records)
 
 
 def test_addresses_where_no_scheduler_is(text: Path, workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def candidate(name: str, times: float = 1.0, file_bytes: int = 1_500_000_000) ->
         ),
         histogram=Histogram([-5, -4, -3, -2, -1, 0, 1], [0, 100, 900, 1200, 350, 10]),
         quantiles=Quantiles([0.5, 0.9, 0.99, 0.999], [v * times for v in (0.004, 0.03, 0.12, 0.31)]),
-        worst=[WorstToken(1.5 * times, "/texts/tales.txt", 1234, before, " sons", expected, found)],
+        worst=[WorstToken(1.5 * times, "/texts/tales.txt", None, 1234, before, " sons", expected, found)],
         by_layer=[LayerError(i, 0.01 * times * (i + 1)) for i in range(4)],
     )
 

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ...runtime.text.chat import template_is_known
 from ...runtime.version import bezel_version
 from ..progress import Progress, silent
 from ..spread import Spread, here
-from .passages import WRITTEN, check_room, cut, first_of_each, prompts, read_texts, sequence_length
+from .passages import WRITTEN, begun_chats, check_room, cut, first_of_each, read_texts, sequence_length
 from .result import Effect, MeasuredText, Measurement, Reference
 from .scoring import Subjects, compute
 from .state import KeptResults
-from .subjects import Opener, Spec, key_of
+from .subjects import Opener, Spec, Subject, key_of
 from .summary import Pooled, describe, pairs
 from .writing import with_answers
 
@@ -45,12 +46,12 @@ def measure(
     exact = work.subjects[0]
     chunk = sequence_length(chunk, protocol, min(subject.config.context_length for subject in work.subjects))
     read = read_texts(texts, exact.tokenizer)
-    passages = prompts(read, exact.tokenizer) if protocol == "chat" else cut(read, protocol, chunk)
+    passages = begun_chats(read, exact.tokenizer) if protocol == "chat" else cut(read, protocol, chunk)
     key = {
         "texts": [text.sha256 for text in read],
         "protocol": protocol,
         "chunk": chunk,
-        "passages": [(passage.text, passage.start, len(passage.ids)) for passage in passages],
+        "passages": [(passage.text, passage.start, passage.line, len(passage.ids)) for passage in passages],
     }
     chosen = first_of_each(passages, limit)
     if protocol == "chat":
@@ -72,9 +73,16 @@ def measure(
         chunks=len(passages),
         scored=sum(passage.scored for passage in passages),
         confidence=confidence,
-        warnings=pooled[0].warnings(),
+        warnings=[*pooled[0].warnings(), *(_template_warnings(exact) if protocol == "chat" else ())],
         reference=Reference(**vars(exact.facts), perplexity=pooled[0].reference_perplexity()),
         candidates=[describe(s.facts, p, passages, read, exact.tokenizer, protocol, chunk) for s, p in main],
         pairs=pairs([(subject.name, p) for subject, p in main]),
         effects=[Effect(c.of, c.effect, p.metrics()) for c, p in compared if c.effect is not None],
     )
+
+
+def _template_warnings(reference: Subject) -> list[str]:
+    if template_is_known(reference.chat_template):
+        return []
+    has = "no chat template" if reference.chat_template is None else "a chat template that is not one of Gemma's"
+    return [f"{reference.name} has {has}: it was asked in Gemma's own, which it may never have seen"]

@@ -27,12 +27,14 @@ BLOCK = 128  # scored positions of a long sequence that are drawn together in th
 class Text:
     path: Path
     sha256: str
+    content: str
     ids: Ints  # <bos> and the whole text
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One sequence: `ids` (n,) begin with <bos>, in place of the token `start` of its text.
+    """One sequence: `ids` (n,) begin with <bos>, in place of the token `start` of its text; or a chat that a `line` of
+    its text begins, where `start` is 0.
 
     Scored are the logits of the positions `first` … n − 2 by the tokens that follow them.
     """
@@ -41,6 +43,12 @@ class Passage:
     start: int
     ids: Ints
     first: int
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it lies in its text, in words."""
+        return f"the sequence at token {self.start}" if self.line is None else f"the chat of line {self.line}"
 
     @property
     def scored(self) -> int:
@@ -53,16 +61,21 @@ class Passage:
 
 
 def read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Text]:
-    """Raises InvalidRequest for a file that is not UTF-8."""
-    texts = []
+    """Raises InvalidRequest for a file that is not UTF-8, and for a text given twice, which would count twice."""
+    texts: list[Text] = []
     for path in paths:
         raw = path.read_bytes()
         try:
-            text = raw.decode("utf-8-sig")  # without a byte order mark
+            content = raw.decode("utf-8-sig")  # without a byte order mark
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"{path}: found a byte that is not UTF-8 at {error.start}, expected text") from None
-        ids = np.array(tokenizer.encode(text, bos=True), np.int64)
-        texts.append(Text(path, hashlib.sha256(raw).hexdigest(), ids))
+        sha256 = hashlib.sha256(raw).hexdigest()
+        for other in texts:
+            if other.sha256 == sha256:
+                raise InvalidRequest(
+                    f"--text: {path}: found the text of {other.path} again, expected each text once; leave one out"
+                )
+        texts.append(Text(path, sha256, content, np.array(tokenizer.encode(content, bos=True), np.int64)))
     return texts
 
 
@@ -103,29 +116,29 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
     return list(first_of_each(passages, limit).values())
 
 
-def prompts(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Passage]:
+def begun_chats(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Passage]:
     """Chats that await their answer: every line of the texts is what a user says, in Gemma's template.
 
-    `start` counts the lines. Raises InvalidRequest where there is none, and for a vocabulary without turns.
+    Raises InvalidRequest where there is none, and for a vocabulary without turns.
     """
     found = []
     for index, text in enumerate(texts):
-        for number, line in enumerate(text.path.read_text("utf-8-sig").split("\n"), 1):
+        for number, line in enumerate(text.content.split("\n"), 1):
             if not line.strip():
                 continue
             ids = np.array(render(tokenizer, [Message("user", line)]), np.int64)
-            found.append(Passage(index, number, ids, len(ids) - 1))
+            found.append(Passage(index, 0, ids, len(ids) - 1, line=number))
     if not found:
         raise InvalidRequest(f"{texts[0].path}: found no line, expected a user's message on each")
     return found
 
 
-def check_room(prompts: Iterable[Passage], texts: Sequence[Text], chunk: int) -> None:
+def check_room(chats: Iterable[Passage], texts: Sequence[Text], chunk: int) -> None:
     """Raises InvalidRequest for a line that leaves no room for an answer in `chunk` tokens."""
-    for prompt in prompts:
-        if len(prompt.ids) >= chunk:
+    for chat in chats:
+        if len(chat.ids) >= chunk:
             raise InvalidRequest(
-                f"{texts[prompt.text].path}: line {prompt.start}: found {len(prompt.ids)} tokens with the template, "
+                f"{texts[chat.text].path}: line {chat.line}: found {len(chat.ids)} tokens with the template, "
                 f"expected fewer than the {chunk} of --chunk; take a larger one, or the line out"
             )
 

@@ -87,11 +87,13 @@ class Quantiles:
 @dataclass(frozen=True)
 class WorstToken:
     """A position that lost much: the text `before` it, the token that followed, and what the models expected there:
-    the likeliest tokens, each with its probability. `position` counts the tokens of the text from <bos> on.
+    the likeliest tokens, each with its probability. `position` counts the tokens from <bos> on: of the text, or of the
+    chat that a `line` of it began.
     """
 
     kld: float
     text: str
+    line: int | None
     position: int
     before: str
     token: str

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...runtime.arrays import Floats
-from ...runtime.engines.protocol import Engine
 from ...runtime.errors import BezelError, InvalidRequest
 from ...runtime.model.config import ModelConfig
 from ...runtime.text.tokenizer import SPACE
@@ -23,10 +21,11 @@ from ..spread import Recipe, Spread, here
 from .metrics import NotFinite, Records, compare
 from .passages import Passage
 from .state import Arrays, KeptResults
-from .subjects import Opener, Spec, Subject, key_of, sizes_of, unique_names
+from .subjects import Opener, Spec, Subject, forward, key_of, sizes_of, unique_names
 
 _ROWS = 64  # positions compared at a time …
 _LOGIT_BYTES = 512 << 20  # … or fewer, so that the logits of all models take no more than this
+_SHOWN = 3  # comparisons in the progress line
 
 
 @dataclass(frozen=True)
@@ -118,14 +117,15 @@ def compute(
         for number, lacking in missing.items()
         if lacking
     }
-    done = len(passages) - len(items)
-    progress(done, len(passages), _so_far(work, found))
+    done, means = len(passages) - len(items), _MeansSoFar(work, found)
+    progress(done, len(passages), str(means))
     for number, computed in spread(Scoring(work.subjects, work.threads), items):
         for i, arrays in zip(missing[number], computed, strict=True):
             states[i].save(number, arrays)
             found[i][number] = arrays
+            means.add(i, arrays)
         done += 1
-        progress(done, len(passages), _so_far(work, found))
+        progress(done, len(passages), str(means))
     return [[kept[number] for number in passages] for kept in found]
 
 
@@ -163,13 +163,14 @@ def score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passag
     for start, stop in _pieces(n, passage.first, rows):
         wanted = stop - start if start >= passage.first else 0
         streams: list[list[Floats]] = [[] for _ in started]
-        logits = [_forward(e, passage.ids[start:stop], wanted, s) for e, s in zip(started, streams, strict=True)]
+        asked = passage.ids[start:stop], wanted
+        logits = [forward(e, *asked, s if wanted else None) for e, s in zip(started, streams, strict=True)]
         if not wanted:
             continue
         try:
             compared = compare(logits, pairs, start, passage.ids[start + 1 : stop + 1])
         except NotFinite as error:
-            where = f"position {start + error.row} of the sequence at token {passage.start}"
+            where = f"position {start + error.row} of {passage.place}"
             raise BezelError(
                 f"{subjects[used[error.which]].spec.path}: a logit that is not finite at {where}"
             ) from None
@@ -179,13 +180,6 @@ def score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passag
     return [
         {"records": np.concatenate(kept), "layers": errors.sums} for kept, errors in zip(records, layers, strict=True)
     ]
-
-
-def _forward(engine: Engine, ids: npt.NDArray[np.int64], wanted: int, streams: list[Floats]) -> Floats:
-    """`engine.forward` in steps that it takes; all ids are wanted, in one step, or none."""
-    for i in range(0, len(ids), engine.chunk):
-        logits = engine.forward(ids[i : i + engine.chunk], wanted, streams if wanted else None)
-    return logits
 
 
 def _pieces(n: int, first: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -212,12 +206,23 @@ class _LayerErrors:
                 self.sums[:, i] += np.square(y[-len(x) :] - x).sum(), np.square(x).sum()
 
 
-def _so_far(work: Subjects, found: Sequence[Mapping[int, Arrays]]) -> str:
-    if not found[0]:
-        return ""
-    klds = [
-        f"{work.subjects[c.candidate].name} {np.concatenate([a['records']['kld'] for a in arrays.values()]).mean():.4g}"
-        for c, arrays in zip(work.comparisons[:3], found, strict=False)
-        if arrays
-    ]
-    return f"mean KLD {', '.join(klds)}"
+class _MeansSoFar:
+    """The mean KLD of the first few comparisons over what is there, for the progress line."""
+
+    def __init__(self, work: Subjects, found: Sequence[Mapping[int, Arrays]]) -> None:
+        self._names = [work.subjects[c.candidate].name for c in work.comparisons[:_SHOWN]]
+        self._sums, self._counts = [0.0] * len(self._names), [0] * len(self._names)
+        for i, known in enumerate(found[:_SHOWN]):
+            for arrays in known.values():
+                self.add(i, arrays)
+
+    def add(self, comparison: int, arrays: Arrays) -> None:
+        if comparison < len(self._names):
+            self._sums[comparison] += float(arrays["records"]["kld"].sum())
+            self._counts[comparison] += len(arrays["records"])
+
+    def __str__(self) -> str:
+        means = [
+            f"{n} {x / count:.4g}" for n, x, count in zip(self._names, self._sums, self._counts, strict=True) if count
+        ]
+        return f"mean KLD {', '.join(means)}" if means else ""

@@ -13,7 +13,7 @@ from typing import Any
 from ...export.sources.checkpoint import Checkpoint
 from ...export.sources.opening import open_checkpoint
 from ...runtime.api import ACTIVATIONS, load
-from ...runtime.arrays import Floats
+from ...runtime.arrays import Floats, Ints
 from ...runtime.cache.caches import default_chunk
 from ...runtime.cache.numpy_store import NumpyStore
 from ...runtime.cache.store import KV_TYPES
@@ -119,6 +119,7 @@ class _Opened:
 
     config: ModelConfig
     tokenizer: Tokenizer
+    chat_template: str | None
     backend: Callable[[], Backend]
     file_bytes: int
     bits_per_weight: float
@@ -131,6 +132,7 @@ class Subject:
     def __init__(self, spec: Spec, name: str, opened: _Opened) -> None:
         self.spec, self.name = spec, name
         self.config, self.tokenizer, self._backend = opened.config, opened.tokenizer, opened.backend
+        self.chat_template = opened.chat_template
         self.facts = MeasuredModel(
             name=name,
             path=str(spec.path),
@@ -150,6 +152,13 @@ class Subject:
         """An empty sequence that can be rewound; it cannot be saved."""
         runnable = _Runnable(self.config, self.tokenizer, self._backend(), self.spec.kv, self.config.context_length)
         return Session(runnable, ring=self.spec.ring)
+
+
+def forward(engine: Engine, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:
+    """`engine.forward` in steps that it takes, each with its last `wanted` rows; the last step's logits."""
+    for start in range(0, len(ids), engine.chunk):
+        logits = engine.forward(ids[start : start + engine.chunk], wanted, streams)
+    return logits
 
 
 class Opener:
@@ -172,6 +181,7 @@ class Opener:
         return _Opened(
             config=model.config,
             tokenizer=model.tokenizer,
+            chat_template=model.chat_template,
             backend=lambda: model.backend,
             file_bytes=sum(file.stat().st_size for file in _files(spec.path)),
             bits_per_weight=8 * sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors),
@@ -191,6 +201,7 @@ class Opener:
         return _Opened(
             config=checkpoint.config,
             tokenizer=Tokenizer(checkpoint.vocabulary(), str(spec.path)),
+            chat_template=checkpoint.chat_template,
             backend=backend,
             file_bytes=sum(file.stat().st_size for file in checkpoint.files),
             bits_per_weight=bits / sum(math.prod(s.shape) for s in checkpoint.specs),
@@ -211,18 +222,37 @@ def _stem(path: Path) -> str:
 
 
 def unique_names(specs: Sequence[Spec]) -> list[str]:
-    """A name for each: the file's, with the settings where that alone would not tell them apart."""
-    short = [spec.name or _stem(spec.path) for spec in specs]
-    repeated = {name for name, times in Counter(short).items() if times > 1}
+    """A name for each: the file's, with its folder or the settings where that alone would not tell them apart.
+
+    What is the same in everything, or was given the same name, is numbered.
+    """
     names: list[str] = []
-    for spec, name in zip(specs, short, strict=True):
-        if name in repeated and not spec.name:
-            ring = "" if spec.ring else ", no ring"
-            name = f"{name} ({spec.engine}, {spec.activations} activations, {spec.kv} KV{ring})"
-        while name in names:
-            name += "'"
-        names.append(name)
+    for spec in specs:
+        alike = [other for other in specs if not other.name and _stem(other.path) == _stem(spec.path)]
+        telling = (way for way in _NAMES if len({way(other) for other in alike}) == len(alike))
+        name = spec.name or next(telling, _NAMES[-1])(spec)
+        again = sum(other == name or other.startswith(f"{name} (no. ") for other in names)
+        names.append(f"{name} (no. {again + 1})" if again else name)
     return names
+
+
+def _in_folder(path: Path) -> str:
+    return f"{path.absolute().parent.name}/{_stem(path)}"
+
+
+def _setting(spec: Spec) -> str:
+    ring = "" if spec.ring else ", no ring"
+    return f"({spec.engine}, {spec.activations} activations, {spec.kv} KV{ring})"
+
+
+_NAMES: tuple[Callable[[Spec], str], ...] = (
+    lambda spec: _stem(spec.path),
+    lambda spec: _in_folder(spec.path),
+    lambda spec: f"{_stem(spec.path)} {_setting(spec)}",
+    lambda spec: f"{_in_folder(spec.path)} {_setting(spec)}",
+    lambda spec: f"{spec.path} {_setting(spec)}",
+)
+"""Ways to name a model, the shortest first."""
 
 
 def sizes_of(paths: Iterable[Path]) -> dict[str, int]:

@@ -210,6 +210,7 @@ def _worst(
             WorstToken(
                 float(record["kld"]),
                 str(texts[passage.text].path),
+                passage.line,
                 passage.start + next_place,
                 tokenizer.decode(passage.ids[max(0, next_place - _BEFORE) : next_place].tolist()),
                 shown(passage.ids[next_place]),

@@ -12,12 +12,12 @@ from ...runtime.text.sampling import Sampler, Sampling
 from ..progress import Progress
 from .passages import Passage
 from .state import KeptResults
-from .subjects import Subject
+from .subjects import Subject, forward
 
 Ids = npt.NDArray[np.int64]
 
 
-def written(
+def continuation(
     writer: Subject, ids: Ids, n: int, temperature: float, seed: int, ends: Collection[int] = frozenset()
 ) -> Ids:
     """At most n ids that a model writes after `ids` (at least one), drawn from all but the special tokens.
@@ -27,9 +27,7 @@ def written(
     engine = writer.start(len(ids) + n)
     none = dict.fromkeys(writer.tokenizer.special_ids.difference(ends), -np.inf)
     sampler = Sampler(Sampling(temperature, top_k=0, top_p=1.0, seed=seed, logit_bias=none))
-    for start in range(0, len(ids), engine.chunk):
-        logits = engine.forward(ids[start : start + engine.chunk], 1)
-    out = [sampler(logits[-1], ())]
+    out = [sampler(forward(engine, ids, 1)[-1], ())]
     while len(out) < n and out[-1] not in ends:
         out.append(sampler(engine.forward(np.array(out[-1:]), 1)[-1], ()))
     return np.array(out, np.int64)
@@ -49,7 +47,7 @@ def with_answers(
         begun = passage.ids[: passage.first + 1]
         if found is None:
             progress(done, len(passages), "the reference writes")
-            found = {"ids": written(writer, begun, chunk - len(begun), 1.0, number, ends)}
+            found = {"ids": continuation(writer, begun, chunk - len(begun), 1.0, number, ends)}
             kept.save(number, found)
         out[number] = replace(passage, ids=np.concatenate([begun, found["ids"]]))
     return out

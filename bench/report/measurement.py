@@ -223,7 +223,8 @@ def _worst(result: Measurement) -> list[Element]:
 
 def _card(worst: WorstToken, series: int, candidate: str, reference: str) -> Element:
     before = worst.before if len(worst.before) <= _CONTEXT else f"…{worst.before[-_CONTEXT:]}"
-    where = f"KLD {number(worst.kld)} at token {worst.position:,} of {Path(worst.text).name}"
+    chat = "" if worst.line is None else f"the chat of line {worst.line:,} of "
+    where = f"KLD {number(worst.kld)} at token {worst.position:,} of {chat}{Path(worst.text).name}"
     sides = []
     for name, color, top in ((reference, 6, worst.reference_top), (candidate, series, worst.candidate_top)):
         lines = element(f"ul.tops.{svg.series_class(color)}")

@@ -237,10 +237,9 @@ class _Hunt:
         while step := self._step(found, ids, first, loss, left):
             found, far, loss = step
             left -= far
-        random = np.random.default_rng(_number(ids))
-        draws = [self._random(ids, found, random) for _ in range(DRAWS)]
+        draws = self._as_far(ids, found, np.random.default_rng(_number(ids)))
         moved = self._moved(ids, found) / unit if unit else 0.0
-        return {"ids": found, "random": np.stack(draws), "distance": np.array(moved)}
+        return {"ids": found, "random": draws, "distance": np.array(moved)}
 
     def _divergence(self, ids: Tensor, first: int) -> Tensor:
         with torch.no_grad():
@@ -293,19 +292,22 @@ class _Hunt:
             if n == _TRIED:
                 return
 
-    def _random(self, ids: Ids, found: Ids, random: np.random.Generator) -> Ids:
-        """The passage with random tokens where others were found, each as far from what was there."""
-        out = ids.copy()
+    def _as_far(self, ids: Ids, found: Ids, random: np.random.Generator) -> Ids:
+        """The passage with random tokens where others were found, each as far from what was there: (draws, n)."""
+        near = {}
         for place in np.flatnonzero(found != ids):
             fars = self._far(int(ids[place]))
-            near = (fars - fars[found[place]]).abs().topk(_NEAR, largest=False).indices.numpy()
-            for token in random.permutation(near)[:_ATTEMPTS]:
-                text = out.copy()
-                text[place] = token
-                if _reads_back(self._tokenizer, text):
-                    out = text
-                    break
-        return out
+            near[place] = (fars - fars[found[place]]).abs().topk(_NEAR, largest=False).indices.numpy()
+        draws = np.repeat(ids[None], DRAWS, axis=0)
+        for draw in draws:
+            for place, tokens in near.items():
+                for token in random.permutation(tokens)[:_ATTEMPTS]:
+                    draw[place] = token
+                    if _reads_back(self._tokenizer, draw):
+                        break
+                else:
+                    draw[place] = ids[place]
+        return draws
 
     def _far(self, token: int) -> Tensor:
         """How far every token is from one, (vocab,); infinitely what cannot stand in its place."""

@@ -22,7 +22,7 @@ from ..loss.result import MeasuredText
 from ..loss.scoring import Subjects, compute
 from ..loss.state import Arrays, KeptResults, number_of
 from ..loss.subjects import Opener, Spec, Subject, key_of
-from ..loss.writing import written
+from ..loss.writing import continuation
 from ..progress import Progress, silent
 from ..spread import Spread, here
 from .poses import Pose, posed
@@ -169,7 +169,7 @@ class _Sources:
             if found is None:
                 self._progress(i, self.n, f"the reference writes at temperature {temperature:g}")
                 begun = np.concatenate([ids[:1], stretch[:quarter]])
-                found = {"ids": written(self._writer, begun, quarter, temperature, seed=start)}
+                found = {"ids": continuation(self._writer, begun, quarter, temperature, seed=start)}
                 self._kept.save(place, found)
             stretch[quarter : 2 * quarter] = found["ids"]
         return stretch

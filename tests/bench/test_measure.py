@@ -14,7 +14,7 @@ from bezel.bench.loss.measure import measure
 from bezel.bench.loss.metrics import NotFinite, compare
 from bezel.bench.loss.passages import BLOCK, Passage, cut, read_texts
 from bezel.bench.loss.result import Candidate, Measurement
-from bezel.bench.loss.subjects import Opener, Spec, parse_spec
+from bezel.bench.loss.subjects import Opener, Spec, parse_spec, unique_names
 from bezel.bench.loss.summary import Pooled
 from bezel.runtime import Model
 from bezel.runtime.commands.main import main
@@ -379,6 +379,42 @@ def test_specs() -> None:
     ):
         with pytest.raises(InvalidRequest, match=said):
             parse_spec(wrong, default)
+
+
+def test_names_tell_models_apart(tmp_path: Path) -> None:
+    one, other, deep = (Spec(tmp_path / folder / "m.gguf", "native") for folder in ("one", "other", "deep/one"))
+    exact = replace(one, activations="f32")
+    assert unique_names([one]) == ["m"]
+    assert unique_names([one, replace(other, path=other.path.with_name("n.gguf"))]) == ["m", "n"]
+    assert unique_names([one, other, replace(one, name="m")]) == ["one/m", "other/m", "m"]
+    short, long = "(native, int8 activations, f16 KV)", "(native, f32 activations, f16 KV)"
+    assert unique_names([one, exact]) == [f"m {short}", f"m {long}"]
+    assert unique_names([one, exact, other]) == [f"one/m {short}", f"one/m {long}", f"other/m {short}"]
+    assert unique_names([one, deep]) == [f"{spec.path} {short}" for spec in (one, deep)]
+    assert unique_names([replace(one, name="a")] * 3) == ["a", "a (no. 2)", "a (no. 3)"]
+    assert len(set(unique_names([one, one, exact]))) == 3
+
+
+def test_a_text_given_twice_is_refused(gguf_of: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    """Under whatever name: it would count twice, and its passages are drawn as if they were others."""
+    again = tmp_path / "again.txt"
+    again.write_bytes(text.read_bytes())
+    model = Spec(gguf_of(TINY), "native")
+    with pytest.raises(
+        InvalidRequest, match=r"again\.txt: found the text of .*tale\.txt again, expected each text once"
+    ):
+        measure([model], model, [text, again], chunk=64, states=tmp_path / "states")
+
+
+def test_the_progress_tells_the_mean_so_far(run: Callable[..., Measurement], gguf_of: Callable[..., Path]) -> None:
+    """Of what was kept by an earlier run, too."""
+    told: list[str] = []
+    q4, q8 = str(gguf_of(TINY, "q4_0")), str(gguf_of(TINY, "q8_0"))
+    for limit in (2, 5):
+        found = run([q4, q8], str(gguf_of(TINY)), chunk=64, limit=limit, progress=lambda *a: told.append(a[2]))
+        means = (f"{candidate.name} {candidate.metrics.kld_mean.value:.4g}" for candidate in found.candidates)
+        assert told[-1] == f"mean KLD {', '.join(means)}"
+    assert told[0] == ""
 
 
 def test_a_model_of_another_vocabulary_is_refused(

@@ -64,6 +64,7 @@ def test_the_json_of_a_measurement() -> None:
                     {
                         "kld": "float",
                         "text": "str",
+                        "line": "NoneType",
                         "position": "int",
                         "before": "str",
                         "token": "str",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bezel.bench.loss.metrics import compare
 from bezel.bench.loss.subjects import Opener, Spec
-from bezel.bench.loss.writing import written
+from bezel.bench.loss.writing import continuation
 from bezel.bench.report.stress import write_report
 from bezel.bench.stress import poses
 from bezel.bench.stress.poses import TEXT_CHANGES, posed
@@ -133,10 +133,14 @@ def test_poses_are_all_there_each_once(run: Callable[..., Stress]) -> None:
 def test_the_reference_writes_what_comes_before(run: Callable[..., Stress], models: dict[str, Path]) -> None:
     exact = Opener().open(Spec(models["exact"], "reference", "f32", "f32"))
     begun = np.array(exact.tokenizer.encode("Once upon a time", bos=True))
-    out = written(exact, begun, 12, 1.0, seed=1)
-    assert out.tolist() == written(exact, begun, 12, 1.0, seed=1).tolist() != written(exact, begun, 12, 1.0, 2).tolist()
+    out = continuation(exact, begun, 12, 1.0, seed=1)
+    assert (
+        out.tolist()
+        == continuation(exact, begun, 12, 1.0, seed=1).tolist()
+        != continuation(exact, begun, 12, 1.0, 2).tolist()
+    )
     assert not exact.tokenizer.special_ids & set(out.tolist())
-    greedy, engine, ids = written(exact, begun, 4, 0.0, seed=0), exact.start(64), begun.tolist()
+    greedy, engine, ids = continuation(exact, begun, 4, 0.0, seed=0), exact.start(64), begun.tolist()
     for token in greedy:
         logits = exact.start(64).forward(np.array(ids), 1)[0]
         logits[list(exact.tokenizer.special_ids)] = -np.inf
@@ -153,7 +157,7 @@ def test_it_goes_on(run: Callable[..., Stress], monkeypatch: pytest.MonkeyPatch)
     levels = {"typos": [0.1], "temperature": [1.0]}
     first = run("q4_0", levels=levels, grid=None, corners=0)
     calls: list[int] = []
-    monkeypatch.setattr("bezel.bench.stress.stress.written", lambda *_, **__: calls.append(1))
+    monkeypatch.setattr("bezel.bench.stress.stress.continuation", lambda *_, **__: calls.append(1))
     monkeypatch.setattr("bezel.bench.loss.scoring.score", lambda *_, **__: calls.append(1))
     again = run("q4_0", levels=dict(reversed(levels.items())), grid=None, corners=0)
     assert not calls

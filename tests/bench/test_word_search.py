@@ -133,14 +133,19 @@ def test_what_it_finds(run: Callable[..., Search]) -> None:
     assert tolls["q4_0", "q8_0"].found.value == pytest.approx(np.mean(losses))
 
 
-def test_random_changes_are_in_the_same_places_and_as_far(hunt: module._Hunt) -> None:
+def test_random_changes_are_in_the_same_places_and_as_far(hunt: module._Hunt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All draws from distances that are found once."""
     tokenizer = hunt._tokenizer
     ids = np.array(tokenizer.encode("Once upon a time there was a King who had a daughter whom he loved.", bos=True))
     found = ids.copy()
     for place in (3, 7):
         found[place] = int(hunt._far(int(ids[place])).argsort()[400])  # neither near nor far
-    for seed in range(5):
-        out = hunt._random(ids, found, np.random.default_rng(seed))
+    asked: list[int] = []
+    monkeypatch.setattr(hunt, "_far", lambda token: asked.append(token) or module._Hunt._far(hunt, token))
+    draws = hunt._as_far(ids, found, np.random.default_rng(0))
+    assert asked == [ids[3], ids[7]]
+    assert len(draws) == len(np.unique(draws, axis=0)) == module.DRAWS
+    for out in draws:
         places = np.flatnonzero(out != ids)
         assert places.tolist() == [3, 7]
         for place in places:

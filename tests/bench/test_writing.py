@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from bezel.bench.loss import writing as module
 from bezel.bench.loss.measure import measure
 from bezel.bench.loss.metrics import compare
-from bezel.bench.loss.passages import cut, prompts, read_texts
+from bezel.bench.loss.passages import begun_chats, cut, read_texts
 from bezel.bench.loss.result import Measurement
 from bezel.bench.loss.state import KeptResults
 from bezel.bench.loss.subjects import Opener, Spec, parse_spec
@@ -69,8 +72,8 @@ def test_answers_in_a_chat(run: Callable[..., Measurement], exact: Spec, tmp_pat
     found = run("chat", LINES)
     assert found.chunks == 3
     tokenizer = Opener().open(exact).tokenizer
-    asked = prompts(read_texts([tmp_path / "text.txt"], tokenizer), tokenizer)
-    assert [passage.start for passage in asked] == [1, 3, 4]
+    asked = begun_chats(read_texts([tmp_path / "text.txt"], tokenizer), tokenizer)
+    assert [passage.line for passage in asked] == [1, 3, 4]
     assert asked[1].ids.tolist() == render(tokenizer, [Message("user", "Who was the King?")])
     answered = with_answers(
         Opener().open(exact), dict(enumerate(asked)), CHUNK, KeptResults(tmp_path, {"other": 1}), silent
@@ -87,9 +90,9 @@ def test_answers_in_a_chat(run: Callable[..., Measurement], exact: Spec, tmp_pat
 def test_an_answer_ends_with_the_turn(exact: Spec) -> None:
     writer = Opener().open(exact)
     ids = np.array(writer.tokenizer.encode("Once upon a time", bos=True))
-    free = module.written(writer, ids, 20, 1.0, 3)
+    free = module.continuation(writer, ids, 20, 1.0, 3)
     assert len(free) == 20
-    stopped = module.written(writer, ids, 20, 1.0, 3, ends={int(free[4])})
+    stopped = module.continuation(writer, ids, 20, 1.0, 3, ends={int(free[4])})
     assert stopped.tolist() == free[: free.tolist().index(free[4]) + 1].tolist()
 
 
@@ -107,19 +110,19 @@ def test_special_tokens_are_never_written(exact: Spec) -> None:
         def start(self, _: int) -> Loud:
             return self
 
-        def forward(self, _: Any, __: int) -> np.ndarray:
+        def forward(self, *_: Any) -> np.ndarray:
             logits = np.zeros((1, tokenizer.vocab_size), np.float32)
             logits[0, list(tokenizer.special_ids)] = 50
             return logits
 
     loud: Any = Loud()
-    assert not tokenizer.special_ids & set(module.written(loud, np.array([2]), 20, 1.0, 0).tolist())
-    assert module.written(loud, np.array([2]), 20, 1.0, 0, ends={1}).tolist() == [1]
+    assert not tokenizer.special_ids & set(module.continuation(loud, np.array([2]), 20, 1.0, 0).tolist())
+    assert module.continuation(loud, np.array([2]), 20, 1.0, 0, ends={1}).tolist() == [1]
 
 
 def test_what_was_written_is_kept(run: Callable[..., Measurement], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run("chat", LINES)
-    monkeypatch.setattr(module, "written", None)
+    monkeypatch.setattr(module, "continuation", None)
     assert vars(run("chat", LINES)) | {"time": ""} == vars(first) | {"time": ""}
 
 
@@ -141,4 +144,27 @@ def test_the_command(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "3 chats of 48 tokens of questions.txt" in shown.output
     assert "the reference's answer is scored" in (tmp_path / "report.html").read_text("utf-8")
-    assert json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["protocol"] == "chat"
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert re.search(r"at token \d+ of the chat of line [134] of questions\.txt", report)
+    found = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert found["protocol"] == "chat"
+    assert all(worst["position"] < 48 and worst["line"] in (1, 3, 4) for worst in found["candidates"][0]["worst"])
+
+
+def test_a_template_that_is_not_gemma_s_is_told(gguf_of: Callable[..., Path], exact: Spec, tmp_path: Path) -> None:
+    """And Gemma's own is not, nor any where nobody chats."""
+    (tmp_path / "text.txt").write_text(LINES * 4, encoding="utf-8")
+    rounded = parse_spec(f"{gguf_of('demo', 'q4_0')}@engine=reference", Spec(Path()))
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    config = json.loads((DEMO / "tokenizer_config.json").read_text())
+    said = {}
+    for name, template in (("gemma", config["chat_template"]), ("other", "{{ messages }}"), ("none", None)):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        for protocol in ("chat", "chunks"):
+            read = {"protocol": protocol, "chunk": 32, "limit": 1, "states": tmp_path / "states"}
+            found = measure([rounded], replace(exact, path=folder), [tmp_path / "text.txt"], **read)
+            said[name, protocol] = [line for line in found.warnings if "template" in line]
+    assert {key for key, lines in said.items() if lines} == {("other", "chat"), ("none", "chat")}
+    assert "model has a chat template that is not one of Gemma's" in said["other", "chat"][0]
+    assert "model has no chat template" in said["none", "chat"][0]

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import click
 
 from ...runtime.errors import InvalidRequest
 from ..loss.subjects import Spec, parse_spec
+from ..spread import Spread
 from ..stress.result import Search, Stress
 from ..stress.stress import (
     CHUNK,
@@ -25,7 +26,7 @@ from ..stress.stress import (
     SEARCH_CHUNK,
     SEARCH_PASSAGES,
 )
-from ..stress.stress import stress as run
+from ..stress.stress import stress as measure_poses
 from ..stress.tables import show, show_search
 from .shared import (
     candidates_argument,
@@ -42,13 +43,67 @@ from .shared import (
 )
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What was asked for, named as on the command line; None where nothing was."""
+
+    turn: tuple[str, ...]
+    grid: str | None
+    corners: int | None
+    search: bool
+    distance: float | None
+    chunk: int | None
+    chunks: int | None
+    threads: int | None
+    states: Path
+
+    def check(self) -> None:
+        """Raises UsageError for options that do not go together."""
+        if self.search and (self.turn or self.grid or self.corners is not None):
+            raise click.UsageError("--search takes no poses: leave --turn, --grid and --corners out.")
+        if self.distance is not None and not self.search:
+            raise click.UsageError("--distance goes with --search.")
+
+    def run(
+        self, candidates: Sequence[Spec], reference: Spec, texts: Sequence[Path], spread: Spread
+    ) -> Stress | Search:
+        both: dict[str, Any] = {
+            "chunk": self.chunk,
+            "threads": self.threads,
+            "states": self.states,
+            "progress": progress_line("measuring"),
+            "spread": spread,
+        }
+        if self.search:
+            limit = SEARCH_PASSAGES if self.chunks is None else self.chunks
+            distance = DISTANCE if self.distance is None else self.distance
+            return _searching()(candidates, reference, texts, distance=distance, limit=limit, **both)
+        return measure_poses(
+            candidates,
+            reference,
+            texts,
+            levels=_levels(self.turn),
+            grid=_grid(self.grid, self.turn),
+            corners=CORNERS if self.corners is None else self.corners,
+            limit=PASSAGES if self.chunks is None else self.chunks,
+            **both,
+        )
+
+
+def _searching() -> Callable[..., Search]:
+    try:
+        from ..stress.search import search
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(f"--search: {error}; install it: pip install 'bezel-lm[tune]'") from None
+    return search
+
+
 @click.command()
 @candidates_argument
 @reference_option
 @texts_option
 @click.option(
     "--turn",
-    "turned",
     multiple=True,
     metavar="NAME[=LEVEL,…]",
     help=f"A parameter to turn, and how far; may be given several times: {', '.join(PARAMETERS)}.  [default: all]",
@@ -65,7 +120,6 @@ from .shared import (
 )
 @click.option(
     "--search",
-    "searches",
     is_flag=True,
     help="Rather than poses, search for the few changed words that hurt most (extra: tune).",
 )
@@ -82,7 +136,6 @@ from .shared import (
 )
 @click.option(
     "--chunks",
-    "limit",
     type=click.IntRange(min=1),
     help=f"Read so many of each text.  [default: {PASSAGES}; {SEARCH_PASSAGES} in a search]",
 )
@@ -95,18 +148,10 @@ def stress(
     candidates: tuple[str, ...],
     reference: str,
     texts: tuple[Path, ...],
-    turned: tuple[str, ...],
-    grid: str | None,
-    corners: int | None,
-    searches: bool,
-    distance: float | None,
-    chunk: int | None,
-    limit: int | None,
-    threads: int | None,
     scheduler: str | None,
-    states: Path,
     html: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure what quantization costs where texts are odd: in capitals, misspelt, deep in a context.
 
@@ -142,29 +187,12 @@ def stress(
       bezel stress a.gguf --reference gemma-f16.gguf --text wiki.test.txt --turn typos=0.1,0.3 --turn depth --grid none
       bezel stress a.gguf b.gguf --reference gemma-f16.gguf --text wiki.test.txt --search --html worst.html
     """
-    if searches and (turned or grid or corners is not None):
-        raise click.UsageError("--search takes no poses: leave --turn, --grid and --corners out.")
-    if distance is not None and not searches:
-        raise click.UsageError("--distance goes with --search.")
+    asked = _Options(**options)
+    asked.check()
     specs = [parse_spec(text, Spec(Path())) for text in candidates]
     exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
-    asked: dict[str, Any] = {
-        "chunk": chunk,
-        "threads": threads,
-        "states": states,
-        "progress": progress_line("measuring"),
-    }
-    if limit is not None:
-        asked["limit"] = limit
-    result: Stress | Search
     with goes_on(), spread_by(scheduler) as spread:
-        asked["spread"] = spread
-        if searches:
-            result = _search()(specs, exact, texts, distance=DISTANCE if distance is None else distance, **asked)
-        else:
-            levels, pair = _levels(turned), _grid(grid, turned)
-            n = CORNERS if corners is None else corners
-            result = run(specs, exact, texts, levels=levels, grid=pair, corners=n, **asked)
+        result = asked.run(specs, exact, texts, spread)
     result = replace(result, command=f"bezel {shlex.join(sys.argv[1:])}")
     if as_json:
         click.echo(json.dumps(result.to_json()))
@@ -179,14 +207,6 @@ def stress(
 
         write_search(result, html) if isinstance(result, Search) else write_report(result, html)
         click.echo(f"written to {html}", err=True)
-
-
-def _search() -> Callable[..., Search]:
-    try:
-        from ..stress.search import search
-    except ModuleNotFoundError as error:
-        raise InvalidRequest(f"--search: {error}; install it: pip install 'bezel-lm[tune]'") from None
-    return search
 
 
 def _levels(turned: Sequence[str]) -> dict[str, list[float] | None]:

@@ -153,6 +153,28 @@ def test_it_goes_on_without_a_server(web: Path, page: Page) -> None:
     assert answer(page, "A story about a fox.") == first
 
 
+def test_a_new_export_takes_the_place_of_what_is_kept(web: Path, tmp_path: Path, page: Page) -> None:
+    """By itself, or when it is asked to where somebody has begun to write."""
+    folder, name = Path(shutil.copytree(web, tmp_path / "out")), page.locator(".empty strong")
+
+    def export(called: str) -> None:
+        write(Path(shutil.copytree(DEMO, tmp_path / called)), folder, "int8", target="web", force=True)
+
+    with served(folder) as address:
+        page.goto(address)
+        is_ready(page)
+        export("second")
+        page.goto(address)
+        expect(name).to_have_text("second")
+        is_ready(page)
+        page.get_by_role("textbox", name="Message").last.fill("Half a question")
+        export("third")
+        page.evaluate("navigator.serviceWorker.getRegistration().then((found) => found.update())")
+        page.get_by_role("button", name="Load it").click()
+        expect(name).to_have_text("third")
+        is_ready(page)
+
+
 def test_a_long_answer_is_stopped(web: Path, page: Page) -> None:
     with served(web) as address:
         page.goto(address)

@@ -1,14 +1,7 @@
-// What the page asks of the model, which runs in a worker of the page, and what went wrong in words.
+// What the page asks of the model, which runs in a worker of the page.
 
 import { byId, element } from "./dom.js";
-
-/** `kind`: "gone" (it cannot be loaded, or broke), or "long" (the context is full). */
-export class Failure extends Error {
-  constructor(kind, message) {
-    super(message);
-    this.kind = kind;
-  }
-}
+import { Failure } from "./failure.js";
 
 /** There is no server that might ask for one. */
 export const key = { get: () => null, set() {}, forget() {} };
@@ -19,6 +12,7 @@ export const models = [];
 let worker;
 let ready; // a promise: the model is loaded
 let hear = () => {}; // what the worker says of an answer
+let asked = false; // whether anything was
 
 export async function askModels() {
   if (worker) return;
@@ -39,8 +33,9 @@ export async function askModels() {
 async function isolated() {
   if (!navigator.serviceWorker) return;
   try {
-    await navigator.serviceWorker.register(new URL("../service-worker.js", import.meta.url));
+    const registration = await navigator.serviceWorker.register(new URL("../service-worker.js", import.meta.url));
     await navigator.serviceWorker.ready;
+    renewed(registration);
   } catch {
     return; // a browser that keeps nothing
   }
@@ -49,6 +44,21 @@ async function isolated() {
     location.reload();
     await new Promise(() => {});
   }
+}
+
+/**
+ * Asks the server for a newer page, while the one that the browser keeps is loading. When its service worker has taken
+ * over, the page is loaded once more, unless somebody has begun to use it.
+ */
+function renewed(registration) {
+  if (!navigator.serviceWorker.controller) return; // the first visit
+  registration.update().catch(() => {}); // without a network, what is kept is what there is
+  const load = () => location.reload();
+  navigator.serviceWorker.addEventListener("controllerchange", () => {
+    if (!asked && !byId("box").value) return load();
+    const act = element("button", { type: "button", click: load }, "Load it");
+    byId("notice").before(element("p", { class: "soft" }, "There is a newer version of this page. ", act));
+  });
 }
 
 function loading(about) {
@@ -90,6 +100,7 @@ export const modelOf = (name) => models.find((model) => model.name === name);
 
 /** An answer as it comes: objects with `text`, with `ended` ("stop" or "length"), with `usage` and `timings`. */
 export async function* chat({ messages, model, ...settings }, signal) {
+  asked = true;
   await ready;
   const heard = [];
   let wake = () => {};

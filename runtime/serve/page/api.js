@@ -1,14 +1,7 @@
-// What the page asks the server, and what went wrong in words.
+// What the page asks the server.
 
+import { Failure } from "./failure.js";
 import { ofThisBrowser, ofThisTab } from "./small.js";
-
-/** `kind`: "gone" (no answer), "key" (it wants one), "long" (the context is full), "busy", or "refused". */
-export class Failure extends Error {
-  constructor(kind, message) {
-    super(message);
-    this.kind = kind;
-  }
-}
 
 const GONE = "The server does not answer. Is bezel serve still running? What you wrote is kept.";
 

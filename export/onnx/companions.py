@@ -12,7 +12,8 @@ from ...runtime.text.tokenizer import Vocabulary, model_proto
 from ..sources.tokenizer_json import write_tokenizer_json
 from .source import OnnxSource
 
-_DTYPES = {"model": "fp32", "model_fp16": "fp16", "model_quantized": "q8", "model_q4": "q4"}
+DTYPES = {32: ("model", "fp32"), 16: ("model_fp16", "fp16"), 8: ("model_quantized", "q8"), 4: ("model_q4", "q4")}
+"""By the bits of its weights, what transformers.js calls a graph and what asks it for that one."""
 
 
 def companions(source: OnnxSource, target: str, graph: str) -> dict[str, bytes]:
@@ -27,7 +28,7 @@ def companions(source: OnnxSource, target: str, graph: str) -> dict[str, bytes]:
     if target == "transformers":  # transformers.js cannot list a folder: it is told which graph is here
         name = PurePosixPath(graph)
         config["transformers.js_config"] = {
-            "dtype": _DTYPES[name.stem],
+            "dtype": dict(DTYPES.values())[name.stem],
             "use_external_data_format": {name.name: True},
         }
     return {

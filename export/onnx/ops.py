@@ -173,10 +173,7 @@ class GraphOps:
         return self.linear(gated, down)[0]
 
     def softcap(self, x: Value, cap: float) -> Value:
-        path, number = f"{x.name}/softcap", self._nodes.number(cap)
-        name = self._nodes.node("Div", [x.name, number], f"{path}/in")
-        name = self._nodes.node("Tanh", [name], f"{path}/tanh")
-        return replace(x, name=self._nodes.node("Mul", [name, number], f"{path}/out"))
+        return replace(x, name=capped(self._nodes, x.name, cap, f"{x.name}/softcap"))
 
     def _parts(self, weight: TensorSpec) -> dict[str, str]:
         """The initialisers that hold a weight, by part; the embedding and a tied head share theirs."""
@@ -217,6 +214,13 @@ class PlainOps(GraphOps):
             node("Add", [product(second, cos, "cos"), product(first, sin, "sin")], f"{path}/turned_second"),
         ]
         return node("Reshape", [node("Concat", turned, f"{path}/turned", axis=-1), ints(0, 0, x.width)], path)
+
+
+def capped(nodes: Nodes, x: str, cap: float, path: str) -> str:
+    """cap · tanh(x / cap)."""
+    number = nodes.number(cap)
+    x = nodes.node("Tanh", [nodes.node("Div", [x, number], f"{path}/in")], f"{path}/tanh")
+    return nodes.node("Mul", [x, number], path)
 
 
 def _path(weight: TensorSpec) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic_folder
-from ...runtime.files.onnx_folder import MANIFEST, MODEL
+from ...runtime.files.onnx_folder import MANIFEST, MODEL, OnnxFolder
 from ...runtime.model.config import LayerConfig
 from ...runtime.text.sampling import read_sampling
 from ...runtime.text.tokenizer import END_OF_TURN, START_OF_TURN
@@ -43,7 +43,7 @@ def export_page(
     The model is in `model/`, as the target "portable" has it. Whole or absent. Raises what `export_onnx` raises, and
     InvalidRequest for a model that is too large for browsers.
     """
-    check_target(source, out, force)
+    replaced = check_target(source, out, "web", force)
     contents = _page() | {place: file for package in PACKAGES for place, file in package_files(package).items()}
     with atomic_folder(out) as part:
         summary = export_onnx(source, part / "model", "portable", progress)
@@ -51,7 +51,7 @@ def export_page(
             if (size := (part / "model" / name).stat().st_size) > _LARGEST:
                 raise InvalidRequest(f"{source.path}: {name} would have {size / 1e9:.1f} GB, and a browser runs 2 GB")
         about = _about(source, part / "model")
-        if (floats := _floats(source)) is not None:
+        if (floats := _floats(source, part / "model")) is not None:
             contents[f"model/{_FLOAT_GRAPH}"] = floats[0]
             about["floats"] = floats[1]
         contents["page/about.json"] = json.dumps(about, ensure_ascii=False).encode()
@@ -65,7 +65,7 @@ def export_page(
         contents[MANIFEST] = (json.dumps({"bezel_page": 1, "files": listed}, indent=2) + "\n").encode()
         write_files(part, contents)
         file_bytes = sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
-    return replace(summary, path=str(out), file_bytes=file_bytes)
+    return replace(summary, path=str(out), file_bytes=file_bytes, warnings=[*replaced, *summary.warnings])
 
 
 def _page() -> dict[str, bytes]:
@@ -101,26 +101,23 @@ def _about(source: OnnxSource, model: Path) -> dict[str, Any]:
     }
 
 
-def _floats(source: OnnxSource) -> tuple[bytes, dict[str, Any]] | None:
+def _floats(source: OnnxSource, model: Path) -> tuple[bytes, dict[str, Any]] | None:
     """The graph of the same model in float32, and of what in `model.onnx.data` each of its tensors is made.
 
     Without a GPU, browsers multiply float32 ten times as fast as they multiply int4 and int8, so the page unpacks the
     weights when it loads them. None for models that would take too much memory then, or hold float16.
     """
     stored = storages(source)
-    packed = graph_of(source.config, stored, "portable", f"{MODEL}.data")
     graph = graph_of(source.config, dict.fromkeys(stored, Storage(32)), "portable", _FLOAT_DATA)
     if graph.nbytes > _LARGEST or any(storage.bits == 16 for storage in stored.values()):
         return None
     tensors = []
-    for tensor in graph.tensors:
-        storage, name = stored[tensor.name], tensor.name
-        parts = (
-            [packed.offsets[f"{name}.{part}"] for part in ("codes", "scales")]
-            if storage.block
-            else [packed.offsets[name]]
-        )
-        tensors.append([graph.offsets[name], math.prod(tensor.shape), storage.bits, storage.block or 0, *parts])
+    with OnnxFolder(model) as packed:
+        for tensor in graph.tensors:
+            storage, name = stored[tensor.name], tensor.name
+            parts = [f"{name}.codes", f"{name}.scales"] if storage.block else [name]
+            places = [packed.initializers[part].offset for part in parts]
+            tensors.append([graph.offsets[name], math.prod(tensor.shape), storage.bits, storage.block or 0, *places])
     files = {"name": _FLOAT_GRAPH, "bytes": len(graph.message)}
     return graph.message, {"graph": files, "data": _FLOAT_DATA, "bytes": graph.nbytes, "tensors": tensors}
 

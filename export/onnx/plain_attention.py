@@ -13,7 +13,7 @@ from ...runtime.model.config import LayerConfig
 from ...runtime.model.forward import Ops
 from .attention import UNSEEN, kind_of, one_sequence, wanted_rows
 from .nodes import BOOL, FLOAT, INT64, Nodes
-from .ops import Value
+from .ops import Value, capped
 
 
 class PlainRows:
@@ -42,9 +42,7 @@ class PlainRows:
         k = node("Transpose", [keys], f"{path}/k/turned", perm=[0, 1, 3, 2])
         x = node("MatMul", [q, k], f"{path}/scores")
         if softcap is not None:
-            cap = self._nodes.number(softcap)
-            x = node("Tanh", [node("Div", [x, cap], f"{path}/softcap/in")], f"{path}/softcap/tanh")
-            x = node("Mul", [x, cap], f"{path}/softcap")
+            x = capped(self._nodes, x, softcap, f"{path}/softcap")
         x = node("Add", [x, self._bias(layer, queries, group)], f"{path}/seen")
         x = node("Softmax", [x], f"{path}/shares", axis=-1)
         x = node("MatMul", [x, values], f"{path}/mixed")

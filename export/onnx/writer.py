@@ -29,7 +29,7 @@ from ..calibration.moments import read_text
 from ..hashes import background_hashes
 from ..ordered import CHUNK_WEIGHTS, ordered
 from ..summary import ExportSummary, of_vanished
-from .companions import companions
+from .companions import DTYPES, companions
 from .graph import build_model
 from .kv_scales import TOKENS, KVScales, kv_scales
 from .source import OnnxSource
@@ -38,8 +38,6 @@ from .weights import External, Storage
 
 # What can be mapped at any offset that a system allows: Windows maps at multiples of 64 KiB.
 _ALIGNMENT, _SMALL, _SMALL_ALIGNMENT = 1 << 16, 1 << 20, 64
-# What transformers.js calls a graph by the bits of its weights, in the folder where it looks for graphs.
-_SUFFIXES = {32: "", 16: "_fp16", 8: "_quantized", 4: "_q4"}
 
 
 def export_onnx(
@@ -62,7 +60,7 @@ def export_onnx(
         raise InvalidRequest(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
     if kv_text is not None and target != "onnxruntime":
         raise InvalidRequest(f"int8 keys and values: found the target {target!r}, expected 'onnxruntime'")
-    check_target(source, out, force)
+    replaced = check_target(source, out, target, force)
     config = source.config
     specs = list(tensor_specs(config))
     storage = storages(source)
@@ -116,7 +114,7 @@ def export_onnx(
         bits_per_weight=sum(tensor.nbytes for tensor in graph.tensors) * 8 / weights,
         formats=dict(Counter(_describe(storage[spec.gguf]) for spec in specs)),
         fallbacks=[],
-        warnings=[*source.warnings, *of_vanished(vanished)],
+        warnings=[*replaced, *source.warnings, *of_vanished(vanished)],
         seconds=time.monotonic() - start,
     )
 
@@ -169,7 +167,7 @@ def _names(target: str, storage: Mapping[str, Storage]) -> tuple[str, str]:
     if not TARGETS[target].batches:
         return MODEL, f"{MODEL}.data"
     (bits, _), *_ = Counter(form.bits for name, form in storage.items() if "norm" not in name).most_common()
-    graph = f"onnx/model{_SUFFIXES[bits]}.onnx"
+    graph = f"onnx/{DTYPES[bits][0]}.onnx"  # where transformers.js looks for graphs
     return graph, f"{graph}_data"
 
 
@@ -261,30 +259,39 @@ def _laid_out(tensor: External, rows: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
-def check_target(source: OnnxSource, out: Path, force: bool) -> None:
-    """Raises InvalidRequest for a folder that no export may be written to, or replace."""
+def check_target(source: OnnxSource, out: Path, target: str, force: bool) -> list[str]:
+    """What should be said of an earlier export in the folder `out`, which one for `target` is about to replace.
+
+    Raises InvalidRequest for a folder that no export may be written to, or replace.
+    """
     if not out.resolve().parent.is_dir():
         raise InvalidRequest(f"{out.parent}: no such folder; create it first")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InvalidRequest(f"{out}: is not a folder; an ONNX export is one, so choose another name")
     if not out.exists() or not any(out.iterdir()):
-        return
+        return []
     if any(out.resolve() in file.resolve().parents for file in source.files):
         raise InvalidRequest(f"{out}: holds what is exported; choose another name")
     if not (out / MANIFEST).exists():
         raise InvalidRequest(f"{out}: holds other files, expected no folder, an empty one or an earlier export")
-    ours = {MANIFEST, *_written(out / MANIFEST)}
+    before, written = _written(out / MANIFEST)
+    ours = {MANIFEST, *written}
     foreign = sorted(name for path in out.rglob("*") if (name := path.relative_to(out).as_posix()) not in ours)
     if foreign:
         raise InvalidRequest(f"{out}: holds {foreign[0]!r}, which no export wrote; move it, or choose another name")
     if not force:
         raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+    if before in (target, None):
+        return []
+    return [f"{out}: held an export for the target {str(before)[:40]}, whose place one for {target} has taken"]
 
 
-def _written(manifest: Path) -> set[str]:
-    """The files that an earlier export wrote, and the folders that they are in."""
+def _written(manifest: Path) -> tuple[object, set[str]]:
+    """The target of an earlier export, None where it is not said; the files that it wrote, and the folders of these."""
     try:
-        names = [name for name in json.loads(manifest.read_bytes())["files"] if isinstance(name, str)]
+        found = json.loads(manifest.read_bytes())
+        names = [name for name in found["files"] if isinstance(name, str)]
+        target = "web" if "bezel_page" in found else found.get("target")
     except (OSError, ValueError, LookupError, TypeError):
         raise InvalidRequest(f"{manifest}: is not what an export wrote; move it, or choose another name") from None
-    return {*names, *(name.rpartition("/")[0] for name in names)}
+    return target, {*names, *(name.rpartition("/")[0] for name in names)}

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...runtime.arrays import Floats
 from ...runtime.errors import InvalidCheckpoint
+from ...runtime.files.onnx_folder import MANIFEST
 from ...runtime.files.strings import Strings
 from ...runtime.model.families.hf import read_hf_config, sees_pictures, text_name
 from ...runtime.model.families.sight import read_hf_vision, vision_name
@@ -42,6 +43,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 def open_folder(folder: Path) -> Checkpoint:
     """A checkpoint as transformers saves it, or a repository in the hub's cache; see `open_checkpoint`."""
     folder = _snapshot(folder)
+    _check_no_graph(folder)
     adapters = _check_adapter(folder)
     config_file = _required(folder / CONFIG)
     raw_config = read_json(config_file)
@@ -137,6 +139,23 @@ def _check_adapter(folder: Path) -> list[str]:
             "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT)"
         )
     return [f"the adapter in {folder} is left out: only the model beside it is exported"]
+
+
+def _check_no_graph(folder: Path) -> None:
+    """Raises InvalidCheckpoint for what is exported already, by bezel or by others."""
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        return
+    graph = next((path for inner in (".", "onnx", "model") for path in sorted((folder / inner).glob("*.onnx"))), None)
+    if graph is None:
+        return
+    manifest = graph.with_name(MANIFEST) if graph.with_name(MANIFEST).is_file() else folder / MANIFEST
+    about = read_json(manifest).get("metadata") if manifest.is_file() else None
+    files = about.get("bezel.provenance.source_files") if isinstance(about, dict) else None
+    made_from = f", made from {str(files)[:200]}" if files else ""
+    raise InvalidCheckpoint(
+        f"{folder}: found an ONNX graph, {graph.relative_to(folder)}{made_from}; expected a checkpoint's folder or a "
+        "GGUF file: export from what the graph was made from"
+    )
 
 
 def _vocabulary(folder: Path, rows: int) -> Vocabulary:

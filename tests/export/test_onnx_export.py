@@ -17,9 +17,10 @@ from bezel.export.onnx import writer as onnx_writer
 from bezel.export.onnx.export import export_folder
 from bezel.export.onnx.graph import build_model
 from bezel.export.onnx.ops import GraphOps, Value
-from bezel.export.onnx.source import QUANTS
+from bezel.export.onnx.source import QUANTS, OnnxSource
 from bezel.export.onnx.targets import TARGETS
 from bezel.export.onnx.weights import Storage
+from bezel.export.onnx.writer import export_onnx
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
 from bezel.runtime import load
@@ -241,6 +242,33 @@ def test_whole_or_absent(tmp_path: Path) -> None:
     (tmp_path / "other" / "letter.txt").touch()
     with pytest.raises(InvalidRequest, match="holds other files"):
         write(DEMO, tmp_path / "other", "int8", force=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_graph_is_no_source(target: str, onnx_of: OnnxOf, tmp_path: Path) -> None:
+    graph = "onnx/model_q4.onnx" if target == "transformers" else "model.onnx"
+    words = (
+        rf"found an ONNX graph, {graph}, made from \['model.safetensors', .*export from what the graph was made from"
+    )
+    folder = Path(shutil.copytree(onnx_of("demo", "int4", target), tmp_path / "graph"))
+    with pytest.raises(InvalidCheckpoint, match=words):
+        write(folder, tmp_path / "out", "int4")
+    (folder / "bezel.json").unlink()
+    with pytest.raises(InvalidCheckpoint, match=rf"{graph}; expected a checkpoint's folder"):
+        write(folder, tmp_path / "out", "int4")
+
+
+def test_another_target_takes_the_place_of_one_and_says_so(tmp_path: Path) -> None:
+    warnings = []
+    for target in ("portable", "portable", "transformers", "onnxruntime"):
+        with open_checkpoint(DEMO) as checkpoint:
+            warnings.append(export_onnx(OnnxSource(checkpoint, "int8"), tmp_path / "out", target, force=True).warnings)
+    assert [[words.partition(": ")[2] for words in found] for found in warnings] == [
+        [],
+        [],
+        ["held an export for the target portable, whose place one for transformers has taken"],
+        ["held an export for the target transformers, whose place one for onnxruntime has taken"],
+    ]
 
 
 def test_large_tensors_can_be_mapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -41,9 +41,18 @@ def set_external(tensor: TensorProto, **entries: str) -> None:
         entry.key, entry.value = key, value
 
 
-def write_folder(folder: Path) -> onnx.ModelProto:
-    """x @ w + b through an `If`, w and its twin in a file of their own, and the demo's config and tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
+def place(folder: Path, name: str) -> Path:
+    """Where a file of the folder is: graph and weights may be in the folder `onnx/`."""
+    inner = folder / "onnx"
+    return inner / name if name.startswith("model.onnx") and inner.is_dir() else folder / name
+
+
+def write_folder(folder: Path, inner: bool = False) -> onnx.ModelProto:
+    """x @ w + b through an `If`, w and its twin in a file of their own, and the demo's config and tokenizer.
+
+    `inner`: laid out for Hugging Face's libraries, graph and weights in `onnx/`.
+    """
+    (folder / "onnx" if inner else folder).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(3)
     arrays = {name: rng.standard_normal((16, 8)).astype(np.float32) for name in ("w", "twin")}
     raw, tensors = b"", []
@@ -51,7 +60,7 @@ def write_folder(folder: Path) -> onnx.ModelProto:
         raw += bytes(-len(raw) % ALIGNMENT)
         tensors.append(external(name, array, DATA, len(raw)))
         raw += array.tobytes()
-    (folder / DATA).write_bytes(raw)
+    place(folder, DATA).write_bytes(raw)
     tensors.append(numpy_helper.from_array(np.arange(8, dtype=np.float32), "b"))
     tensors.append(helper.make_tensor("axes", TensorProto.INT64, [2], [0, 1]))
     branches = {}
@@ -76,15 +85,18 @@ def write_folder(folder: Path) -> onnx.ModelProto:
 
 def write_model(folder: Path, model: onnx.ModelProto | bytes) -> None:
     raw = model if isinstance(model, bytes) else model.SerializeToString()
-    (folder / "model.onnx").write_bytes(raw)
+    place(folder, "model.onnx").write_bytes(raw)
     write_manifest(folder)
 
 
 def write_manifest(folder: Path, **change: object) -> None:
     """`bezel.json` for whatever lies in the folder, links and all: who damages a folder can do that too."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "bezel.json"
     }
     metadata = {"general.name": "small", "bezel.generation.stop_token_ids": [1, 5]}
@@ -93,7 +105,7 @@ def write_manifest(folder: Path, **change: object) -> None:
         "metadata": metadata,
         "quant": "f32",
         "target": "portable",
-        "graph": "model.onnx",
+        "graph": place(folder, "model.onnx").relative_to(folder).as_posix(),
         "kv": "f32",
         "files": files,
         "formats": {},
@@ -133,15 +145,16 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (now + MEMORY, now + MEMORY))
     for line in sys.stdin.read().split("\n"):
         name, content = line.split("\t")
-        sound = (folder / name).read_bytes()
-        shutil.copy(content, folder / name)
+        path = place(folder, name)
+        sound = path.read_bytes()
+        shutil.copy(content, path)
         if name != "bezel.json":
             write_manifest(folder)
         print(content, end="\t", flush=True)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # processor time; when it is used up, it ends the process
         print(json.dumps(read_everything(folder)), flush=True)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        (folder / name).write_bytes(sound)
+        path.write_bytes(sound)
         write_manifest(folder)
 
 

@@ -187,8 +187,14 @@ def _check_interface(
         **dict.fromkeys((f"{state}.{name}" for state in states for name in caches), f"output {cache}"),
         "logits": "output tensor(float) 2",
     }
-    found = {value.name: f"{value.type} {len(value.shape)}" for value in session.get_inputs()}
-    found |= {value.name: f"output {value.type} {len(value.shape)}" for value in session.get_outputs()}
+    try:
+        found = {value.name: f"{value.type} {len(value.shape)}" for value in session.get_inputs()}
+        found |= {value.name: f"output {value.type} {len(value.shape)}" for value in session.get_outputs()}
+    except UnicodeDecodeError as error:
+        raise InvalidModelFile(
+            folder.model_path,
+            f"graph inputs and outputs: found names that are no text ({error}); export the model anew",
+        ) from None
     for name in sorted({*found, *want}):
         if found.get(name) != want.get(name):
             raise InvalidModelFile(

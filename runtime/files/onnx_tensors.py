@@ -102,7 +102,10 @@ def dequantize(tensor: OnnxTensor, read: Read, rows: slice | None = None) -> Flo
         return _floats(codes, tensor.codes)
     raw = np.stack([codes & 15, codes >> 4], -1) if tensor.bits == 4 else codes
     numbers = raw.reshape(stop - start, -1, block).astype(np.float32) - np.float32(1 << (tensor.bits - 1))
-    numbers *= _floats(read(tensor.scales.name).reshape(n, -1)[start:stop], tensor.scales)[..., None]
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # any bytes may be there, and logits that are not finite are seen
+        numbers *= _floats(read(tensor.scales.name).reshape(n, -1)[start:stop], tensor.scales)[..., None]
     return numbers.reshape(stop - start, -1)
 
 

@@ -23,21 +23,28 @@ from bezel.runtime.model.families.gguf import read_gguf_config, write_gguf_confi
 from bezel.runtime.model.families.hf import read_hf_config, write_hf_config
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
-from onnx_files import DATA, external, read_everything, set_external, write_folder, write_manifest, write_model
+from onnx_files import DATA, external, place, read_everything, set_external, write_folder, write_manifest, write_model
 from tiny import CONFIGS, DEMO
 
 # Sound folders
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_folder(tmp_path / "model")
+@pytest.fixture(params=["flat", "inner"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """With graph and weights beside the rest, and in the folder `onnx/`."""
+    write_folder(tmp_path / "model", request.param == "inner")
     return tmp_path / "model"
 
 
+@pytest.fixture
+def inner_folder(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "inner", inner=True)
+    return tmp_path / "inner"
+
+
 def test_reads_what_onnx_reads(folder: Path) -> None:
-    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
-    oracle = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(str(place(folder, "model.onnx")), full_check=True)
+    oracle = onnx.load(place(folder, "model.onnx"))
     with OnnxFolder(folder) as opened:
         assert opened.model.opsets == {"": 24, "com.microsoft": 1}
         assert opened.model.operators == {("", "Constant"): 1, ("", "If"): 1, ("", "MatMul"): 2, ("", "Add"): 1}
@@ -80,16 +87,16 @@ def test_fingerprint_knows_models_apart(folder: Path) -> None:
 
     before = fingerprint()
     assert fingerprint() == before
-    raw = bytearray((folder / DATA).read_bytes())
+    raw = bytearray(place(folder, DATA).read_bytes())
     raw[5] ^= 1
-    (folder / DATA).write_bytes(raw)
+    place(folder, DATA).write_bytes(raw)
     assert fingerprint() != before
 
 
 def test_hashes(folder: Path) -> None:
-    raw = bytearray((folder / DATA).read_bytes())
+    raw = bytearray(place(folder, DATA).read_bytes())
     raw[-1] ^= 1
-    (folder / DATA).write_bytes(raw)
+    place(folder, DATA).write_bytes(raw)
     with OnnxFolder(folder) as opened, pytest.raises(InvalidModelFile, match=r"model\.onnx\.data.*found SHA-256"):
         opened.check_hashes()
 
@@ -428,7 +435,7 @@ def graph_of_another_wire_type(_: onnx.ModelProto) -> bytes:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(folder: Path, name: str) -> None:
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model = onnx.load(place(folder, "model.onnx"), load_external_data=False)
     change, words = ATTACKS[name]
     raw = change(model)
     write_model(folder, model if raw is None else raw)
@@ -438,7 +445,7 @@ def test_attack(folder: Path, name: str) -> None:
     assert opened == []
     message = str(caught.value)
     assert words in message
-    assert message.startswith(f"{folder / 'model.onnx'}: invalid model file: ")
+    assert message.startswith(f"{place(folder, 'model.onnx')}: invalid model file: ")
     assert message.isprintable()
     assert len(message) < len(str(folder)) + 400
 
@@ -466,42 +473,46 @@ def outside_of(folder: Path) -> Iterator[list[str]]:
         yield found
     finally:
         _listeners.remove(seen)
-        found += [name for name in seen if Path(name).parent != folder and not name.endswith((".py", ".pyc", ".so"))]
+        found += [
+            name
+            for name in seen
+            if Path(name).parent not in (folder, folder / "onnx") and not name.endswith((".py", ".pyc", ".so"))
+        ]
 
 
 # Hostile folders
 
 
-def link(folder: Path, name: str) -> None:
-    os.replace(folder / name, folder.parent / name)
-    (folder / name).symlink_to(folder.parent / name)
+def link(file: Path, outside: Path) -> None:
+    os.replace(file, outside)
+    file.symlink_to(outside)
 
 
-def link_inside(folder: Path, name: str) -> None:
-    os.replace(folder / name, folder / "other")
-    (folder / name).symlink_to("other")
+def link_inside(file: Path, outside: Path) -> None:  # noqa: ARG001
+    os.replace(file, file.with_name("other"))
+    file.symlink_to("other")
 
 
-def hard_link(folder: Path, name: str) -> None:
-    (folder.parent / name).hardlink_to(folder / name)
+def hard_link(file: Path, outside: Path) -> None:
+    outside.hardlink_to(file)
 
 
-def pipe(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
+def pipe(file: Path, outside: Path) -> None:  # noqa: ARG001
+    file.unlink()
+    os.mkfifo(file)
 
 
-def directory(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    (folder / name).mkdir()
+def directory(file: Path, outside: Path) -> None:  # noqa: ARG001
+    file.unlink()
+    file.mkdir()
 
 
-def empty(folder: Path, name: str) -> None:
-    (folder / name).write_bytes(b"")
+def empty(file: Path, outside: Path) -> None:  # noqa: ARG001
+    file.write_bytes(b"")
 
 
-def missing(folder: Path, name: str) -> None:
-    (folder / name).unlink()
+def missing(file: Path, outside: Path) -> None:  # noqa: ARG001
+    file.unlink()
 
 
 DAMAGES = {
@@ -518,21 +529,91 @@ DAMAGES = {
 @pytest.mark.skipif(sys.platform == "win32", reason="makes links and pipes")
 @pytest.mark.parametrize("name", ["model.onnx", DATA, "config.json", "tokenizer.model", "bezel.json"])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
-def test_damaged_folder(folder: Path, damage: Callable[[Path, str], None], name: str) -> None:
-    damage(folder, name)
+def test_damaged_folder(folder: Path, damage: Callable[[Path, Path], None], name: str) -> None:
+    file = place(folder, name)
+    damage(file, folder.parent / name)
     if name != "bezel.json":
-        before = json.loads((folder / "bezel.json").read_text())["files"][name]
+        listed = file.relative_to(folder).as_posix()
+        before = json.loads((folder / "bezel.json").read_text())["files"][listed]
         write_manifest(folder)
         manifest = json.loads((folder / "bezel.json").read_text())
-        manifest["files"].setdefault(name, before)
+        manifest["files"].setdefault(listed, before)
         (folder / "bezel.json").write_text(json.dumps(manifest))
     complaint = read_everything(folder)
     assert complaint.startswith(f"InvalidModelFile: {folder}")
     assert DAMAGES[damage] in complaint or (damage is missing and name == "bezel.json")
 
 
+WILD_NAMES = (
+    *("../x", "..", "onnx/../x", "onnx/..", "onnx/", "onnx//x", "onnx/onnx/x", "/onnx/x", "./onnx/x", "onnx/./x"),
+    *("onnx\\x", "onnx\\..\\x", "other/x", "ONNX/x", "onnx/.hidden", "onnx/a:b", "onnx/a\0", "../onnx/x", ""),
+)
+
+
+@pytest.mark.parametrize("name", WILD_NAMES)
+def test_wild_name(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "bezel.json").read_text())
+    (folder / "bezel.json").write_text(
+        json.dumps(manifest | {"files": manifest["files"] | {name: {"bytes": 1, "sha256": ""}}})
+    )
+    with pytest.raises(InvalidModelFile, match="key 'files': found"):
+        OnnxFolder(folder)
+
+
+def inner_is_a_file(folder: Path) -> None:
+    shutil.rmtree(folder / "onnx")
+    (folder / "onnx").touch()
+
+
+def inner_is_a_link(folder: Path) -> None:
+    (folder / "onnx").rename(folder.parent / "elsewhere")
+    (folder / "onnx").symlink_to(folder.parent / "elsewhere")
+
+
+def inner_is_missing(folder: Path) -> None:
+    shutil.rmtree(folder / "onnx")
+
+
+def weights_are_outside(folder: Path) -> None:
+    (folder / "onnx" / DATA).rename(folder / DATA)
+
+
+def graph_is_outside(folder: Path) -> None:
+    (folder / "onnx" / "model.onnx").rename(folder / "model.onnx")
+
+
+def weights_are_cut_short(folder: Path) -> None:
+    os.truncate(folder / "onnx" / DATA, (folder / "onnx" / DATA).stat().st_size - 1)
+
+
+@pytest.mark.parametrize("relisted", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (inner_is_a_file, "this is not a folder, or a link to one"),
+        (inner_is_a_link, "this is not a folder, or a link to one"),
+        (inner_is_missing, "there is no such file"),
+        (weights_are_outside, "there is no such file"),
+        (graph_is_outside, "there is no such file"),
+        (weights_are_cut_short, "is the copy"),
+    ],
+)
+def test_damaged_inner_folder(damage: Callable[[Path], None], words: str, relisted: bool, inner_folder: Path) -> None:
+    """Also where the manifest was written for what lies there, by whoever damaged it."""
+    manifest = json.loads((inner_folder / "bezel.json").read_text())
+    damage(inner_folder)
+    if relisted:
+        write_manifest(inner_folder)
+        found = json.loads((inner_folder / "bezel.json").read_text())
+        listed = {**manifest["files"], **found["files"]}
+        (inner_folder / "bezel.json").write_text(json.dumps(found | {"graph": manifest["graph"], "files": listed}))
+    with outside_of(inner_folder) as opened, pytest.raises(InvalidModelFile, match=words):
+        OnnxFolder(inner_folder)
+    assert opened == []
+
+
 def test_sizes_are_those_of_the_manifest(folder: Path) -> None:
-    with open(folder / DATA, "ab") as file:
+    with open(place(folder, DATA), "ab") as file:
         file.write(b"more")
     with pytest.raises(InvalidModelFile, match=r"expected 4608 by bezel\.json; is the copy of the folder complete"):
         OnnxFolder(folder)
@@ -547,7 +628,6 @@ def test_sizes_are_those_of_the_manifest(folder: Path) -> None:
         {"quant": None},
         {"target": 3},
         {"files": "all"},
-        {"files": {"../x": {"bytes": 1, "sha256": ""}}},
         {"files": {"model.onnx": {"bytes": -1.5, "sha256": ""}}},
         {"files": {"model.onnx": {"bytes": True, "sha256": ""}}},
         {"files": {"model.onnx": 3}},
@@ -572,8 +652,8 @@ def test_a_file_that_is_replaced_after_it_was_checked(folder: Path) -> None:
         with OnnxFolder(folder) as opened:
             opened.check_unchanged()
             secret = folder.parent / "secret"
-            shutil.copy2(folder / name, secret)  # as large, as old
-            os.replace(secret, folder / name)
+            shutil.copy2(place(folder, name), secret)  # as large, as old
+            os.replace(secret, place(folder, name))
             with pytest.raises(InvalidModelFile, match="changed while it was being opened"):
                 opened.check_unchanged()
 
@@ -618,7 +698,7 @@ def test_damaged_folders_are_refused_cheaply(folder: Path, tmp_path: Path) -> No
     counts = {"model.onnx": 600, "tokenizer.model": 60, "config.json": 60, "bezel.json": 120}
     lines = []
     for seed, (name, count) in enumerate(counts.items()):
-        for i, mutant in enumerate(_mutants((folder / name).read_bytes(), count, seed)):
+        for i, mutant in enumerate(_mutants(place(folder, name).read_bytes(), count, seed)):
             path = tmp_path / f"{name}.{i}"
             path.write_bytes(mutant)
             lines.append(f"{name}\t{path}")
@@ -642,7 +722,7 @@ def test_damaged_folders_are_refused_cheaply(folder: Path, tmp_path: Path) -> No
 def test_damaged_graphs_are_to_onnx_what_they_are_to_bezel(folder: Path) -> None:
     """Whatever is let through, onnx itself finds no other tensor in it, and none in another place."""
     checked = 0
-    for mutant in _mutants((folder / "model.onnx").read_bytes(), 3000, 99):
+    for mutant in _mutants(place(folder, "model.onnx").read_bytes(), 3000, 99):
         write_model(folder, mutant)
         try:
             with OnnxFolder(folder) as opened:
@@ -657,5 +737,5 @@ def test_damaged_graphs_are_to_onnx_what_they_are_to_bezel(folder: Path) -> None
             entries = {"location": DATA, "offset": str(ours.offset), "length": str(ours.nbytes)}
             external = theirs.data_location == TensorProto.EXTERNAL
             assert {e.key: e.value for e in theirs.external_data} == (entries if external else {})
-            assert ours.offset + ours.nbytes <= (folder / DATA).stat().st_size
+            assert ours.offset + ours.nbytes <= place(folder, DATA).stat().st_size
     assert checked > 300

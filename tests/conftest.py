@@ -58,7 +58,7 @@ def onnx_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not out.exists():
             with open_checkpoint(checkpoint_folder(name, scratch)) as source:
                 text = TEXT if kv == "int8" else None
-                export_onnx(OnnxSource(source, quant), out, target, kv_text=text)
+                export_onnx(OnnxSource(source, quant), out, target, kv=kv, kv_text=text)
         return out
 
     return make

@@ -1,8 +1,8 @@
 """The rows of a graph for onnxruntime: its inputs, and attention over caches that TensorScatter writes in place.
 
-Caches are float32, (1, slots, KV heads · head_dim), or int8 with a fixed scale for each channel, (1, KV heads, slots,
-head_dim), which GroupQueryAttention reads without making floats of them first. Position p has slot p mod slots; a
-global layer has a slot for each.
+Caches are float32 or float16, (1, slots, KV heads · head_dim), or int8 with a fixed scale for each channel, (1, KV
+heads, slots, head_dim), which GroupQueryAttention reads without making floats of them first. Position p has slot p mod
+slots; a global layer has a slot for each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from ...runtime.model.config import LayerConfig
 from ...runtime.model.forward import Ops
 from .kv_scales import KVScales
-from .nodes import BOOL, FLOAT, INT8, INT32, INT64, MICROSOFT, Nodes
+from .nodes import BOOL, FLOAT, FLOAT16, INT8, INT32, INT64, MICROSOFT, Nodes
 from .ops import Value
 
 # Up to so many queries GroupQueryAttention on int8 is faster than Attention on what is made floats of first.
@@ -91,6 +91,17 @@ class GraphRows:
             "TensorScatter", [past, rows, self._first], f"/layers.{layer}/attention/{name}_cache", present, **form
         )
         return replace(new, name=present)
+
+
+class HalfRows(GraphRows):
+    """Caches are float16, made floats of for attention: half of what is read from memory, and of what is kept there."""
+
+    def _cache(self, layer: int, name: str, new: Value) -> Value:
+        node, path = self._nodes.node, f"/layers.{layer}/attention/{name}_cache"
+        rows = node("Cast", [new.name], f"{path}/half", to=FLOAT16)
+        shape: list[int | str] = [1, f"slots.{self._kinds[layer]}", new.width]
+        kept = self._scattered(layer, name, new, rows, shape, 1, FLOAT16)
+        return replace(kept, name=node("Cast", [kept.name], f"{path}/float", to=FLOAT))
 
 
 class Int8Rows(GraphRows):

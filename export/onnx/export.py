@@ -20,6 +20,7 @@ def export_folder(
     target: str,
     progress: Callable[[int, int], None],
     force: bool,
+    kv: str = "f32",
     kv_text: Path | None = None,
     requantize: bool = False,
 ) -> ExportSummary:
@@ -33,4 +34,4 @@ def export_folder(
         source = OnnxSource(checkpoint, quant, embedding, requantize)
         if target == "web":
             return export_page(source, out, progress, force)
-        return export_onnx(source, out, target, progress, force, kv_text)
+        return export_onnx(source, out, target, progress, force, kv, kv_text)

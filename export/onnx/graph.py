@@ -14,7 +14,7 @@ from onnx import ModelProto, helper
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights, forward
 from ...runtime.model.tensors import tensor_specs
-from .attention import Int8Rows
+from .attention import HalfRows, Int8Rows
 from .kv_scales import KVScales
 from .nodes import MICROSOFT, Nodes
 from .targets import Target
@@ -22,16 +22,19 @@ from .weights import External, Storage
 
 
 def build_model(
-    config: ModelConfig, storage: Mapping[str, Storage], target: Target, kv_scales: Sequence[KVScales] | None = None
+    config: ModelConfig, storage: Mapping[str, Storage], target: Target, kv: str | Sequence[KVScales] = "f32"
 ) -> tuple[ModelProto, list[External]]:
     """The model without its weights, and the external tensors that it needs, in the order of use.
 
-    `storage` has an entry for each GGUF tensor name. With `kv_scales`, one entry a layer, caches are int8, which only
-    onnxruntime has an operator for. The caller adds the external tensors as initialisers.
+    `storage` has an entry for each GGUF tensor name. `kv` is how caches are kept: "f32", or for onnxruntime "f16", or
+    int8 with these scales, one entry a layer. The caller adds the external tensors as initialisers.
     """
     nodes = Nodes()
     ops = target.ops(nodes, storage)
-    rows = target.rows(nodes, config.layers) if kv_scales is None else Int8Rows(nodes, config.layers, kv_scales)
+    if isinstance(kv, str):
+        rows = (HalfRows if kv == "f16" else target.rows)(nodes, config.layers)
+    else:
+        rows = Int8Rows(nodes, config.layers, kv)
     specs = list(tensor_specs(config))
     weights = Weights(
         {spec.role: spec for spec in specs if spec.layer is None},

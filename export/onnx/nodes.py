@@ -9,7 +9,7 @@ import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 MICROSOFT = "com.microsoft"
-BOOL, FLOAT, INT8 = TensorProto.BOOL, TensorProto.FLOAT, TensorProto.INT8
+BOOL, FLOAT, FLOAT16, INT8 = TensorProto.BOOL, TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8
 INT32, INT64 = TensorProto.INT32, TensorProto.INT64
 Shape = Iterable[int | str]
 

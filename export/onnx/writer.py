@@ -46,34 +46,39 @@ def export_onnx(
     target: str = "onnxruntime",
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
+    kv: str = "f32",
     kv_text: Path | None = None,
 ) -> ExportSummary:
     """Write `source` to the folder `out`; `force` replaces one that an earlier export wrote.
 
-    `target` is a key of TARGETS. With `kv_text`, a file, keys and values are int8, scaled for what that text reaches:
-    "onnxruntime" only. `progress` is called with (work done, work in all), which is counted in weights. The folder is
-    whole or absent, also when `progress` raises, and the same source gives the same bytes. Raises InvalidRequest,
-    InvalidCheckpoint, InvalidConfig and InvalidModelFile.
+    `target` is a key of TARGETS. `kv` is how keys and values are kept, a key of KV_STORAGE: "f32", or for "onnxruntime"
+    "f16", or "int8", scaled for what the text in the file `kv_text` reaches. `progress` is called with (work done, work
+    in all), which is counted in weights. The folder is whole or absent, also when `progress` raises, and the same
+    source gives the same bytes. Raises InvalidRequest, InvalidCheckpoint, InvalidConfig and InvalidModelFile.
     """
     start, out = time.monotonic(), Path(out)
     if target not in TARGETS:
         raise InvalidRequest(f"target: found {target!r}, expected one of {', '.join(TARGETS)}")
-    if kv_text is not None and target != "onnxruntime":
-        raise InvalidRequest(f"int8 keys and values: found the target {target!r}, expected 'onnxruntime'")
+    if kv not in KV_STORAGE or (kv != "f32" and target != "onnxruntime") or (kv == "int8") != (kv_text is not None):
+        raise InvalidRequest(
+            f"keys and values: found {kv!r} for the target {target!r}, expected 'f32', or for 'onnxruntime' 'f16', or "
+            "'int8' with a text"
+        )
     replaced = check_target(source, out, target, force)
     config = source.config
     specs = list(tensor_specs(config))
     storage = storages(source)
     total = sum(math.prod(spec.shape) for spec in specs)
-    scales, done, metadata = None, 0, dict(source.metadata)
+    done, metadata = 0, dict(source.metadata)
+    stored: str | Sequence[KVScales] = kv
     report = progress or (lambda *_: None)
     if kv_text is not None:
         text = read_text(source.checkpoint, kv_text, TOKENS)
         done, total = total // 2, total + total // 2  # it takes about half as long
-        scales = kv_scales(source.checkpoint, text.sequences, lambda i, n: report(done * i // n, total))
+        stored = kv_scales(source.checkpoint, text.sequences, lambda i, n: report(done * i // n, total))
         metadata["bezel.provenance.kv_text_sha256"] = text.sha256
     name, data = _names(target, storage)
-    graph = graph_of(config, storage, target, data, scales)
+    graph = graph_of(config, storage, target, data, stored)
     free = shutil.disk_usage(out.resolve().parent).free
     if free < graph.nbytes:
         raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(graph.nbytes)} for {out.name}")
@@ -100,7 +105,7 @@ def export_onnx(
             "quant": source.quant,
             "target": target,
             "graph": name,
-            "kv": KV_STORAGE["int8" if scales else "f32"],
+            "kv": KV_STORAGE[kv],
             "formats": {spec.gguf: source.format(spec).name for spec in specs},
             "files": files,
         }
@@ -134,10 +139,10 @@ def graph_of(
     storage: Mapping[str, Storage],
     target: str,
     data: str,
-    kv_scales: Sequence[KVScales] | None = None,
+    kv: str | Sequence[KVScales] = "f32",
 ) -> Graph:
     """The graph whose weights are in the file `data`; see `build_model`."""
-    model, tensors = build_model(config, storage, TARGETS[target], kv_scales)
+    model, tensors = build_model(config, storage, TARGETS[target], kv)
     offsets, size = _layout(tensors)
     for tensor in tensors:
         model.graph.initializer.append(_initializer(tensor, Path(data).name, offsets[tensor.name]))

@@ -23,6 +23,7 @@ from ..model.config import ModelConfig
 from .ort_store import OrtStore
 from .protocol import CachedEngine
 
+_NUMBERS = {"f32": "float", "f16": "float16", INT8_CHANNEL: "int8"}  # how a cache's are called
 _STEP = 32  # slots by which the graph's share of a cache grows
 
 
@@ -57,7 +58,7 @@ class OrtBackend:
         folder.check_unchanged()
         _give_back_pages(folder)
         # What the graph gives caches back as: int8 ones once more, as its operator for attention wants it.
-        self.states = ("present",) if folder.kv == "f32" else ("present", "kept")
+        self.states = ("present", "kept") if folder.kv == INT8_CHANNEL else ("present",)
         self.masks = _check_interface(self.session, folder, config, self.states)
 
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> OrtEngine:
@@ -179,7 +180,7 @@ def _check_interface(
     for i, layer in enumerate(config.layers if folder.target == "onnxruntime" else ()):
         masks.setdefault(f"visible.{'global' if layer.window is None else 'local'}", i)
     caches = [f"{i}.{name}" for i in range(config.n_layers) for name in ("key", "value")]
-    cache = f"tensor({'float' if folder.kv == 'f32' else 'int8'}) {4 if _by_head(folder) else 3}"
+    cache = f"tensor({_NUMBERS[folder.kv]}) {4 if _by_head(folder) else 3}"
     want = {
         **dict.fromkeys(("input_ids", "positions", "wanted"), "tensor(int64) 1"),
         **dict.fromkeys(masks, "tensor(bool) 2"),

@@ -37,7 +37,7 @@ from .strict_json import parse_json
 
 MODEL, MANIFEST, CONFIG, TOKENIZER = "model.onnx", "bezel.json", "config.json", "tokenizer.model"
 
-KV_STORAGE = {"f32": "f32", "int8": INT8_CHANNEL}
+KV_STORAGE = {"f32": "f32", "f16": "f16", "int8": INT8_CHANNEL}
 """How a graph may store keys and values, as the export's `--kv` and as `bezel.json` say it."""
 
 CHUNK = 256  # most tokens at once: what attention keeps beside a layer's cache grows with them, and speed does not
@@ -55,8 +55,8 @@ class OnnxFolder:
 
     `files` maps the names of the folder's files to {"bytes": …, "sha256": …}, `formats` those of the model's tensors to
     GGUF's name for the format of their numbers; `quant` and `target` say how the folder was exported, and `kv` how
-    its graph stores keys and values, "f32" or "int8-channel". Raises InvalidModelFile for whatever is not a sound
-    folder.
+    its graph stores keys and values, "f32", "f16" or "int8-channel". Raises InvalidModelFile for whatever is not a
+    sound folder.
     """
 
     kind = "an ONNX folder"

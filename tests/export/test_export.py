@@ -561,6 +561,7 @@ def test_targets_are_kept(tiny: Path, tmp_path: Path, sensitivities: Path) -> No
         (["--format", "onnx", "--kv", "int8"], "--kv int8 needs --calibration TEXT"),
         (["--format", "onnx", "--calibration", "s.json", "--kv", "f32"], "--calibration is for --kv int8"),
         (["--target", "web", "--calibration", "s.json"], "--calibration is for --kv int8 and --target onnxruntime"),
+        (["--target", "portable", "--kv", "f16"], "--kv f16 goes with --target onnxruntime"),
         (["--kv", "f32"], "--target and --kv go with --format onnx"),
         (["--format", "gguf", "--target", "portable"], "--target and --kv go with --format onnx"),
         (["--embedding", "int4"], "go with --format onnx"),

@@ -48,7 +48,9 @@ def write(source: Path, out: Path, quant: str | None = None, **options: Any) -> 
     return out
 
 
-@pytest.mark.parametrize(("target", "kv"), [*((target, "f32") for target in TARGETS), ("onnxruntime", "int8")])
+@pytest.mark.parametrize(
+    ("target", "kv"), [*((target, "f32") for target in TARGETS), ("onnxruntime", "f16"), ("onnxruntime", "int8")]
+)
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_onnx_accepts_the_graph(name: str, quant: str, target: str, kv: str, onnx_of: OnnxOf) -> None:

@@ -23,7 +23,7 @@ from tiny import COLUMNS, TOLERANCE, token_ids
 OnnxOf = Callable[..., Path]
 STEPS = [5, 6, 7, 8]
 RUN_HERE = ("onnxruntime", "portable")  # targets
-STORED = (("onnxruntime", "f32"), ("onnxruntime", "int8"), ("portable", "f32"))  # and what their caches hold
+STORED = (*(("onnxruntime", kv) for kv in ("f32", "f16", "int8")), ("portable", "f32"))  # and what their caches hold
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,18 @@ def test_int8_keys_and_values(name: str, feed: Any, onnx_of: OnnxOf) -> None:
     assert np.median(np.abs(rounded - found).max(axis=-1)) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["demo", "gemma2-gqa", "gemma3-mqa-no-factor"])
+def test_float16_keys_and_values(name: str, onnx_of: OnnxOf) -> None:
+    """Rounded as the reference engine rounds them, and nothing else is."""
+    folder, ids = onnx_of(name, "f32", "onnxruntime", "f16"), token_ids(name)
+    want, exact = (load(folder, engine="reference", kv=kv).logits(ids) for kv in ("f16", "f32"))
+    for feed in FEEDINGS:
+        found = feed(load(folder).session(), ids)
+        # A number at the edge of a step may fall to its other side for the last bit of a float.
+        assert np.abs(found - want).mean() < 0.2 * np.abs(want - exact).mean()
+        assert np.abs(found - exact).max() < 1e-2
+
+
 def test_keys_and_values_are_as_exported(ort_of: Callable[..., Model], onnx_of: OnnxOf) -> None:
     folder = onnx_of("gemma2-gqa", "f32", "onnxruntime", "int8")
     assert load(folder, kv="int8").kv == load(folder).kv == "int8-channel"
@@ -168,10 +180,11 @@ def test_keys_and_values_are_as_exported(ort_of: Callable[..., Model], onnx_of: 
         load(folder, kv="f32")
     with pytest.raises(InvalidRequest, match="kv: found 'int8', expected 'f32'"):
         load(onnx_of("gemma2-gqa", "f32"), kv="int8")
-    small, large = (ort_of("gemma2-gqa", "f32", "onnxruntime", kv).session() for kv in ("int8", "f32"))
-    for session in (small, large):
+    sessions = [ort_of("gemma2-gqa", "f32", "onnxruntime", kv).session() for kv in ("int8", "f16", "f32")]
+    for session in sessions:
         session.prefill(STEPS)
-    assert 4 * small.engine.cache_bytes == large.engine.cache_bytes
+    small, half, large = (session.engine.cache_bytes for session in sessions)
+    assert (4 * small, 2 * half) == (large, large)
 
 
 def test_only_wanted_logits_are_computed(ort_of: Callable[..., Model]) -> None:

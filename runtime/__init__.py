@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .session import Session
     from .text.chat import Message
     from .text.sampling import Sampling
+    from .vision.image import Image
 
-__all__ = ["BezelError", "Message", "Model", "Sampling", "Session", "load"]
+__all__ = ["BezelError", "Image", "Message", "Model", "Sampling", "Session", "load"]
 
 _HOME = {
     "BezelError": "errors",
+    "Image": "vision.image",
     "Message": "text.chat",
     "Model": "api",
     "Sampling": "text.sampling",

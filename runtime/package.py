@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .runtime import BezelError as BezelError
+    from .runtime import Image as Image
     from .runtime import Message as Message
     from .runtime import Sampling as Sampling
     from .runtime import load as load
 
     __version__: str
 
-__all__ = ["BezelError", "Message", "Sampling", "__version__", "load"]
+__all__ = ["BezelError", "Image", "Message", "Sampling", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

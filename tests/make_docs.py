@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bezel.runtime import Message, Model, Sampling, Session, errors, load
+from bezel.runtime import Image, Message, Model, Sampling, Session, errors, load
 from bezel.runtime.text.conversation import Conversation
 from bezel.runtime.text.generation import Generation
 from bezel.runtime.text.grammar import Grammars
@@ -15,8 +15,8 @@ from bezel.runtime.text.grammar import Grammars
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 HEAD = """# bezel from Python
 
-`import bezel` offers `bezel.load`, `bezel.Sampling`, `bezel.Message`, `bezel.BezelError`, the base of all its errors,
-and `bezel.__version__`. This page is made of the docstrings, by `python tests/make_docs.py`; a test holds them equal.
+`import bezel` offers `bezel.load`, `bezel.Sampling`, `bezel.Message`, `bezel.Image`, `bezel.BezelError`, the base of
+all its errors, and `bezel.__version__`. This page is made of the docstrings, by `python tests/make_docs.py`; a test holds them equal.
 
 ```python
 import bezel
@@ -27,6 +27,9 @@ with bezel.load("gemma.gguf", kv="int8") as model:
 
     chat = model.conversation("Be brief.")
     print("".join(chat.ask("Who wrote Faust?")), "".join(chat.ask("When?")))
+
+    # Texts and pictures in any order, where the model sees: pip install 'bezel-lm[vision]'
+    print("".join(model.generate([bezel.Message("user", [bezel.Image("cat.jpg"), "What is this?"])])))
 
     schema = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
     print("".join(model.generate("When?", grammar=model.grammars.json_schema(schema))))  # pip install 'bezel-lm[serve]'
@@ -40,7 +43,7 @@ with bezel.load("gemma.gguf", kv="int8") as model:
 
 def page() -> str:
     parts = [HEAD, entry("load", load)]
-    for kind in (Model, Conversation, Session, Generation, Grammars, Sampling, Message):
+    for kind in (Model, Conversation, Session, Generation, Grammars, Sampling, Message, Image):
         parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n")
         parts += [entry(name, member, "###") for name, member in members(kind)]
     parts.append("## Errors\n\nThey are in `bezel.runtime.errors`.\n")

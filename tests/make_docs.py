@@ -16,7 +16,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 HEAD = """# bezel from Python
 
 `import bezel` offers `bezel.load`, `bezel.Sampling`, `bezel.Message`, `bezel.Image`, `bezel.BezelError`, the base of
-all its errors, and `bezel.__version__`. This page is made of the docstrings, by `python tests/make_docs.py`; a test holds them equal.
+all its errors, and `bezel.__version__`. This page is made of the docstrings, by `python tests/make_docs.py`; a test
+holds them equal.
 
 ```python
 import bezel

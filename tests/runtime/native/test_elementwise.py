@@ -206,3 +206,37 @@ def test_every_isa(isa: str) -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("dim", SIZES)
+def test_layer_norm(n: int, dim: int, pool: ThreadPool) -> None:
+    """The centre is off by what its sum is, which counts beside the spread: the mean here is five times that."""
+    rng = np.random.default_rng(dim)
+    x, weight, bias = floats(rng, n, dim) + np.float32(5), floats(rng, dim), floats(rng, dim)
+    expected = ops.layer_norm(x.astype(np.float64), weight.astype(np.float64), bias.astype(np.float64), 1e-6)
+    got = _native.layer_norm(x, weight, bias, 1e-6, pool)
+    spread = np.maximum(x.astype(np.float64).std(axis=1, keepdims=True), 1e-3)
+    off_center = (dim / 64 + 8) * EPS * 6 / spread * np.abs(weight)
+    bound = norm_error(dim) * np.abs(expected - bias) + 2 * EPS * np.abs(expected) + off_center
+    assert (np.abs(got - expected) <= bound).all()
+    if dim > 1:
+        assert np.abs(got - _native.rms_norm(x, weight, 1e-6, pool)).max() > 0.1  # it is another norm
+
+
+@pytest.mark.parametrize("dim", SIZES)
+def test_bias_gelu(dim: int, pool: ThreadPool) -> None:
+    rng = np.random.default_rng(dim)
+    x, bias = floats(rng, 3, dim) * np.float32(3), floats(rng, dim)
+    summed = (x + bias).astype(np.float64)
+    got = x.copy()
+    _native.bias_gelu(got, bias, pool)
+    assert (np.abs(got - ops.gelu_tanh(summed)) <= np.abs(summed) * (TANH + 8 * EPS) + 1e-7).all()
+
+
+def test_norms_of_the_tower_refuse_what_does_not_fit(pool: ThreadPool) -> None:
+    x = np.zeros((2, 8), np.float32)
+    with pytest.raises(ValueError, match="weight"):
+        _native.layer_norm(x, np.zeros(7, np.float32), np.zeros(8, np.float32), 1e-6, pool)
+    with pytest.raises(ValueError, match="bias"):
+        _native.bias_gelu(x, np.zeros(9, np.float32), pool)

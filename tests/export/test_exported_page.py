@@ -165,13 +165,13 @@ def test_a_new_export_takes_the_place_of_what_is_kept(web: Path, tmp_path: Path,
         is_ready(page)
         export("second")
         page.goto(address)
-        expect(name).to_have_text("second")
+        expect(name).to_have_text("second", timeout=READY_MS)
         is_ready(page)
         page.get_by_role("textbox", name="Message").last.fill("Half a question")
         export("third")
         page.evaluate("navigator.serviceWorker.getRegistration().then((found) => found.update())")
-        page.get_by_role("button", name="Load it").click()
-        expect(name).to_have_text("third")
+        page.get_by_role("button", name="Load it").click(timeout=READY_MS)
+        expect(name).to_have_text("third", timeout=READY_MS)
         is_ready(page)
 
 

@@ -35,7 +35,7 @@ async function isolated() {
   try {
     const registration = await navigator.serviceWorker.register(new URL("../service-worker.js", import.meta.url));
     await navigator.serviceWorker.ready;
-    renewed(registration);
+    await newer(registration);
   } catch {
     return; // a browser that keeps nothing
   }
@@ -47,19 +47,28 @@ async function isolated() {
 }
 
 /**
- * Asks the server for a newer page, while the one that the browser keeps is loading. When its service worker has taken
- * over, the page is loaded once more, unless somebody has begun to use it.
+ * Asks the server for a newer page, before anything large is loaded: until that is done, the service worker that keeps
+ * this one lets no other take over. When one has, `renewed` is called.
  */
-function renewed(registration) {
-  if (!navigator.serviceWorker.controller) return; // the first visit
-  registration.update().catch(() => {}); // without a network, what is kept is what there is
-  const load = () => location.reload();
-  navigator.serviceWorker.addEventListener("controllerchange", () => {
-    if (!asked && !byId("box").value) return load();
-    const act = element("button", { type: "button", click: load }, "Load it");
-    byId("notice").before(element("p", { class: "soft" }, "There is a newer version of this page. ", act));
-  });
+async function newer(registration) {
+  await atMost(2000, registration.update()).catch(() => {}); // without a network, what is kept is what there is
+  const next = registration.installing ?? registration.waiting;
+  if (!next) return;
+  const givenUp = (done) => next.addEventListener("statechange", () => next.state === "redundant" && done());
+  await atMost(10_000, new Promise(givenUp));
 }
+
+const atMost = (ms, promise) => Promise.race([promise, new Promise((done) => setTimeout(done, ms))]);
+
+/** The files are of a newer export now: the page is loaded once more, unless somebody has begun to use it. */
+function renewed() {
+  const load = () => location.reload();
+  if (!asked && !byId("box").value) return load();
+  const act = element("button", { type: "button", click: load }, "Load it");
+  byId("notice").before(element("p", { class: "soft" }, "There is a newer version of this page. ", act));
+}
+
+navigator.serviceWorker?.addEventListener("message", renewed);
 
 function loading(about) {
   const bar = element("progress", { max: 1, value: 0, "aria-label": "Loading the model" });

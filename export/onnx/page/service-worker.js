@@ -6,11 +6,14 @@ const VERSION = "bezel VERSION"; // of the files, by their content
 self.addEventListener("install", () => self.skipWaiting());
 
 self.addEventListener("activate", (event) => {
-  const old = async () => {
-    for (const name of await caches.keys()) if (name.startsWith("bezel ") && name !== VERSION) await caches.delete(name);
+  const takeOver = async () => {
+    const old = (await caches.keys()).filter((name) => name.startsWith("bezel ") && name !== VERSION);
+    for (const name of old) await caches.delete(name);
     await self.clients.claim();
+    const pages = old.length ? await self.clients.matchAll({ type: "window" }) : [];
+    for (const page of pages) page.postMessage("renewed"); // kept for a page that does not listen yet
   };
-  event.waitUntil(old());
+  event.waitUntil(takeOver());
 });
 
 self.addEventListener("fetch", (event) => {

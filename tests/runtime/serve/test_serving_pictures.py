@@ -149,7 +149,7 @@ def test_anthropic(address: str, model: Model) -> None:
         found = client.messages.create(model="shapes", messages=messages, max_tokens=24, extra_body={"temperature": 0})
         count = client.messages.count_tokens(model="shapes", messages=messages)
     assert found.content[0].text == expected(model, Message("user", [Image(picture(2)), "Describe it."]))
-    assert count.input_tokens == found.usage.input_tokens
+    assert count.input_tokens == found.usage.input_tokens + (found.usage.cache_read_input_tokens or 0)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

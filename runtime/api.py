@@ -70,10 +70,8 @@ def load(
             fitting = " or ".join(file.engines)
             raise InvalidRequest(f"engine: found {engine!r}, expected {fitting}: {path} is {file.kind}")
         engine = engine or file.engines[0]
-        model = Model(file, engine, context, _storage(file, engine, kv), threads, activations == "f32")
-        if vision is not None:
-            model.open_eye(path_of(vision))
-        return model
+        eye = None if vision is None else path_of(vision)
+        return Model(file, engine, context, _storage(file, engine, kv), threads, activations == "f32", eye)
     except BaseException:
         file.close()
         raise
@@ -98,7 +96,14 @@ class Model:
     """
 
     def __init__(
-        self, file: ModelFile, engine: str, context: int | None, kv: str, threads: int | None, exact: bool
+        self,
+        file: ModelFile,
+        engine: str,
+        context: int | None,
+        kv: str,
+        threads: int | None,
+        exact: bool,
+        vision: Path | None = None,
     ) -> None:
         self.file, self.kv = file, kv
         # The reference engine never rounds them.
@@ -118,9 +123,9 @@ class Model:
             )
         self.stop_ids = self.tokenizer.stop_ids | _stored_stop_ids(file, self.config.vocab_size)
         self.backend = new_backend(engine, file, self.config, threads, exact)
-        self._eye: Eye | None = None
-        self._eye_sought = False
         self._vision_file: VisionFile | None = None
+        if vision is not None:
+            self.eye = self._opened_eye(vision)
 
     def __repr__(self) -> str:
         config = self.config
@@ -135,31 +140,19 @@ class Model:
         name = self.file.metadata.get("general.name")
         return name if isinstance(name, str) and name else self.file.path.stem
 
-    @property
+    @cached_property
     def eye(self) -> Eye | None:
         """What sees pictures, where there is a file of it beside the model's. Raises as `load` does."""
-        if not self._eye_sought:
-            beside = vision_beside(self.file.path) if isinstance(self.backend, ModelBackend) else None
-            if beside is not None:
-                self.open_eye(beside)
-            self._eye_sought = True
-        return self._eye
+        beside = vision_beside(self.file.path) if isinstance(self.backend, ModelBackend) else None
+        return None if beside is None else self._opened_eye(beside)
 
-    def open_eye(self, path: Path) -> None:
-        """See with the eye in a file. Raises InvalidModelFile, InvalidConfig or InvalidRequest."""
+    def _opened_eye(self, path: Path) -> Eye:
         if not isinstance(self.backend, ModelBackend):
             raise InvalidRequest(f"vision: {self.file.kind} sees no pictures here yet; use a GGUF file")
-        file = VisionFile(path, self.config.hidden_size)
-        try:
-            tower = self.backend.tower(file)
-        except BaseException:
-            file.close()
-            raise
-        end_of_line = self.tokenizer.encode("\n")
+        self._vision_file = VisionFile(path, self.config.hidden_size)
+        tower, end_of_line = self.backend.tower(self._vision_file), self.tokenizer.encode("\n")
         most_rows = 2 * self.context  # what two full sessions can hold
-        embed = self.backend.embed
-        self._eye = Eye(tower, file.fingerprint(), most_rows, embed, end_of_line[0] if len(end_of_line) == 1 else None)
-        self._vision_file, self._eye_sought = file, True
+        return Eye(tower, most_rows, self.backend.embed, end_of_line[0] if len(end_of_line) == 1 else None)
 
     @property
     def chunk(self) -> int:
@@ -239,10 +232,9 @@ class Model:
         if isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequest("prompt: found bytes, expected text, ids or messages; decode them first")
         if isinstance(prompt, str) or chat.is_content(prompt):
-            content: chat.Content = prompt  # type: ignore[assignment]
             if raw or (raw is None and not self.is_chat_model):
-                return chat.continued(self.tokenizer, content, self.eye)
-            prompt = [chat.Message("user", content)]
+                return chat.continued(self.tokenizer, prompt, self.eye)
+            prompt = [chat.Message("user", prompt)]
         parts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
         messages = [_message(part) for part in parts if isinstance(part, (chat.Message, Mapping))]
         ids = [int(part) for part in parts if is_whole(part)]

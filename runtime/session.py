@@ -17,7 +17,7 @@ from .files.atomic import atomic
 from .files.safetensors import read_arrays, read_labels, write_arrays
 from .model.config import ModelConfig
 from .text.tokenizer import Tokenizer
-from .vision.eye import Eye, Picture, Piece
+from .vision.eye import Eye, Picture, Piece, next_piece
 
 MakeRoom = Callable[[list[int]], list[int]]
 """Given all ids of a session whose context is full, the shorter ones to go on with."""
@@ -101,7 +101,7 @@ class Session:
         out = np.empty((len(checked), self.model.config.vocab_size), np.float32)
         done = 0
         while done < len(checked):
-            piece = self._piece(checked[done:])
+            piece = next_piece(self.model.eye, checked[done:], self.position, self.engine.chunk)
             part = slice(done, done := done + len(piece.ids))
             out[part] = self._take(piece, len(piece.ids))
             self._check_sound(out[part])
@@ -132,18 +132,12 @@ class Session:
         while done < len(checked):
             if cancel():
                 return None
-            piece = self._piece(checked[done:])
+            piece = next_piece(self.model.eye, checked[done:], self.position, self.engine.chunk)
             done += len(piece.ids)
             logits = self._take(piece, int(done == len(checked)))
         last: Floats = logits[0]
         self._check_sound(last)
         return last
-
-    def _piece(self, ids: npt.NDArray[np.int64]) -> Piece:
-        """What of the ids the engine takes at once."""
-        if self.model.eye is None:
-            return Piece(ids[: self.engine.chunk], ids[: self.engine.chunk])
-        return self.model.eye.piece(ids, self.position, self.engine.chunk)
 
     def _take(self, piece: Piece, wanted: int) -> Floats:
         logits = self.engine.forward(piece.inputs, wanted, blocks=piece.blocks)
@@ -199,7 +193,7 @@ class Session:
     def reset(self) -> None:
         """Forget everything."""
         self.engine = self._new_engine()
-        self.ids = []
+        self.ids, self._pictures = [], []
 
     def save(self, path: str | Path, note: str = "") -> None:
         """Write the session to a file, with a text that `restore` gives back; whole or not at all.

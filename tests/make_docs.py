@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from bezel.runtime.text.conversation import Conversation
 from bezel.runtime.text.generation import Generation
 from bezel.runtime.text.grammar import Grammars
 
+PROPERTIES = (property, cached_property)
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 HEAD = """# bezel from Python
 
@@ -58,12 +60,13 @@ def page() -> str:
 def members(kind: type) -> Iterator[tuple[str, Any]]:
     """Its public methods and properties that say what they do, in the order of the source."""
     for name, member in vars(kind).items():
-        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)) and member.__doc__:
+        shown = inspect.isfunction(member) or isinstance(member, PROPERTIES)
+        if not name.startswith("_") and shown and member.__doc__:
             yield name, member
 
 
 def entry(name: str, member: Any, level: str = "##") -> str:
-    if isinstance(member, property):
+    if isinstance(member, PROPERTIES):
         return f"{level} `{name}`\n\n{inspect.getdoc(member)}\n"
     signature = inspect.signature(member)
     shown = [str(p).partition(":")[0] + default(p) for p in signature.parameters.values()]

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,24 +21,11 @@ from ...export.sources.tokenizer_json import write_tokenizer_json
 from ...runtime.text.tokenizer import CONTROL_PIECES, END_OF_IMAGE, START_OF_IMAGE, Tokenizer, Vocabulary
 from .draw import COLOURS, KINDS, NUMBERS, PLACES, SHAPES, SIZE, TASKS, Thing, draw, example, question, scene
 
-TOWER_STEPS, RATE, SEED = 700, 1e-3, 20261128
+SEED, RATE = 20261128, 1e-3
+TOWER_STEPS, NAMING_STEPS, STEPS = 700, 220, 3000
 BATCH, TOWER_BATCH = 16, 48
+QUESTIONS = 2  # about each picture
 PIECES, ROWS, TEXT_SIZE = 1024, 16, 256  # of the vocabulary; that a picture becomes; numbers in each
-
-
-class Stage(NamedTuple):
-    """So many `steps` of the decoder's training, where the rate falls over `of`; `questions` about each picture."""
-
-    steps: int
-    of: int
-    questions: int
-    seed: int
-
-
-# What the bundled weights went through. Only with the last did the decoder learn colours and shapes: rows that are as
-# words are learned from at once, so whoever trains anew may try that first, and alone.
-STAGES = Stage(800, 1700, 4, SEED), Stage(500, 700, 2, SEED + 1), Stage(480, 480, 2, 777)
-NAMING_STEPS = 220
 
 VISION = {
     "model_type": "siglip_vision_model",
@@ -137,8 +124,8 @@ def train_tokenizer(folder: Path) -> Tokenizer:
 class Samples:
     """Chats about pictures as ids, whose last part is learned: answers."""
 
-    def __init__(self, tokenizer: Tokenizer, random: np.random.Generator, questions: int) -> None:
-        self._tokenizer, self._random, self._questions = tokenizer, random, questions
+    def __init__(self, tokenizer: Tokenizer, random: np.random.Generator) -> None:
+        self._tokenizer, self._random = tokenizer, random
 
     def _turn(self, role: str, text: str, with_picture: bool = False) -> list[int]:
         t = self._tokenizer
@@ -187,7 +174,7 @@ class Samples:
                 if random.random() < 0.08:  # a picture and no word
                     add("", question(things, "describe", random).answer, picture)
                     continue
-                kinds = ["describe", *random.choice(KINDS[:-1], self._questions - 1, replace=False)]
+                kinds = ["describe", *random.choice(KINDS[:-1], QUESTIONS - 1, replace=False)]
                 random.shuffle(kinds)
                 for i, kind in enumerate(kinds):  # several questions about a picture
                     one = question(things, str(kind), random)
@@ -195,12 +182,12 @@ class Samples:
         return ids, labels, pictures
 
 
-def batches(tokenizer: Tokenizer, stage: Stage) -> Iterator[dict[str, Any]]:
+def batches(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """What the model's forward takes, BATCH chats at a time, all about as many pictures."""
     import torch
 
-    random = np.random.default_rng(stage.seed)
-    samples = Samples(tokenizer, random, stage.questions)
+    random = np.random.default_rng(SEED)
+    samples = Samples(tokenizer, random)
     while True:
         n_pictures = int(random.choice(6, p=[0.02, 0.58, 0.1, 0.05, 0.05, 0.2]))
         size = max(4, BATCH // max(1, (n_pictures + 1) // 2))
@@ -247,13 +234,12 @@ def train_tower(model: Any) -> None:
 
     names: list[list[str | None]] = [[None, *COLOURS], [None, *SHAPES]]
     head = torch.nn.Linear(ROWS // len(PLACES) * TEXT_SIZE, sum(map(len, names)))
-    eye = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    optimizer = torch.optim.AdamW([*eye, *head.parameters()], lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = _optimizer(*_eye(model), *head.parameters())
     random = np.random.default_rng([SEED, 1])
     began = time.time()
     for step in range(TOWER_STEPS):
         _set_rate(optimizer, step, TOWER_STEPS)
-        scenes = [scene(random, int(random.integers(1, 5))) for _ in range(TOWER_BATCH)]
+        scenes = _scenes(random, TOWER_BATCH)
         places = _by_place(model, scenes, random).flatten(2)
         loss = torch.zeros(())
         for known, found, of in zip(
@@ -269,6 +255,20 @@ def train_tower(model: Any) -> None:
             print(
                 f"tower: step {step} of {TOWER_STEPS}: loss {loss.item():.3f}, {time.time() - began:.0f} s", flush=True
             )
+
+
+def _eye(model: Any) -> list[Any]:
+    return [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+
+
+def _optimizer(*parameters: Any) -> Any:
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def _scenes(random: np.random.Generator, count: int) -> list[list[Thing]]:
+    return [scene(random, int(random.integers(1, 5))) for _ in range(count)]
 
 
 def _set_rate(optimizer: Any, step: int, steps: int) -> None:
@@ -294,41 +294,29 @@ def _pixels(pictures: list[NDArray[np.uint8]]) -> Any:
     return torch.tensor(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def center(model: Any) -> None:
-    """Take what all pictures have in common out of the tower's output, by its last norm's bias.
-
-    That was five times as large as what tells pictures apart, and the decoder learned to see past it very slowly.
-    """
-    import torch
-
-    random = np.random.default_rng([SEED, 2])
-    pixels = _pixels([draw(scene(random, int(random.integers(1, 5))), random) for _ in range(200)])
-    with torch.no_grad():
-        seen = model.model.vision_tower(pixels).last_hidden_state
-        model.model.vision_tower.post_layernorm.bias -= seen.mean(dim=(0, 1))
-
-
 def name_rows(model: Any, tokenizer: Tokenizer) -> None:
-    """Teach the tower that the rows of a place be as the decoder's embeddings of colour and shape, with and without a
-    space before them: what the decoder then has to say, it finds there.
+    """Teach the tower that the rows of a place point where the decoder's embeddings of its colour and shape do, with
+    and without a space before them: what the decoder then has to say, it finds there, and learns to see at once.
     """
     import torch
 
-    embedding = model.model.language_model.embed_tokens.weight.detach()
-    eye = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    optimizer = torch.optim.AdamW(eye, lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    random = np.random.default_rng(99)
+    normalize = torch.nn.functional.normalize
+    words = normalize(model.model.language_model.embed_tokens.weight.detach(), dim=-1)
+    optimizer = _optimizer(*_eye(model))
+    random = np.random.default_rng([SEED, 2])
     for step in range(NAMING_STEPS):
         _set_rate(optimizer, step, NAMING_STEPS)
-        scenes = [scene(random, int(random.integers(1, 5))) for _ in range(TOWER_BATCH)]
-        places = _by_place(model, scenes, random)
-        logits = places / (places.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() @ embedding.T
+        scenes = _scenes(random, TOWER_BATCH)
+        logits = 20 * normalize(_by_place(model, scenes, random), dim=-1) @ words.T
         wanted = torch.full(logits.shape[:3], tokenizer.encode(".")[0])
         for i, things in enumerate(scenes):
             for thing in things:
-                words = (thing.colour, thing.shape, f" {thing.colour}", f" {thing.shape}")
-                wanted[i, thing.place] = torch.tensor([tokenizer.encode(word)[0] for word in words])
-        _step(optimizer, torch.nn.functional.cross_entropy(logits.flatten(0, 2), wanted.flatten()))
+                said = (thing.colour, thing.shape, f" {thing.colour}", f" {thing.shape}")
+                wanted[i, thing.place] = torch.tensor([tokenizer.encode(word)[0] for word in said])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 2), wanted.flatten())
+        _step(optimizer, loss)
+        if step % 50 == 0:
+            print(f"naming: step {step} of {NAMING_STEPS}: loss {loss.item():.3f}", flush=True)
 
 
 def _by_place(model: Any, scenes: list[list[Thing]], random: np.random.Generator) -> Any:
@@ -338,20 +326,20 @@ def _by_place(model: Any, scenes: list[list[Thing]], random: np.random.Generator
     return places.reshape(len(scenes), len(PLACES), ROWS // len(PLACES), -1)
 
 
-def train_decoder(model: Any, tokenizer: Tokenizer, folder: Path, stage: Stage) -> None:
+def train_decoder(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = _optimizer(*model.parameters())
     began, shown = time.time(), 0.0
-    for step, batch in zip(range(stage.steps), batches(tokenizer, stage), strict=False):
-        _set_rate(optimizer, step, stage.of)
+    for step, batch in zip(range(STEPS), batches(tokenizer), strict=False):
+        _set_rate(optimizer, step, STEPS)
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         labels = batch["labels"][:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
         _step(optimizer, loss)
         shown = loss.item() if not step else 0.98 * shown + 0.02 * loss.item()
         if step % 50 == 0:
-            print(f"step {step} of {stage.steps}: loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
+            print(f"step {step} of {STEPS}: loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
         if step % 100 == 99:
             save(model, folder)
     save(model, folder)
@@ -362,12 +350,8 @@ def train(folder: Path) -> None:
     model = new_model().train()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million weights", flush=True)
     train_tower(model)
-    first, second, third = STAGES
-    train_decoder(model, tokenizer, folder, first)
-    center(model)
-    train_decoder(model, tokenizer, folder, second)
     name_rows(model, tokenizer)
-    train_decoder(model, tokenizer, folder, third)
+    train_decoder(model, tokenizer, folder)
     write_companions(folder)
 
 

@@ -130,14 +130,6 @@ class _Options:
         more = 1024 if self.calibration else 0  # what a calibrated file says of that
         return solve_size(self.sensitivity, source.config, self.size.size - more, lambda r: file_size(source, r))
 
-    def vision_recipe(self, source: Checkpoint, recipe: Recipe) -> Recipe | None:
-        """The formats of the vision tower; None where there is none."""
-        from ..gguf.vision import vision_recipe
-
-        if source.vision is None and self.vision is not None:
-            raise InvalidRequest(f"--vision: {source.path} has no vision tower")
-        return None if source.vision is None else vision_recipe(source.vision, self.vision, recipe)
-
 
 @click.command()
 @click.argument("checkpoint", type=MODEL)
@@ -297,13 +289,13 @@ def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[i
 
 def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int, int], None]) -> ExportSummary:
     from ..calibration.rounding import export_calibrated
-    from ..gguf.vision import export_vision
+    from ..gguf.vision import export_vision, vision_recipe
     from ..gguf.writer import export_gguf
     from ..sources.opening import open_checkpoint
 
     with open_checkpoint(path, asked.requantize) as source:
         recipe = asked.recipe(source)
-        vision = asked.vision_recipe(source, recipe)
+        vision = vision_recipe(source, asked.vision, recipe)
         if out.is_dir():
             name, suffix = (re.sub(r"[^\w.-]+", "-", text).strip("-.") for text in (source.name, recipe.name))
             out = out / f"{name or 'model'}-{suffix or 'recipe'}.gguf"

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...quant.recipes import Recipe, preset
+from ...quant.recipes import Recipe
+from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.files.models import EYE
 from ...runtime.model.families.sight import write_gguf_vision
 from ..recipe import find_recipe_of
-from ..sources.checkpoint import Checkpoint, VisionSource
-from ..summary import ExportSummary, of_vanished
-from .writer import Layout, check_room, check_target, file_type, fill, plan_tensors, provenance
+from ..sources.checkpoint import Checkpoint
+from ..summary import ExportSummary
+from .writer import Layout, check_room, check_target, file_type, fill, plan_tensors, provenance, summary_of
 
 VISION_FORMAT = "q8_0"  # nearly without loss, and the fastest
 
 
-def vision_recipe(eye: VisionSource, given: str | None, text: Recipe) -> Recipe:
-    """The formats of an eye: a preset or a recipe file that is `given`, or what suits the text model's.
+def vision_recipe(checkpoint: Checkpoint, given: str | None, text: Recipe) -> Recipe | None:
+    """The formats of a checkpoint's eye: a preset or a recipe file that is `given`, or what suits the text model's.
 
-    Raises InvalidRequest.
+    None where there is no eye. Raises InvalidRequest.
     """
+    eye = checkpoint.vision
+    if eye is None:
+        if given is not None:
+            raise InvalidRequest(f"--vision: {checkpoint.path} has no vision tower")
+        return None
     if given is None:
         given = text.default.name if text.default.block == 1 else VISION_FORMAT
     return find_recipe_of(eye.specs, eye.config.n_layers, given)
@@ -34,20 +39,21 @@ def vision_recipe(eye: VisionSource, given: str | None, text: Recipe) -> Recipe:
 def export_vision(
     checkpoint: Checkpoint,
     out: Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe | None,
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
 ) -> Iterator[ExportSummary | None]:
     """Write the eye of a checkpoint, if it has one, for the text model in the file `out`, which is written inside.
 
-    The eye's file appears once the block is left; nothing is left of it where that raises. `recipe` says its formats:
-    by default `VISION_FORMAT`. Raises InvalidRequest and InvalidCheckpoint.
+    The eye's file appears once the block is left; nothing is left of it where that raises. `recipe` says its formats.
+    Raises InvalidRequest and InvalidCheckpoint.
     """
     eye = checkpoint.vision
     if eye is None:
         yield None
         return
-    start, recipe = time.monotonic(), recipe or preset(VISION_FORMAT, eye.config.n_layers)
+    start = time.monotonic()
+    assert recipe is not None
     if recipe.default.block > 1:
         eye = eye.widened(recipe.default.block)
     out = out.with_name(f"{EYE}{out.name}")
@@ -60,16 +66,7 @@ def export_vision(
         **provenance(eye, recipe),
     }
     layout = Layout(plan, metadata)
-    size = check_room(layout, out)
+    check_room(layout, out)
     with atomic(out) as file:
         vanished, _ = fill(file, eye, layout, progress)
-        yield ExportSummary(
-            path=str(out),
-            file_bytes=size,
-            weights=layout.n_weights,
-            bits_per_weight=layout.bits_per_weight,
-            formats=dict(Counter(p.format.name for p in plan)),
-            fallbacks=[],
-            warnings=of_vanished(vanished),
-            seconds=time.monotonic() - start,
-        )
+        yield summary_of(layout, out, vanished, start)

@@ -8,7 +8,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -82,6 +83,15 @@ class Layout:
     plan: Sequence[PlannedTensor]
     metadata: dict[str, Any]
 
+    @cached_property
+    def header_size(self) -> int:
+        return len(self.header)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.header_size + data_size(self.plan)
+
     @property
     def header(self) -> bytes:
         """Everything before the data."""
@@ -132,37 +142,43 @@ def export_gguf(
     plan = plan_tensors(checkpoint.specs, recipe)
     metadata = _metadata(checkpoint, recipe, plan) | _calibration_metadata(calibrated)
     layout = Layout(plan, metadata)
-    size = check_room(layout, out)
+    check_room(layout, out)
     with atomic(out) as file:
         vanished, kept = fill(file, checkpoint, layout, progress, calibrated)
-    return ExportSummary(
-        path=str(out),
-        file_bytes=size,
-        weights=layout.n_weights,
-        bits_per_weight=layout.bits_per_weight,
-        formats=dict(Counter(p.format.name for p in plan)),
-        fallbacks=_fallbacks(plan),
+    return replace(
+        summary_of(layout, out, vanished, start),
         warnings=[
             *checkpoint.warnings,
             *checkpoint.added_losses({p.spec.gguf: p.format for p in plan}),
             *of_vanished(vanished),
             *_warnings(checkpoint.config, metadata),
         ],
-        seconds=time.monotonic() - start,
         kept_exactly=kept * Q4_0.block / max(1, sum(p.n_weights for p in plan if p.format is Q4_0)),
     )
 
 
-def check_room(layout: Layout, out: Path) -> int:
-    """The size of a file that is to be written. Raises InvalidRequest where the disk has no room for it."""
-    size = len(layout.header) + data_size(layout.plan)
+def check_room(layout: Layout, out: Path) -> None:
+    """Raises InvalidRequest where the disk has no room for a file that is to be written."""
     free = shutil.disk_usage(out.parent).free
-    if free < size:
+    if free < layout.size:
         raise InvalidRequest(
-            f"{out.parent}: {size_text(free)} free, expected {size_text(size)} for {out.name}; "
+            f"{out.parent}: {size_text(free)} free, expected {size_text(layout.size)} for {out.name}; "
             "free some space or choose a smaller format"
         )
-    return size
+
+
+def summary_of(layout: Layout, out: Path, vanished: Mapping[str, int], start: float) -> ExportSummary:
+    """What `fill` wrote, begun at `start` by the monotonic clock."""
+    return ExportSummary(
+        path=str(out),
+        file_bytes=layout.size,
+        weights=layout.n_weights,
+        bits_per_weight=layout.bits_per_weight,
+        formats=dict(Counter(p.format.name for p in layout.plan)),
+        fallbacks=_fallbacks(layout.plan),
+        warnings=of_vanished(vanished),
+        seconds=time.monotonic() - start,
+    )
 
 
 def fill(
@@ -176,7 +192,7 @@ def fill(
 
     How many weights vanished of each tensor, and how many Q4_0 blocks were kept exactly.
     """
-    start, total = len(layout.header), layout.n_weights
+    start, total = layout.header_size, layout.n_weights
     done, vanished, kept = 0, Counter[str](), 0
     with source.unchanged(), background_hashes(source.files) as hashes:
         for piece in _quantized(source, layout.plan, calibrated):
@@ -187,7 +203,7 @@ def fill(
             done += len(piece.blocks) * piece.planned.spec.shape[-1]
             if progress:
                 progress(done, total)
-        file.truncate(start + data_size(layout.plan))
+        file.truncate(layout.size)
         layout.metadata[_HASHES] = hashes()  # as long as the placeholders
         file.seek(0)
         file.write(layout.header)
@@ -227,7 +243,7 @@ def data_size(plan: Sequence[PlannedTensor]) -> int:
 def file_size(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Bytes of the file that `export_gguf` would write."""
     plan = plan_tensors(checkpoint.specs, recipe)
-    return len(Layout(plan, _metadata(checkpoint, recipe, plan)).header) + data_size(plan)
+    return Layout(plan, _metadata(checkpoint, recipe, plan)).size
 
 
 def check_target(source: TensorSource, out: Path, force: bool) -> None:

@@ -241,10 +241,12 @@ def _pull_checkpoint(this: _Pull, quant: str | None, keep: bool) -> Pulled:
         return Pulled(this.place(grown, CHECKPOINT, files))
     out = this.work / tag / f"{this.name.repo}-{tag}.gguf"
     out.parent.mkdir(exist_ok=True)
-    with open_checkpoint(kept.path if kept else folder) as source, this.exporting(out.name) as progress:
-        eye = None if source.vision is None else vision_recipe(source.vision, None, recipe)
-        with export_vision(source, out, eye, progress, force=True) as seen:
-            summary = export_gguf(source, out, recipe, progress=progress, force=True)
+    with (
+        open_checkpoint(kept.path if kept else folder) as source,
+        this.exporting(out.name) as progress,
+        export_vision(source, out, vision_recipe(source, None, recipe), progress, force=True) as seen,
+    ):
+        summary = export_gguf(source, out, recipe, progress=progress, force=True)
     model = this.place(out.parent, tag, files)
     if keep and kept is None:
         this.place(grown, CHECKPOINT, files)

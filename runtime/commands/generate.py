@@ -253,7 +253,7 @@ def look_at_pictures(model: Model, ids: list[int]) -> None:
     """Compute what the model makes of the pictures in a prompt, which takes a while, and say so on a terminal."""
     import numpy as np
 
-    for picture in model.eye.pictures(np.array(ids, np.int64)) if min(ids) < 0 and model.eye else ():
+    for picture in model.eye.pictures(np.array(ids, np.int64)) if model.eye else ():
         if sys.stderr.isatty() and not picture.is_seen:
             click.echo(printable(f"\r\x1b[Klooking at {picture.name}"), nl=False, err=True)
             picture.see()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,28 @@ from ..model.vision import GEMMA3, VisionConfig, VisionOps, patches_of, see, vis
 
 
 class Tower:
-    """The tower and the projector in a file, in the form that `ops` take; `matrix` makes that of one for a spec."""
+    """The tower and the projector in a file, in the form that `ops` take; `matrix` makes that of one for a spec.
+
+    Nothing but the config is read before the first picture comes.
+    """
 
     def __init__(self, file: VisionFile, ops: VisionOps, matrix: Callable[[VisionFile, TensorSpec], Any]) -> None:
-        self.config, self._ops = file.config, ops
+        self.config, self._file, self._ops, self._matrix = file.config, file, ops, matrix
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which eye this is."""
+        return self._file.fingerprint()
+
+    @cached_property
+    def _weights(self) -> Weights:
+        file = self._file
         shared: dict[str, Any] = {}
         layers: list[dict[str, Any]] = [{} for _ in range(self.config.n_layers)]
         for spec in vision_specs(self.config):
             home = shared if spec.layer is None else layers[spec.layer]
-            home[spec.role] = matrix(file, spec) if _is_multiplied(spec) else file.tensor(spec.gguf)
-        self._weights = Weights(shared, layers)
+            home[spec.role] = self._matrix(file, spec) if _is_multiplied(spec) else file.tensor(spec.gguf)
+        return Weights(shared, layers)
 
     def rows(self, pixels: Floats) -> Floats:
         """The rows (n_rows, text_size) that stand for normalised pixels (side, side, channels)."""

@@ -15,7 +15,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Bounds on what a hostile header costs to read. Gemma's own headers hold under 7 MB, 50 keys and 600 tensors.
 _MAX_HEADER = 16 << 20
 _MAX_ENTRIES = 1 << 16
+_SAMPLE = 4096  # bytes of each tensor that a fingerprint covers
 _MAX_KEY, _MAX_NAME, _MAX_DIMENSIONS = 65535, 64, 4  # the limits of the GGUF specification
 _ALIGNMENTS = tuple(1 << i for i in range(3, 17))
 
@@ -154,6 +155,18 @@ class GGUFFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def samples(self) -> Iterator[memoryview]:
+        """The first 4 KiB of each tensor, for a fingerprint."""
+        return (self.data(name).reshape(-1)[:_SAMPLE].data for name in self.tensors)
+
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises InvalidModelFile unless there is a tensor of each name, in its shape."""
+        for name, shape in expected.items():
+            found = self.tensors.get(name)
+            if found is None or found.shape != shape:
+                what = "nothing" if found is None else f"shape {shape_text(found.shape)}"
+                raise InvalidModelFile(self.path, f"tensor {name!r}: found {what}, expected shape {shape_text(shape)}")
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises InvalidModelFile if there is none of that name."""

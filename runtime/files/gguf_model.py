@@ -20,8 +20,6 @@ from ..model.tensors import tensor_specs
 from ..text.tokenizer import Vocabulary
 from .gguf import GGUFFile, shape_text
 
-_SAMPLE = 4096  # bytes of each tensor that the fingerprint covers
-
 
 class GGUFModel(GGUFFile):
     """The `ModelFile` that is a GGUF file, or the first of several, which llama.cpp splits large ones into.
@@ -110,11 +108,7 @@ class GGUFModel(GGUFFile):
     def check_tensors(self, config: ModelConfig) -> None:
         """Raises InvalidModelFile unless the file holds exactly the tensors of `config`, in their shapes."""
         expected = {spec.gguf: spec.shape for spec in tensor_specs(config)}
-        for name, shape in expected.items():
-            found = self.tensors.get(name)
-            if found is None or found.shape != shape:
-                what = "nothing" if found is None else f"shape {shape_text(found.shape)}"
-                raise InvalidModelFile(self.path, f"tensor {name!r}: found {what}, expected shape {shape_text(shape)}")
+        self.check_shapes(expected)
         for name, info in self.tensors.items():
             if name not in expected:
                 scaled = name == "rope_freqs.weight"
@@ -135,8 +129,8 @@ class GGUFModel(GGUFFile):
         digest = hashlib.sha256(struct.pack("<Q", self.file_bytes - self.data_start))
         for part in (self, *self._parts):
             digest.update(part.header())
-        for name in self.tensors:
-            digest.update(self.data(name).reshape(-1)[:_SAMPLE].data)
+        for sample in self.samples():
+            digest.update(sample)
         return digest.hexdigest()
 
     def check_hashes(self) -> None:

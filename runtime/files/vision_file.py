@@ -59,12 +59,7 @@ class VisionFile(GGUFFile):
                 for one, two in other.items():
                     if f".{one}." in name:
                         names[name] = name.replace(f".{one}.", f".{two}.")
-        for name, spec in specs.items():
-            found = self.tensors.get(names[name])
-            if found is None or found.shape != spec.shape:
-                what = "nothing" if found is None else f"shape {shape_text(found.shape)}"
-                want = shape_text(spec.shape)
-                raise InvalidModelFile(self.path, f"tensor {names[name]!r}: found {what}, expected shape {want}")
+        self.check_shapes({names[name]: spec.shape for name, spec in specs.items()})
         for name, info in self.tensors.items():
             if name not in names.values():
                 shape = shape_text(info.shape)
@@ -82,6 +77,6 @@ class VisionFile(GGUFFile):
     def fingerprint(self) -> str:
         """Which eye this is: SHA-256 (hex) of its header and the first 4 KiB of each tensor."""
         digest = hashlib.sha256(self.header())
-        for name in self.tensors:
-            digest.update(self.data(name).reshape(-1)[:4096].data)
+        for sample in self.samples():
+            digest.update(sample)
         return digest.hexdigest()

@@ -22,10 +22,10 @@ async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
     max_tokens = fields.whole("max_tokens", 1, asks.MOST_TOKENS)
     if max_tokens is None:
         raise fields.fail("max_tokens", "a whole number")
-    prompt = await asyncio.to_thread(asks.prompt_of, served, talk)
+    prompt, pictures = await asks.seen_prompt(served, talk)
     return asks.Ask(
         prompt=prompt,
-        pictures=await asyncio.to_thread(asks.look, served, prompt),
+        pictures=pictures,
         sampling=asks.sampling_of(fields, served),
         max_tokens=max_tokens,
         stop=fields.texts("stop_sequences", asks.MOST_STOPS),

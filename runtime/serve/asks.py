@@ -239,10 +239,9 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
     if system:
         turns.insert(0, chat.Message("system", "\n\n".join(system)))
     try:
-        ids = served.model.prompt_ids(turns) + served.model.tokenizer.encode(begun)
+        return served.model.prompt_ids(turns) + served.model.tokenizer.encode(begun)
     except InvalidRequest as error:
         raise BadRequest(str(error), "messages") from None
-    return ids
 
 
 def _joined(one: chat.Message, other: chat.Message) -> chat.Content:
@@ -253,13 +252,17 @@ def _joined(one: chat.Message, other: chat.Message) -> chat.Content:
     return content_from([*one.parts, *other.parts])
 
 
-def look(served: Served, ids: Sequence[int]) -> list[Picture]:
-    """The pictures in a prompt, once the model has looked at them: in this thread, while others are answered."""
-    eye = served.model.eye
-    pictures = eye.pictures(np.array(ids, np.int64)) if eye is not None and ids and min(ids) < 0 else []
-    for picture in pictures:
-        picture.see()
-    return pictures
+async def seen_prompt(served: Served, talk: Talk) -> tuple[list[int], list[Picture]]:
+    """`prompt_of`, and its pictures, which the model has looked at: in a thread, while others are answered."""
+
+    def look() -> tuple[list[int], list[Picture]]:
+        ids, eye = prompt_of(served, talk), served.model.eye
+        pictures = [] if eye is None else eye.pictures(np.array(ids, np.int64))
+        for picture in pictures:
+            picture.see()
+        return ids, pictures
+
+    return await asyncio.to_thread(look)
 
 
 def next_prompt(served: Served, talk: Talk, answer: str) -> list[int]:

@@ -35,10 +35,10 @@ async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
     top, wanted = fields.whole("top_logprobs", 0, asks.MOST_LOGPROBS), fields.flag("logprobs")
     if top is not None and not wanted:
         raise BadRequest("top_logprobs: needs logprobs to be true", "top_logprobs")
-    prompt = await asyncio.to_thread(asks.prompt_of, served, talk)
+    prompt, pictures = await asks.seen_prompt(served, talk)
     return asks.Ask(
         prompt=prompt,
-        pictures=await asyncio.to_thread(asks.look, served, prompt),
+        pictures=pictures,
         sampling=asks.sampling_of(fields, served),
         logprobs=(top or 0) if wanted else None,
         constraint=await asks.constraint_of(served, talk),

@@ -33,10 +33,10 @@ async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
         parallel=fields.get("parallel_tool_calls") is not False,
         form=text.object("format") if text is not None else None,
     )
-    prompt = await asyncio.to_thread(asks.prompt_of, served, talk)
+    prompt, pictures = await asks.seen_prompt(served, talk)
     return asks.Ask(
         prompt=prompt,
-        pictures=await asyncio.to_thread(asks.look, served, prompt),
+        pictures=pictures,
         sampling=asks.sampling_of(fields, served),
         max_tokens=fields.whole("max_output_tokens", 1, asks.MOST_TOKENS),
         constraint=await asks.constraint_of(served, talk),

@@ -25,7 +25,7 @@ from ..engines.rows import Segment
 from ..errors import BezelError, InvalidRequest
 from ..session import unsound
 from ..text.generation import chance
-from ..vision.eye import Piece
+from ..vision.eye import next_piece
 from .fields import BadRequest
 from .prefixes import Kept, Prefixes, Stored, common
 from .tasks import Task
@@ -237,7 +237,7 @@ class Scheduler:
         if len(ids) - n < _WORTH:
             return
         caches = self._from(source, n)
-        piece = self._piece(ids[n:], n, self._rows)
+        piece = next_piece(self.model.eye, ids[n:], n, self._rows)
         self._backend.forward([Segment(caches, piece.inputs, 0, piece.blocks)])
         self.prefixes.put(ids[: n + len(piece.ids)].tolist(), caches)
         self._unsaved = self._stored is not None
@@ -245,12 +245,6 @@ class Scheduler:
             self._following.append(lambda: ids.tolist())
 
     # --- passes
-
-    def _piece(self, ids: Ints, position: int, most: int) -> Piece:
-        """What of the ids goes through the model next, at `position`: up to `most`, or a whole picture."""
-        if self.model.eye is None:
-            return Piece(ids[:most], ids[:most])
-        return self.model.eye.piece(ids, position, most)
 
     def _share_out(self) -> list[tuple[Task, int]]:
         """How many rows of each task the next pass takes.
@@ -274,7 +268,7 @@ class Scheduler:
         segments = []
         for task, most in part:
             assert task.caches is not None
-            piece = self._piece(np.array(task.pending, np.int64), len(task.held), most)
+            piece = next_piece(self.model.eye, np.array(task.pending, np.int64), len(task.held), most)
             n = len(piece.ids)
             self._keep_boundaries(task, n)
             wanted = n if task.scored is not None and task.reads else int(n == len(task.pending))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeGuard
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Message:
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
-def is_content(value: object) -> bool:
+def is_content(value: object) -> TypeGuard[Sequence[Part]]:
     """Whether this is a list of texts and pictures, of which there is one at least."""
     if not isinstance(value, (list, tuple)) or not value:
         return False

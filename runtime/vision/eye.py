@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -28,20 +27,23 @@ class Seeing(Protocol):
 
     @property
     def config(self) -> VisionConfig: ...
+    @property
+    def fingerprint(self) -> str: ...
     def rows(self, pixels: Floats, /) -> Floats: ...
 
 
 class Picture:
     """A picture as a model sees it: `ids` stand for its `rows` (n_rows, hidden), computed when first asked for.
 
-    `saved`: its rows come from a saved session, and are as trustworthy as that.
+    `saved` are rows that come from a saved session, and are as trustworthy as that; then nothing is computed.
     """
 
-    def __init__(self, name: str, ids: Sequence[int], compute: Callable[[], Floats], saved: bool = False) -> None:
-        self.name, self.ids, self.saved = name, tuple(ids), saved
+    def __init__(
+        self, name: str, ids: Sequence[int], compute: Callable[[], Floats] | None = None, saved: Floats | None = None
+    ) -> None:
+        self.name, self.ids, self.is_saved = name, tuple(ids), saved is not None
         self._array: Ints = np.array(self.ids, np.int64)
-        self._compute: Callable[[], Floats] | None = compute
-        self._rows: Floats | None = None
+        self._compute, self._rows = compute, saved
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -83,11 +85,9 @@ class Eye:
     `embed` gives the rows (n, hidden) of text ids, as they enter the first layer. `end_of_line` is the id of a newline.
     """
 
-    def __init__(
-        self, tower: Seeing, fingerprint: str, most_rows: int, embed: Callable[[Ints], Floats], end_of_line: int | None
-    ) -> None:
+    def __init__(self, tower: Seeing, most_rows: int, embed: Callable[[Ints], Floats], end_of_line: int | None) -> None:
         self.config: VisionConfig = tower.config
-        self._tower, self._fingerprint, self._most = tower, fingerprint.encode(), most_rows
+        self._tower, self._most = tower, most_rows
         self._embed, self._end_of_line = embed, end_of_line
         self._largest = self.config.n_rows + (LARGEST_CHUNK if self.config.reads_prefix else 0)
         self._known = WeakValueDictionary[int, Picture]()  # by first id
@@ -104,7 +104,7 @@ class Eye:
             return self._kept(image)
         config = self.config
         pixels = image.fitted(config.image_size, config.resample)
-        content = b"%d " % config.image_size + self._fingerprint + pixels.tobytes()
+        content = b"%d " % config.image_size + self._tower.fingerprint.encode() + pixels.tobytes()
         digest = np.frombuffer(hashlib.shake_256(content).digest(8 * config.n_rows), np.uint64)
         ids = [-1 - int(part >> np.uint64(2)) for part in digest]
 
@@ -113,7 +113,7 @@ class Eye:
 
         with self._lock:
             known = self._known.get(ids[0])
-            if known is not None and known.saved:
+            if known is not None and known.is_saved:
                 del self._known[ids[0]]
                 known = None
         return self._kept(known or Picture(image.name, ids, compute))
@@ -126,31 +126,17 @@ class Eye:
 
     def pictures(self, ids: Ints) -> list[Picture]:
         """All pictures in a sequence, once each. Raises InvalidRequest for ids below 0 that are no whole picture."""
-        found: dict[Picture, None] = {}
-        at = 0
-        while len(below := np.flatnonzero(ids[at:] < 0)):
-            at += int(below[0])
-            picture = self.find(ids[at:])
-            if picture is None:
-                raise InvalidRequest(
-                    f"token ids: {ids[at]} at {at} begins no picture that is known here: pictures come as messages, "
-                    "or from a session that holds them, and whole"
-                )
-            found[picture] = None
-            at += len(picture.ids)
-        return list(found)
+        return list(dict.fromkeys(self._picture_at(ids, at) for at in self._starts(ids)))
 
     def restored(self, ids: Ints, rows: Mapping[int, Floats]) -> list[Picture]:
         """The pictures of a saved sequence, whose rows were saved by their first ids. Raises InvalidSession."""
-        found, at, n = [], 0, self.config.n_rows
-        while len(below := np.flatnonzero(ids[at:] < 0)):
-            at += int(below[0])
+        found, n = [], self.config.n_rows
+        for at in self._starts(ids):
             part, saved = ids[at : at + n], rows.get(int(ids[at]))
             want = (n, self.config.text_size)
             if len(part) < n or (part >= 0).any() or saved is None or saved.shape != want or saved.dtype != np.float32:
                 raise InvalidSession(f"the saved picture at {at}: expected {n} ids and float32 rows {want} of it")
-            found.append(self._kept(Picture("a saved picture", part.tolist(), partial(_same, saved), saved=True)))
-            at += n
+            found.append(self._kept(Picture("a saved picture", part.tolist(), saved=saved)))
         return found
 
     def piece(self, ids: Ints, position: int, most: int) -> Piece:
@@ -160,7 +146,7 @@ class Eye:
             text = ids[: int(below[0])] if len(below) else ids[:most]
             return Piece(text, text)
         if not self.config.reads_prefix:
-            whole = len(self._picture_at(ids).ids)
+            whole = len(self._picture_at(ids, 0).ids)
         elif position:
             raise InvalidRequest(f"a picture at {position}: this model takes pictures only at the very beginning")
         else:
@@ -175,12 +161,22 @@ class Eye:
         blocks[:, 0] = position if self.config.reads_prefix else np.arange(position, position + whole)
         return Piece(part, self._inputs(part), blocks)
 
-    def _picture_at(self, ids: Ints) -> Picture:
-        """The picture that ids begin with. Raises InvalidRequest where that is none."""
-        picture = self.find(ids)
+    def _starts(self, ids: Ints) -> Iterator[int]:
+        """Where pictures begin."""
+        end = 0
+        for at in np.flatnonzero(ids < 0).tolist():
+            if at >= end:
+                yield at
+                end = at + self.config.n_rows
+
+    def _picture_at(self, ids: Ints, at: int) -> Picture:
+        """The picture that begins at an id. Raises InvalidRequest where that is none."""
+        picture = self.find(ids[at:])
         if picture is None:
-            self.pictures(ids)  # which says so
-        assert picture is not None
+            raise InvalidRequest(
+                f"token ids: {ids[at]} at {at} begins no picture that is known here: pictures come as messages, "
+                "or from a session that holds them, and whole"
+            )
         return picture
 
     def _prefix(self, ids: Ints) -> int:
@@ -191,14 +187,14 @@ class Eye:
     def _inputs(self, ids: Ints) -> Floats:
         """The rows of pictures and text, (n, hidden)."""
         rows: list[Floats] = []
-        at = 0
-        while at < len(ids):
-            if ids[at] < 0:
-                rows.append(self._picture_at(ids[at:]).rows)
-            else:
-                below = np.flatnonzero(ids[at:] < 0)
-                rows.append(self._embed(ids[at : at + int(below[0])] if len(below) else ids[at:]))
-            at += len(rows[-1])
+        end = 0
+        for at in self._starts(ids):
+            if at > end:
+                rows.append(self._embed(ids[end:at]))
+            rows.append(self._picture_at(ids, at).rows)
+            end = at + len(rows[-1])
+        if end < len(ids):
+            rows.append(self._embed(ids[end:]))
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def _kept(self, picture: Picture) -> Picture:
@@ -212,5 +208,6 @@ class Eye:
             return picture
 
 
-def _same(rows: Floats) -> Floats:
-    return rows
+def next_piece(eye: Eye | None, ids: Ints, position: int, most: int) -> Piece:
+    """`Eye.piece`, also for a model without an eye."""
+    return Piece(ids[:most], ids[:most]) if eye is None else eye.piece(ids, position, most)

@@ -34,6 +34,7 @@ from bezel.runtime import Model, _native, load
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.hf import read_hf_config
+from bezel.runtime.model.tensors import tensor_specs
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
 
@@ -191,7 +192,9 @@ def test_what_a_token_costs(tmp_path: Path) -> None:
 def test_random_files_are_valid(shape: str, preset: str, tmp_path: Path) -> None:
     odd = SHAPES[shape] | {"vocab_size": 1001}  # the rows of the embedding do not end where tensors may begin
     model = load(write_gguf(tmp_path / "x.gguf", odd, preset))
-    planned = {p.spec.gguf: p.format for p in plan_tensors(model.config, find_recipe(preset, model.config))}
+    planned = {
+        p.spec.gguf: p.format for p in plan_tensors(tensor_specs(model.config), find_recipe(preset, model.config))
+    }
     assert {name: info.format for name, info in model.file.tensors.items()} == planned
     for name in ("blk.0.ffn_up.weight", "token_embd.weight"):
         weights = model.file.dequantize(name)

@@ -68,7 +68,7 @@ def test_a_context_is_computed_once(model_of: ModelOf, monkeypatch: pytest.Monke
     scorer = Scorer(model.session())
     engine = scorer._session.engine
     forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda ids, n: (taken.append(len(ids)), forward(ids, n))[1])
+    monkeypatch.setattr(engine, "forward", lambda ids, n, **kw: (taken.append(len(ids)), forward(ids, n, **kw))[1])
     for continuation in ([7, 8], [9], [7, 10, 11]):
         scorer.score(context, continuation)
     # All but the context's last token once; then that one and what the last token of a choice follows.

@@ -309,7 +309,7 @@ def test_templates_are_looked_at_once() -> None:
         (lambda m: m.tokenizer.encode(b"Once"), "text: found bytes"),
         (lambda m: m.generate("Once", sampling=0.5), "sampling: found float 0.5, expected a Sampling"),
         (lambda m: m.generate("Once", stop=5), "stop: found 5, expected a list"),
-        (lambda _: Message("user", 5), "message: text: found int 5, expected text"),
+        (lambda _: Message("user", 5), "message: content: found int 5, expected text"),
         (lambda _: load(["a"]), "path: found list"),
         (lambda _: load("a\0b"), "path: found str"),
         (lambda _: load(DEMO, context="long"), "context: found str 'long', expected a whole number"),

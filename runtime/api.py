@@ -150,9 +150,8 @@ class Model:
         if not isinstance(self.backend, ModelBackend):
             raise InvalidRequest(f"vision: {self.file.kind} sees no pictures here yet; use a GGUF file")
         self._vision_file = VisionFile(path, self.config.hidden_size)
-        tower, end_of_line = self.backend.tower(self._vision_file), self.tokenizer.encode("\n")
         most_rows = 2 * self.context  # what two full sessions can hold
-        return Eye(tower, most_rows, self.backend.embed, end_of_line[0] if len(end_of_line) == 1 else None)
+        return Eye(self.backend.tower(self._vision_file), most_rows, self.backend.embed, self.tokenizer.end_of_line_id)
 
     @property
     def chunk(self) -> int:

@@ -40,6 +40,13 @@ from .shared import (
 @candidates_argument
 @reference_option
 @texts_option
+@click.option(
+    "--image",
+    "pictures",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="With --protocol chat: ask every line about this picture; may be given several times.",
+)
 @click.option("--engine", help="What runs the candidates.  [default: native for GGUF, ort for ONNX]")
 @click.option(
     "--kv",
@@ -62,7 +69,7 @@ from .shared import (
 )
 @click.option("--chunk", type=int, help=f"Tokens in a chunk.  [default: {CHUNK}; long: all that the models take]")
 @click.option("--chunks", "limit", type=click.IntRange(min=1), help="Read so many of each text only.  [default: all]")
-@click.option("--effects", is_flag=True, help="Measure weights, activations and keys and values apart, too.")
+@click.option("--effects", is_flag=True, help="Measure weights, activations, keys and values, and the eye apart, too.")
 @threads_option
 @scheduler_option
 @state_option
@@ -73,6 +80,7 @@ def measure(
     candidates: tuple[str, ...],
     reference: str,
     texts: tuple[Path, ...],
+    pictures: tuple[Path, ...],
     engine: str | None,
     kv: str,
     activations: str,
@@ -91,8 +99,8 @@ def measure(
 
     A model is a GGUF file, an ONNX folder or a checkpoint folder, which is computed with in float32 (4 bytes of
     memory a weight). It may say how it is run: model.gguf@kv=int8,activations=f32 with the keys engine, kv,
-    activations, ring (on, off) and name. The reference is exact unless it says otherwise: float32 activations, keys
-    and values.
+    activations, ring (on, off), name and vision, the file that it sees pictures with (that beside it, unless it says
+    otherwise). The reference is exact unless it says otherwise: float32 activations, keys and values.
 
     What is computed is kept for a month. Ctrl-C stops, and the same command goes on from there. `bezel sensitivity`
     says which tensors suffer, `bezel tasks` how well models answer questions.
@@ -107,6 +115,7 @@ def measure(
       bezel measure a.gguf@kv=int8 a.gguf@kv=f16 --reference a.gguf --text book.txt --protocol long
       bezel measure a.gguf --reference gemma-2-2b-it/ --text questions.txt --protocol chat --chunks 50
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --effects --json
+      bezel measure a.gguf --reference gemma-3-4b-it/ --protocol chat --text asked.txt --image cat.jpg --effects
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --receipt
       bezel measure a.gguf --reference gemma-f16.gguf --text wiki.test.txt --scheduler tcp://desk1:8786
     """
@@ -119,6 +128,7 @@ def measure(
             specs,
             parse_spec(reference, Spec(Path(), None, "f32", "f32")),
             texts,
+            pictures=pictures,
             protocol=protocol,
             chunk=chunk,
             limit=limit,

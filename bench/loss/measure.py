@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ...runtime.errors import InvalidRequest
 from ...runtime.text.chat import template_is_known
 from ...runtime.version import bezel_version
 from ..progress import Progress, silent
 from ..spread import Spread, here
 from .passages import WRITTEN, begun_chats, check_room, cut, first_of_each, read_texts, sequence_length
-from .result import Effect, MeasuredText, Measurement, Reference
+from .result import Effect, MeasuredPicture, MeasuredText, Measurement, Reference
 from .scoring import Subjects, compute
 from .state import KeptResults
-from .subjects import Opener, Spec, Subject, key_of
+from .subjects import Opener, Spec, Subject, key_of, seeing
 from .summary import Pooled, describe, pairs
 from .writing import with_answers
 
@@ -24,6 +26,7 @@ def measure(
     reference: Spec,
     texts: Sequence[Path],
     *,
+    pictures: Sequence[Path] = (),
     protocol: str = "chunks",
     chunk: int | None = None,
     limit: int | None = None,
@@ -37,21 +40,30 @@ def measure(
     """Compare every candidate, of which there is at least one, with the reference over the texts.
 
     `protocol` is one of PROTOCOLS, `chunk` the tokens in a sequence (default: 512, or for "long" as many as every model
-    takes) and `limit` the most sequences of each text. `effects` also measures weights, activations and keys and values
-    apart. What has been computed is kept in the folder `states`, and not computed again; `spread` says where the
-    passages are computed.
+    takes) and `limit` the most sequences of each text. In a chat each line is said of each of the `pictures`. `effects`
+    also measures weights, activations, keys and values, and the eye apart. What has been computed is kept in the folder
+    `states`, and not computed again; `spread` says where the passages are computed.
     Raises InvalidRequest, and what opening the models raises.
     """
+    if pictures:
+        if protocol != "chat":
+            raise InvalidRequest(f"--image: found pictures with --protocol {protocol}, expected chat: lines about them")
+        candidates, reference = [seeing(spec) for spec in candidates], seeing(reference)
     work = Subjects(candidates, reference, effects, Opener(threads))
     exact = work.subjects[0]
     chunk = sequence_length(chunk, protocol, min(subject.config.context_length for subject in work.subjects))
     read = read_texts(texts, exact.tokenizer)
-    passages = begun_chats(read, exact.tokenizer) if protocol == "chat" else cut(read, protocol, chunk)
+    if protocol == "chat":
+        passages = begun_chats(read, exact.tokenizer, exact.eye, pictures)
+    else:
+        passages = cut(read, protocol, chunk)
+    seen = [MeasuredPicture(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in pictures]
     key = {
         "texts": [text.sha256 for text in read],
         "protocol": protocol,
         "chunk": chunk,
         "passages": [(passage.text, passage.start, passage.line, len(passage.ids)) for passage in passages],
+        **({"pictures": [picture.sha256 for picture in seen]} if seen else {}),
     }
     chosen = first_of_each(passages, limit)
     if protocol == "chat":
@@ -70,6 +82,7 @@ def measure(
         protocol=protocol,
         chunk=chunk,
         texts=[MeasuredText(str(text.path), text.sha256, len(text.ids)) for text in read],
+        pictures=seen,
         chunks=len(passages),
         scored=sum(passage.scored for passage in passages),
         confidence=confidence,

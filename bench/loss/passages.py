@@ -15,6 +15,8 @@ from ...runtime.arrays import Ints
 from ...runtime.errors import InvalidRequest
 from ...runtime.text.chat import Message, render
 from ...runtime.text.tokenizer import Tokenizer
+from ...runtime.vision.eye import Eye
+from ...runtime.vision.image import Image
 
 PROTOCOLS = ("chunks", "long", "written", "chat")
 WRITTEN = ("written", "chat")
@@ -34,7 +36,7 @@ class Text:
 @dataclass(frozen=True)
 class Passage:
     """One sequence: `ids` (n,) begin with <bos>, in place of the token `start` of its text; or a chat that a `line` of
-    its text begins, where `start` is 0.
+    its text begins, where `start` is 0, about a `picture`, whose ids are below 0.
 
     Scored are the logits of the positions `first` … n − 2 by the tokens that follow them.
     """
@@ -44,11 +46,13 @@ class Passage:
     ids: Ints
     first: int
     line: int | None = None
+    picture: Path | None = None
 
     @property
     def place(self) -> str:
         """Where it lies in its text, in words."""
-        return f"the sequence at token {self.start}" if self.line is None else f"the chat of line {self.line}"
+        about = "" if self.picture is None else f" about {self.picture.name}"
+        return f"the sequence at token {self.start}" if self.line is None else f"the chat of line {self.line}{about}"
 
     @property
     def scored(self) -> int:
@@ -116,18 +120,24 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
     return list(first_of_each(passages, limit).values())
 
 
-def begun_chats(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Passage]:
-    """Chats that await their answer: every line of the texts is what a user says, in Gemma's template.
+def begun_chats(
+    texts: Sequence[Text], tokenizer: Tokenizer, eye: Eye | None = None, pictures: Sequence[Path] = ()
+) -> list[Passage]:
+    """Chats that await their answer: every line of the texts is what a user says, in Gemma's template, of each of the
+    `pictures`, where there are any.
 
-    Raises InvalidRequest where there is none, and for a vocabulary without turns.
+    Raises InvalidRequest where there is none, for a vocabulary without turns, and for what is no picture.
     """
+    shown = [(path.absolute(), Image(path)) for path in pictures]
     found = []
     for index, text in enumerate(texts):
         for number, line in enumerate(text.content.split("\n"), 1):
             if not line.strip():
                 continue
-            ids = np.array(render(tokenizer, [Message("user", line)]), np.int64)
-            found.append(Passage(index, 0, ids, len(ids) - 1, line=number))
+            for path, image in shown or [(None, None)]:
+                message = Message("user", line if image is None else [image, line])
+                ids = np.array(render(tokenizer, [message], eye=eye), np.int64)
+                found.append(Passage(index, 0, ids, len(ids) - 1, line=number, picture=path))
     if not found:
         raise InvalidRequest(f"{texts[0].path}: found no line, expected a user's message on each")
     return found
@@ -138,7 +148,8 @@ def check_room(chats: Iterable[Passage], texts: Sequence[Text], chunk: int) -> N
     for chat in chats:
         if len(chat.ids) >= chunk:
             raise InvalidRequest(
-                f"{texts[chat.text].path}: line {chat.line}: found {len(chat.ids)} tokens with the template, "
+                f"{texts[chat.text].path}: line {chat.line}: found {len(chat.ids)} tokens with "
+                f"{'the template' if chat.picture is None else 'the template and the picture'}, "
                 f"expected fewer than the {chunk} of --chunk; take a larger one, or the line out"
             )
 

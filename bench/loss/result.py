@@ -16,7 +16,7 @@ from .intervals import Interval
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model and how it was run. `formats` counts its tensors by format."""
+    """A model and how it was run. `formats` counts its tensors by format; `vision` is what it saw pictures with."""
 
     name: str
     path: str
@@ -26,10 +26,12 @@ class MeasuredModel:
     file_bytes: int
     bits_per_weight: float
     formats: dict[str, int]
+    vision: str | None
 
     @property
     def setting(self) -> str:
-        return f"{self.engine} engine, {self.activations} activations, {self.kv} KV"
+        eye = "" if self.vision is None else f", seeing with {Path(self.vision).name}"
+        return f"{self.engine} engine, {self.activations} activations, {self.kv} KV{eye}"
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,12 @@ class MeasuredText:
 
 
 @dataclass(frozen=True)
+class MeasuredPicture:
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Candidates in the order of the command line. `chunks` is how many sequences of up to `chunk` tokens were read,
     `scored` how many positions counted; `command` is what to type to get this again.
@@ -185,6 +193,7 @@ class Measurement:
     protocol: str
     chunk: int
     texts: list[MeasuredText]
+    pictures: list[MeasuredPicture]
     chunks: int
     scored: int
     confidence: float

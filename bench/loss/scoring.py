@@ -21,7 +21,7 @@ from ..spread import Recipe, Spread, here
 from .metrics import NotFinite, Records, compare
 from .passages import Passage
 from .state import Arrays, KeptResults
-from .subjects import Opener, Spec, Subject, forward, key_of, sizes_of, unique_names
+from .subjects import Opener, Spec, Subject, absolute, forward, key_of, sizes_of, unique_names
 
 _ROWS = 64  # positions compared at a time …
 _LOGIT_BYTES = 512 << 20  # … or fewer, so that the logits of all models take no more than this
@@ -55,6 +55,7 @@ class Subjects:
                 self._add_effects(spec, name)
         for subject in self.subjects[1:]:
             _check_same_model(self.subjects[0], subject)
+            _check_same_rows(self.subjects[0], subject)
 
     def _add(self, spec: Spec, name: str) -> int:
         subject = self._opener.open(spec, name)
@@ -69,6 +70,9 @@ class Subjects:
         return self._add(spec, name)
 
     def _add_effects(self, spec: Spec, name: str) -> None:
+        if spec.vision is not None:
+            seen = self._find(replace(self.subjects[0].spec, vision=spec.vision), name)
+            self.comparisons.append(Comparison(0, seen, "eye", name))
         if spec.engine == "ort":  # its graph fixes how it computes
             self.comparisons.append(Comparison(0, self._find(spec, name), "weights", name))
             return
@@ -91,6 +95,17 @@ def _check_same_model(reference: Subject, candidate: Subject) -> None:
         raise InvalidRequest(
             f"{candidate.spec.path}: its vocabulary is not that of the reference, {reference.spec.path}; they belong "
             "to different models"
+        )
+
+
+def _check_same_rows(reference: Subject, candidate: Subject) -> None:
+    """A picture must be as many rows for both."""
+    if reference.eye is None or candidate.eye is None:
+        return
+    want, found = reference.eye.config.n_rows, candidate.eye.config.n_rows
+    if want != found:
+        raise InvalidRequest(
+            f"{candidate.spec.vision}: makes {found} rows of a picture, expected {want} as {reference.spec.vision} does"
         )
 
 
@@ -140,8 +155,9 @@ class Scoring:
         return score(self._subjects, comparisons, passage)
 
     def recipe(self) -> Recipe:
-        specs = [replace(s.spec, path=s.spec.path.absolute()) for s in self._subjects]
-        return Recipe(_open_scoring, (specs, self._threads), sizes_of(s.path for s in specs), self._threads)
+        specs = [absolute(s.spec) for s in self._subjects]
+        eyes = (s.vision for s in specs if s.vision is not None)
+        return Recipe(_open_scoring, (specs, self._threads), sizes_of([*(s.path for s in specs), *eyes]), self._threads)
 
 
 def _open_scoring(specs: Sequence[Spec], threads: int | None) -> Scoring:
@@ -155,7 +171,8 @@ def score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passag
     place = {subject: i for i, subject in enumerate(used)}
     pairs = [(place[c.reference], place[c.candidate]) for c in comparisons]
     n = len(passage.ids) - 1  # nothing follows the last token that could score it
-    started = [subjects[i].start(n) for i in used]
+    started, eyes = [subjects[i].start(n) for i in used], [subjects[i].eye for i in used]
+    own = [subjects[i].ids_of(passage) for i in used]
     records: list[list[Records]] = [[] for _ in comparisons]
     layers = [_LayerErrors(subjects[c.reference].config, subjects[c.candidate].config) for c in comparisons]
     rows = _LOGIT_BYTES // (4 * subjects[0].config.vocab_size * len(used))
@@ -163,8 +180,10 @@ def score(subjects: Sequence[Subject], comparisons: Sequence[Comparison], passag
     for start, stop in _pieces(n, passage.first, rows):
         wanted = stop - start if start >= passage.first else 0
         streams: list[list[Floats]] = [[] for _ in started]
-        asked = passage.ids[start:stop], wanted
-        logits = [forward(e, *asked, s if wanted else None) for e, s in zip(started, streams, strict=True)]
+        logits = [
+            forward(engine, ids[start:stop], wanted, stream if wanted else None, eye)
+            for engine, ids, stream, eye in zip(started, own, streams, eyes, strict=True)
+        ]
         if not wanted:
             continue
         try:

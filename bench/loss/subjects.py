@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,29 @@ from ...runtime.cache.caches import default_chunk
 from ...runtime.cache.numpy_store import NumpyStore
 from ...runtime.cache.store import KV_TYPES
 from ...runtime.engines.protocol import Backend, Engine, ModelBackend
+from ...runtime.engines.tower import Tower, VisionTensors, float_matrix
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.model_file import open_model
 from ...runtime.files.models import find_model
+from ...runtime.files.vision_file import VisionFile, vision_beside
 from ...runtime.model import ops
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights
 from ...runtime.session import Session
 from ...runtime.text.tokenizer import Tokenizer
+from ...runtime.vision.eye import Eye, next_piece
+from ...runtime.vision.image import Image
+from .passages import Passage
 from .result import MeasuredModel
 
-_OPTION = r"(?:engine|kv|activations|ring|name)=[^,=]+"
+_OPTION = r"(?:engine|kv|activations|ring|name|vision)=[^,=]+"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A model and how to run it. `ring` False keeps every position in the local layers too."""
+    """A model and how to run it. `ring` False keeps every position in the local layers too; `vision` is the file of
+    the eye that it sees with, or a checkpoint's folder.
+    """
 
     path: Path
     engine: str | None = None
@@ -41,10 +49,11 @@ class Spec:
     activations: str = "int8"
     ring: bool = True
     name: str | None = None
+    vision: Path | None = None
 
     @property
     def is_checkpoint(self) -> bool:
-        return self.path.is_dir() and any(self.path.glob("*.safetensors*"))
+        return _is_checkpoint(self.path)
 
     @property
     def is_gguf(self) -> bool:
@@ -52,7 +61,7 @@ class Spec:
 
 
 def parse_spec(text: str, default: Spec) -> Spec:
-    """`PATH` or `PATH@key=value,…` with the keys engine, kv, activations, ring (on, off) and name.
+    """`PATH` or `PATH@key=value,…` with the keys engine, kv, activations, ring (on, off), name and vision.
 
     What is not said is as in `default`, but ort's keys and values are as the folder has them. Raises InvalidRequest.
     """
@@ -63,6 +72,8 @@ def parse_spec(text: str, default: Spec) -> Spec:
         if key in options and options[key] not in known:
             raise InvalidRequest(f"{text}: {key}: found {options[key]!r}, expected one of {', '.join(known)}")
     ring = options.pop("ring", None)
+    if "vision" in options:
+        options["vision"] = Path(options["vision"])
     spec = replace(default, path=find_model(path), **options)
     spec = spec if ring is None else replace(spec, ring=ring == "on")
     if not spec.path.exists():
@@ -81,6 +92,29 @@ def parse_spec(text: str, default: Spec) -> Spec:
     return replace(spec, engine=engine, activations="f32" if engine == "reference" else spec.activations)
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.safetensors*"))
+
+
+def seeing(spec: Spec) -> Spec:
+    """The same with its eye named: a checkpoint's own, or that beside a file. Raises InvalidRequest for one without."""
+    if spec.vision is not None:
+        return spec
+    eye = spec.path if spec.is_checkpoint else vision_beside(spec.path)
+    if eye is None:
+        raise InvalidRequest(
+            f"{spec.path}: found no file of an eye beside it, and there are pictures; expected "
+            f"mmproj-{spec.path.name}, or say which it is: {spec.path.name}@vision=FILE"
+        )
+    return replace(spec, vision=eye)
+
+
+def absolute(spec: Spec) -> Spec:
+    """The same for a process in another folder."""
+    eye = None if spec.vision is None else spec.vision.absolute()
+    return replace(spec, path=spec.path.absolute(), vision=eye)
+
+
 class FloatBackend(ModelBackend):
     """A checkpoint's own weights for NumPy, float32, all in memory."""
 
@@ -92,6 +126,25 @@ class FloatBackend(ModelBackend):
             home[spec.role] = checkpoint.tensor(spec)
         super().__init__(checkpoint.config, ops, Weights(shared, layers), NumpyStore)
 
+    def tower(self, file: VisionTensors) -> Tower:
+        return Tower(file, ops, float_matrix)
+
+
+class _CheckpointEye:
+    """What a checkpoint sees with, as the tower reads it. Raises InvalidRequest where it has nothing of the kind."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.vision is None:
+            raise InvalidRequest(f"{checkpoint.path}: has no vision tower, and there are pictures")
+        self._eye, self.config = checkpoint.vision, checkpoint.vision.config
+        self._specs = {spec.gguf: spec for spec in checkpoint.vision.specs}
+
+    def tensor(self, name: str) -> Floats:
+        return self._eye.tensor(self._specs[name])
+
+    def fingerprint(self) -> str:
+        return f"the eye of {self._eye.path}"
+
 
 @dataclass(frozen=True)
 class _Runnable:
@@ -102,15 +155,21 @@ class _Runnable:
     backend: Backend
     kv: str
     context: int
+    eye: Eye | None
     stop_ids: frozenset[int] = frozenset()
-    eye: None = None
 
     @property
     def chunk(self) -> int:
-        return default_chunk(self.config.layers)
+        return _chunk(self.config, self.eye)
 
     def identity(self) -> dict[str, str]:
         raise NotImplementedError("a measured sequence is not saved")
+
+
+def _chunk(config: ModelConfig, eye: Eye | None) -> int:
+    """The most rows that go through a model at once."""
+    usual = default_chunk(config.layers)
+    return usual if eye is None else eye.chunk(usual)
 
 
 @dataclass(frozen=True)
@@ -121,6 +180,7 @@ class _Opened:
     tokenizer: Tokenizer
     chat_template: str | None
     backend: Callable[[], Backend]
+    eye: Callable[[], Eye | None]
     file_bytes: int
     bits_per_weight: float
     formats: dict[str, int]
@@ -132,6 +192,7 @@ class Subject:
     def __init__(self, spec: Spec, name: str, opened: _Opened) -> None:
         self.spec, self.name = spec, name
         self.config, self.tokenizer, self._backend = opened.config, opened.tokenizer, opened.backend
+        self._eye = opened.eye
         self.chat_template = opened.chat_template
         self.facts = MeasuredModel(
             name=name,
@@ -142,22 +203,43 @@ class Subject:
             file_bytes=opened.file_bytes,
             bits_per_weight=opened.bits_per_weight,
             formats=opened.formats,
+            vision=None if spec.vision is None else str(spec.vision),
         )
+
+    @property
+    def eye(self) -> Eye | None:
+        """What sees pictures, where `spec` says with what."""
+        return self._eye() if self.spec.vision is not None else None
+
+    def ids_of(self, passage: Passage) -> Ints:
+        """A passage as this model takes it: a picture's ids are its eye's own."""
+        if passage.picture is None:
+            return passage.ids
+        assert self.eye is not None
+        ids = passage.ids.copy()
+        ids[ids < 0] = self.eye.look(Image(passage.picture)).ids
+        return ids
 
     def start(self, context: int) -> Engine:
         """An empty sequence for up to `context` tokens."""
-        return self._backend().engine(context, self.spec.kv, default_chunk(self.config.layers), self.spec.ring)
+        return self._backend().engine(context, self.spec.kv, _chunk(self.config, self.eye), self.spec.ring)
 
     def session(self) -> Session:
         """An empty sequence that can be rewound; it cannot be saved."""
-        runnable = _Runnable(self.config, self.tokenizer, self._backend(), self.spec.kv, self.config.context_length)
+        backend, context = self._backend(), self.config.context_length
+        runnable = _Runnable(self.config, self.tokenizer, backend, self.spec.kv, context, self.eye)
         return Session(runnable, ring=self.spec.ring)
 
 
-def forward(engine: Engine, ids: Ints, wanted: int, streams: list[Floats] | None = None) -> Floats:
+def forward(
+    engine: Engine, ids: Ints, wanted: int, streams: list[Floats] | None = None, eye: Eye | None = None
+) -> Floats:
     """`engine.forward` in steps that it takes, each with its last `wanted` rows; the last step's logits."""
-    for start in range(0, len(ids), engine.chunk):
-        logits = engine.forward(ids[start : start + engine.chunk], wanted, streams)
+    done = 0
+    while done < len(ids):
+        piece = next_piece(eye, ids[done:], engine.position, engine.chunk)
+        logits = engine.forward(piece.inputs, wanted, streams, blocks=piece.blocks)
+        done += len(piece.ids)
     return logits
 
 
@@ -166,23 +248,25 @@ class Opener:
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads
-        self._opened: dict[tuple[Path, str | None, str], _Opened] = {}
+        self._opened: dict[tuple[Path, str | None, str, Path | None], _Opened] = {}
 
     def open(self, spec: Spec, name: str = "") -> Subject:
         """Raises what `runtime.load` and `open_checkpoint` raise."""
-        key = (spec.path, spec.engine, spec.activations)
+        key = (spec.path, spec.engine, spec.activations, spec.vision)
         if key not in self._opened:
             self._opened[key] = self._open_checkpoint(spec) if spec.is_checkpoint else self._open_model(spec)
         return Subject(spec, name or spec.name or _stem(spec.path), self._opened[key])
 
     def _open_model(self, spec: Spec) -> _Opened:
-        model = load(spec.path, spec.engine, kv=spec.kv, activations=spec.activations, threads=self.threads)
+        setting: dict[str, Any] = {"kv": spec.kv, "activations": spec.activations, "threads": self.threads}
+        model = load(spec.path, spec.engine, vision=spec.vision, **setting)
         tensors = model.file.tensors.values()
         return _Opened(
             config=model.config,
             tokenizer=model.tokenizer,
             chat_template=model.chat_template,
             backend=lambda: model.backend,
+            eye=lambda: model.eye,
             file_bytes=sum(file.stat().st_size for file in _files(spec.path)),
             bits_per_weight=8 * sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors),
             formats=dict(Counter(t.format.name for t in tensors)),
@@ -190,19 +274,28 @@ class Opener:
 
     def _open_checkpoint(self, spec: Spec) -> _Opened:
         checkpoint = open_checkpoint(spec.path)
-        loaded: list[FloatBackend] = []
+        tokenizer = Tokenizer(checkpoint.vocabulary(), str(spec.path))
 
-        def backend() -> Backend:
-            if not loaded:  # only when something is to be computed
-                loaded.append(FloatBackend(checkpoint))
-            return loaded[0]
+        @cache
+        def backend() -> FloatBackend:  # only when something is to be computed
+            return FloatBackend(checkpoint)
+
+        @cache
+        def eye() -> Eye | None:
+            if spec.vision is None:
+                return None
+            of = spec.vision
+            file = _CheckpointEye(checkpoint) if _is_checkpoint(of) else VisionFile(of, checkpoint.config.hidden_size)
+            tower = backend().tower(file)
+            return Eye(tower, 2 * checkpoint.config.context_length, backend().embed, tokenizer.end_of_line_id)
 
         bits = sum(math.prod(s.shape) * 8 * checkpoint.format(s).block_bytes for s in checkpoint.specs)
         return _Opened(
             config=checkpoint.config,
-            tokenizer=Tokenizer(checkpoint.vocabulary(), str(spec.path)),
+            tokenizer=tokenizer,
             chat_template=checkpoint.chat_template,
             backend=backend,
+            eye=eye,
             file_bytes=sum(file.stat().st_size for file in checkpoint.files),
             bits_per_weight=bits / sum(math.prod(s.shape) for s in checkpoint.specs),
             formats=dict(Counter(checkpoint.format(s).name for s in checkpoint.specs)),
@@ -213,7 +306,8 @@ def key_of(spec: Spec) -> dict[str, Any]:
     """Which files, as they are now, and how they are run: models with equal keys give equal logits."""
     stats = [(str(f.relative_to(spec.path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in _files(spec.path)]
     setting = {name: getattr(spec, name) for name in ("engine", "kv", "activations", "ring")}
-    return {"path": str(spec.path.resolve()), "files": stats, **setting}
+    eye = {} if spec.vision in (None, spec.path) else {"eye": key_of(Spec(spec.vision))}
+    return {"path": str(spec.path.resolve()), "files": stats, **setting, **eye}
 
 
 def _stem(path: Path) -> str:

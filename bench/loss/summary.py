@@ -206,13 +206,14 @@ def _worst(
             [(shown(t), float(p)) for t, p in zip(record[which], record[f"{which}_p"], strict=True)]
             for which in ("reference_top", "top")
         )
+        before = passage.ids[max(0, next_place - _BEFORE) : next_place]
         out.append(
             WorstToken(
                 float(record["kld"]),
                 str(texts[passage.text].path),
                 passage.line,
                 passage.start + next_place,
-                tokenizer.decode(passage.ids[max(0, next_place - _BEFORE) : next_place].tolist()),
+                tokenizer.decode(before[before >= 0].tolist()),  # without pictures
                 shown(passage.ids[next_place]),
                 *tops,
             )

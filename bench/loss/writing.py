@@ -27,7 +27,7 @@ def continuation(
     engine = writer.start(len(ids) + n)
     none = dict.fromkeys(writer.tokenizer.special_ids.difference(ends), -np.inf)
     sampler = Sampler(Sampling(temperature, top_k=0, top_p=1.0, seed=seed, logit_bias=none))
-    out = [sampler(forward(engine, ids, 1)[-1], ())]
+    out = [sampler(forward(engine, ids, 1, eye=writer.eye)[-1], ())]
     while len(out) < n and out[-1] not in ends:
         out.append(sampler(engine.forward(np.array(out[-1:]), 1)[-1], ()))
     return np.array(out, np.int64)
@@ -44,7 +44,7 @@ def with_answers(
     out = {}
     for done, (number, passage) in enumerate(passages.items()):
         found = kept.load(number)
-        begun = passage.ids[: passage.first + 1]
+        begun = writer.ids_of(passage)[: passage.first + 1]
         if found is None:
             progress(done, len(passages), "the reference writes")
             found = {"ids": continuation(writer, begun, chunk - len(begun), 1.0, number, ends)}

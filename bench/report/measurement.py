@@ -273,6 +273,8 @@ def _method(result: Measurement) -> list[Element]:
     for text in result.texts:
         tokens = f"{text.path}: {text.tokens:,} tokens"
         say("text", tokens, element("br"), element("span.hash", f"sha256 {text.sha256}"))
+    for picture in result.pictures:
+        say("picture", picture.path, element("br"), element("span.hash", f"sha256 {picture.sha256}"))
     for i, model in enumerate((result.reference, *result.candidates)):
         path = element("span.hash", model.path)
         say("candidate" if i else "reference", f"{model.name}: {model.setting}", element("br"), path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,6 +13,15 @@ from ..files.vision_file import VisionFile
 from ..model.forward import Weights
 from ..model.tensors import TensorSpec
 from ..model.vision import GEMMA3, VisionConfig, VisionOps, patches_of, see, vision_specs
+
+
+class VisionTensors(Protocol):
+    """Where a tower's weights come from: a file, or a checkpoint."""
+
+    @property
+    def config(self) -> VisionConfig: ...
+    def fingerprint(self) -> str: ...
+    def tensor(self, name: str, /) -> Floats: ...
 
 
 class Tower:
@@ -49,7 +58,7 @@ def _is_multiplied(spec: TensorSpec) -> bool:
     return spec.is_matrix or spec.role in ("v_patch", "v_projection")
 
 
-def float_matrix(file: VisionFile, spec: TensorSpec) -> Floats:
+def float_matrix(file: VisionTensors, spec: TensorSpec) -> Floats:
     """A matrix (outputs, inputs) of the tower in float32."""
     return as_multiplied(file.config, spec, file.tensor(spec.gguf))
 

@@ -212,6 +212,8 @@ class Tokenizer:
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.start_of_turn_id, self.end_of_turn_id = vocabulary.turn_ids()
         self.start_of_image_id, self.end_of_image_id = map(vocabulary.pieces.find, (START_OF_IMAGE, END_OF_IMAGE))
+        newline = self._processor.encode("\n")
+        self.end_of_line_id = newline[0] if len(newline) == 1 else None
         self.stop_ids = frozenset(i for i in (self.eos_id, self.end_of_turn_id) if i is not None)
         self.longest_piece = int(vocabulary.pieces.sizes().max())  # bytes
         self.special_ids = frozenset(np.flatnonzero(np.isin(self._types, (UNKNOWN, CONTROL))).tolist())

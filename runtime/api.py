@@ -15,7 +15,7 @@ from .arrays import Floats
 from .cache.caches import default_chunk
 from .engines import ENGINES, new_backend
 from .engines.protocol import ModelBackend
-from .errors import InvalidModelFile, InvalidRequest
+from .errors import BezelError, InvalidModelFile, InvalidRequest
 from .files.model_file import ModelFile, open_model
 from .files.vision_file import VisionFile, vision_beside
 from .session import Session
@@ -125,7 +125,7 @@ class Model:
         self.backend = new_backend(engine, file, self.config, threads, exact)
         self._vision_file: VisionFile | None = None
         if vision is not None:
-            self.eye = self._opened_eye(vision)
+            self._sight = self._opened_eye(vision)
 
     def __repr__(self) -> str:
         config = self.config
@@ -140,16 +140,31 @@ class Model:
         name = self.file.metadata.get("general.name")
         return name if isinstance(name, str) and name else self.file.path.stem
 
-    @cached_property
+    @property
     def eye(self) -> Eye | None:
-        """What sees pictures, where there is a file of it beside the model's. Raises as `load` does."""
-        beside = vision_beside(self.file.path) if isinstance(self.backend, ModelBackend) else None
-        return None if beside is None else self._opened_eye(beside)
+        """What sees pictures, where there is a file of it that fits; `eye_for` says why not."""
+        return self._sight if isinstance(self._sight, Eye) else None
 
-    def _opened_eye(self, path: Path) -> Eye:
+    def eye_for(self, messages: Iterable[chat.Message]) -> Eye | None:
+        """The eye for these messages. Raises InvalidRequest where they hold pictures and there is none."""
+        pictures = [part for message in messages for part in message.parts if not isinstance(part, str)]
+        if pictures and isinstance(self._sight, BezelError):
+            raise InvalidRequest(f"{pictures[0].name}: this model sees no pictures: {self._sight}")
+        return self.eye
+
+    @cached_property
+    def _sight(self) -> Eye | BezelError:
+        """The eye, or why there is none, which matters only where a picture is to be seen."""
+        try:
+            return self._opened_eye(None)
+        except BezelError as error:
+            return error
+
+    def _opened_eye(self, path: Path | None) -> Eye:
+        """The eye in a file, or in the one beside the model's. Raises as `load` does."""
         if not isinstance(self.backend, ModelBackend):
-            raise InvalidRequest(f"vision: {self.file.kind} sees no pictures here yet; use a GGUF file")
-        self._vision_file = VisionFile(path, self.config.hidden_size)
+            raise InvalidRequest(f"vision: {self.file.kind} sees none here yet; use a GGUF file")
+        self._vision_file = VisionFile(path or vision_beside(self.file.path), self.config.hidden_size)
         most_rows = 2 * self.context  # what two full sessions can hold
         return Eye(self.backend.tower(self._vision_file), most_rows, self.backend.embed, self.tokenizer.end_of_line_id)
 
@@ -232,7 +247,7 @@ class Model:
             raise InvalidRequest("prompt: found bytes, expected text, ids or messages; decode them first")
         if isinstance(prompt, str) or chat.is_content(prompt):
             if raw or (raw is None and not self.is_chat_model):
-                return chat.continued(self.tokenizer, prompt, self.eye)
+                return chat.continued(self.tokenizer, prompt, self.eye_for([chat.Message("user", prompt)]))
             prompt = [chat.Message("user", prompt)]
         parts = list(prompt) if isinstance(prompt, Iterable) else [prompt]
         messages = [_message(part) for part in parts if isinstance(part, (chat.Message, Mapping))]
@@ -240,7 +255,7 @@ class Model:
         if not parts or len(parts) not in (len(messages), len(ids)):
             kinds = ", ".join(sorted({type(part).__name__ for part in parts})) or "nothing"
             raise InvalidRequest(f"prompt: found {kinds}, expected text, ids or messages, and of one kind")
-        return chat.render(self.tokenizer, messages, eye=self.eye) if messages else ids
+        return chat.render(self.tokenizer, messages, eye=self.eye_for(messages)) if messages else ids
 
     def generate(
         self,

@@ -136,12 +136,12 @@ class _Chat:
 
     def _show(self, argument: str) -> None:
         """Take a picture, whose path may be quoted, as terminals write one that is dropped."""
+        from ..text.chat import Message
         from ..vision.image import Image
 
-        if self._model.eye is None:
-            raise InvalidRequest(f"{self._model.name} sees no pictures: there is no vision tower beside its file")
         quoted = len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\""
         image = Image(Path(argument[1:-1] if quoted else argument.replace("\\ ", " ")).expanduser())
+        self._model.eye_for([Message("user", [image])])  # or that is said now
         self._images.append(image)
         width, height = image.size
         note(f"image: {image.name}, {width} × {height}; it goes with your next message")

@@ -15,20 +15,25 @@ from .gguf import GGUFFile, shape_text
 from .models import EYE
 
 
-def vision_beside(path: Path) -> Path | None:
+def vision_beside(path: Path) -> Path:
     """The eye that lies beside a model file: by its name, `mmproj-NAME.gguf`, or the only one there.
 
-    Raises InvalidRequest where there are several others.
+    Raises InvalidRequest where there is none, or several others.
     """
     if (own := path.with_name(f"{EYE}{path.name}")).is_file():
         return own
     found = sorted(other for other in path.parent.glob("*mmproj*.gguf") if other.is_file() and other != path)
+    if not found:
+        raise InvalidRequest(
+            f"there is no vision tower, {EYE}….gguf, beside its file (`bezel export` writes it where the checkpoint "
+            "has one; --vision FILE gives another)"
+        )
     if len(found) > 1:
         raise InvalidRequest(
             f"{path.parent}: has {len(found)} files of vision towers ({', '.join(f.name for f in found)}); say which "
-            f"belongs to {path.name}: --vision FILE, or vision= in Python"
+            f"belongs to {path.name}: --vision FILE, or vision= in Python, or call it {own.name}"
         )
-    return found[0] if found else None
+    return found[0]
 
 
 class VisionFile(GGUFFile):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from .answers import Answer
 from .fields import BadRequest, Fields
 from .models import Served
 from .shapes import Json
+
+_log = logging.getLogger("bezel.serve")
 
 MOST_ANSWERS, MOST_STOPS, MOST_LOGPROBS, MOST_BIASED = 16, 16, 20, 1024
 MOST_TOKENS = 1 << 30
@@ -238,6 +241,11 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
     begun = turns.pop().text if turns[-1].role == "model" else ""
     if system:
         turns.insert(0, chat.Message("system", "\n\n".join(system)))
+    try:
+        served.model.eye_for(turns)
+    except InvalidRequest as error:  # which names files of this computer
+        _log.warning("%s: %s", served.name, error)
+        raise BadRequest("messages: this model sees no pictures", "messages") from None
     try:
         return served.model.prompt_ids(turns) + served.model.tokenizer.encode(begun)
     except InvalidRequest as error:

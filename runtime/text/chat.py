@@ -86,10 +86,7 @@ def _encode(tokenizer: Tokenizer, parts: Iterable[Part], eye: Eye | None) -> lis
             continue
         start, end = tokenizer.start_of_image_id, tokenizer.end_of_image_id
         if eye is None:
-            raise InvalidRequest(
-                f"{part.name}: this model sees no pictures: there is no vision tower, mmproj-….gguf, beside its file "
-                "(`bezel export` writes it where the checkpoint has one; --vision FILE gives another)"
-            )
+            raise InvalidRequest(f"{part.name}: this model sees no pictures")
         if start is None or end is None:
             raise InvalidRequest(f"{part.name}: this model's vocabulary lacks {START_OF_IMAGE} or {END_OF_IMAGE}")
         ids += [*tokenizer.encode(f"{text}{_AROUND_PICTURE}"), start, *eye.look(part).ids, end]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import ContextFull, InvalidRequest
 from ..session import Runnable, Session
+from ..vision.eye import Eye
 from . import chat
 from .generation import Generation
 from .sampling import Sampling
@@ -19,6 +20,7 @@ class Talker(Runnable, Protocol):
     @property
     def default_sampling(self) -> Sampling: ...
     def session(self) -> Session: ...
+    def eye_for(self, messages: Iterable[chat.Message], /) -> Eye | None: ...
 
 
 class Conversation:
@@ -105,7 +107,7 @@ class Conversation:
         return [*system, chat.Message("user", content)]
 
     def _rendered(self, messages: list[chat.Message], reply: bool = True) -> list[int]:
-        return chat.render(self._model.tokenizer, messages, reply, self._model.eye)
+        return chat.render(self._model.tokenizer, messages, reply, self._model.eye_for(messages))
 
     @staticmethod
     def _without(opening: str, message: chat.Message) -> chat.Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,13 +329,16 @@ def test_the_eye_forgets_what_nobody_holds(seeing_of: Callable[..., Path]) -> No
 def test_the_right_eye_is_found(seeing_of: Callable[..., Path], tmp_path: Path) -> None:
     path = seeing_of("gemma3")
     alone = _alone(path, tmp_path)
-    assert vision_beside(alone) is None
+    with pytest.raises(InvalidRequest, match="there is no vision tower"):
+        vision_beside(alone)
     own = path.with_name("mmproj-model.gguf").read_bytes()
     (tmp_path / "mmproj-BF16.gguf").write_bytes(own)
     assert vision_beside(alone) == tmp_path / "mmproj-BF16.gguf"
     (tmp_path / "mmproj-F16.gguf").write_bytes(own)
     with pytest.raises(InvalidRequest, match=r"has 2 files of vision towers .* --vision FILE"):
         vision_beside(alone)
+    with pytest.raises(InvalidRequest, match=r"picture: this model sees no pictures: .*has 2 files"):
+        load(alone).prompt_ids([Image(drawn(0)), "What is it?"])
     assert load(alone, vision=tmp_path / "mmproj-F16.gguf").eye is not None
     (tmp_path / "mmproj-model.gguf").write_bytes(own)
     assert vision_beside(alone) == tmp_path / "mmproj-model.gguf"
@@ -348,6 +352,42 @@ def test_eyes_of_other_models_are_refused(seeing_of: Callable[..., Path], gguf_o
         load(gguf_of("demo"), vision=gguf_of("demo"))
     with pytest.raises(InvalidModelFile, match="there is no such file"):
         load(gguf_of("demo"), vision="nothing.gguf")
+
+
+def cut(raw: bytes) -> bytes:
+    return raw[: len(raw) // 2]
+
+
+def of_another_model(raw: bytes) -> bytes:
+    key = b"clip.vision.projection_dim" + (4).to_bytes(4, "little")  # u32
+    assert key in raw
+    at = raw.index(key) + len(key)
+    return raw[:at] + (128).to_bytes(4, "little") + raw[at + 4 :]
+
+
+BESIDE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "two": (lambda raw: raw, "has 2 files of vision towers"),
+    "cut": (cut, "mmproj-a.gguf"),
+    "another model's": (of_another_model, "they belong to different models"),
+    "nothing": (lambda _: b"", "not a GGUF file"),
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_eyes_that_are_not_its_own_hinder_no_text(what: str, seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    path = seeing_of("gemma3")
+    alone, (change, words) = _alone(path, tmp_path), BESIDE[what]
+    want = opened(alone).logits(text(20))
+    for name in ("mmproj-a.gguf", "mmproj-b.gguf")[: 1 + (what == "two")]:
+        (tmp_path / name).write_bytes(change(path.with_name("mmproj-model.gguf").read_bytes()))
+    model = opened(alone)
+    assert np.array_equal(model.logits(text(20)), want)
+    assert model.prompt_ids("Once", raw=True)
+    talk = model.conversation()
+    talk.prompt_ids("Hello!")
+    for ask in (model.prompt_ids, partial(model.prompt_ids, raw=True), talk.prompt_ids):
+        with pytest.raises(InvalidRequest, match=f"picture: this model sees no pictures: .*{words}"):
+            ask([Image(drawn(0)), "What is it?"])
 
 
 def test_older_files_have_up_and_down_the_wrong_way_round(seeing_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from ..quant import lattice
 from ..quant.formats import Format
 from ..runtime.errors import InvalidModelFile, InvalidRequest
 from ..runtime.files.model_file import ModelFile, open_model
-from ..runtime.model.config import ModelConfig
+from ..runtime.files.models import find_model
+from ..runtime.files.vision_file import VisionFile, is_eye
 from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import NORMAL
 from .metadata import CALIBRATION, TUNED
-from .sources.checkpoint import Checkpoint
+from .sources.checkpoint import Checkpoint, TensorSource
 
 _CHUNK_WEIGHTS = 1 << 20
 # With a calibration, weights move beyond the nearest value, and norms too, to make up for one another.
@@ -54,40 +56,63 @@ class TensorReport:
 def verify(
     path: str | Path, source: Checkpoint, progress: Callable[[int, int], None] = lambda *_: None
 ) -> list[TensorReport]:
-    """A report for each tensor of the GGUF file or the ONNX folder, in the model's order.
+    """A report for each tensor of the GGUF file, an eye's too, or the ONNX folder, in the model's order.
 
     `progress` is called with (tensors done, tensors in all).
 
     Raises InvalidRequest for models of two configs, InvalidModelFile where the text would differ: other tensors,
     another vocabulary; and where a file of a folder is not what was written.
     """
+    path = find_model(path)
+    if is_eye(path):
+        return _verify_eye(path, source, progress)
     with open_model(path) as file:
         config = file.config()
-        _check_config(path, config, source)
+        if config.n_layers == source.config.n_layers:
+            for i, pair in enumerate(zip(config.layers, source.config.layers, strict=True)):
+                _check_same(path, f"layer {i}: ", *pair, source)
+        _check_same(path, "", config, source.config, source)
         file.check_tensors(config)
         file.check_hashes()
         _check_vocabulary(file, source)
-        reports: list[TensorReport] = []
-        for spec in source.specs:
-            progress(len(reports), len(source.specs))
-            reports.append(_compare(file, spec, source))
+        return _compared(file, source, str, progress)
+
+
+def _verify_eye(path: Path, source: Checkpoint, progress: Callable[[int, int], None]) -> list[TensorReport]:
+    """A report for each tensor of the eye in a file, with those of a checkpoint that has one."""
+    if source.vision is None:
+        raise InvalidRequest(f"{path}: this is a vision tower, and {source.path} has none")
+    with VisionFile(path) as file:
+        eye = source.vision.widened(file.config.intermediate_size)  # zeros, where there are fewer
+        with closing(eye):
+            _check_same(path, "", file.config, eye.config, source)
+            return _compared(file, eye, file.name_of, progress)
+
+
+def _compared(
+    file: ModelFile | VisionFile,
+    source: TensorSource,
+    name_of: Callable[[str], str],
+    progress: Callable[[int, int], None],
+) -> list[TensorReport]:
+    """A report for each tensor of a source; `name_of` is what it is called in the file."""
+    reports: list[TensorReport] = []
+    for spec in source.specs:
         progress(len(reports), len(source.specs))
-        return reports
+        reports.append(_compare(file, name_of(spec.gguf), spec, source))
+    progress(len(reports), len(source.specs))
+    return reports
 
 
-def _check_config(path: str | Path, config: ModelConfig, source: Checkpoint) -> None:
-    pairs: list[tuple[str, Any, Any]] = [("", config, source.config)]
-    if config.n_layers == source.config.n_layers:
-        each = zip(config.layers, source.config.layers, strict=True)
-        pairs = [*((f"layer {i}: ", *pair) for i, pair in enumerate(each)), *pairs]
-    for where, ours, theirs in pairs:
-        for field in fields(ours):
-            found, want = getattr(ours, field.name), getattr(theirs, field.name)
-            if found != want:
-                raise InvalidRequest(
-                    f"{path}: {where}{field.name} is {str(found)[:80]}, and {str(want)[:80]} in {source.path}: these "
-                    "are two models"
-                )
+def _check_same(path: Path, where: str, config: Any, wanted: Any, source: Checkpoint) -> None:
+    """Raises InvalidRequest where a field of two configs differs."""
+    for field in fields(config):
+        found, want = getattr(config, field.name), getattr(wanted, field.name)
+        if found != want:
+            raise InvalidRequest(
+                f"{path}: {where}{field.name} is {str(found)[:80]}, and {str(want)[:80]} in {source.path}: these "
+                "are two models"
+            )
 
 
 def _check_vocabulary(file: ModelFile, source: Checkpoint) -> None:
@@ -110,11 +135,11 @@ def _check_vocabulary(file: ModelFile, source: Checkpoint) -> None:
         )
 
 
-def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorReport:
-    form = file.tensors[spec.gguf].format
+def _compare(file: ModelFile | VisionFile, name: str, spec: TensorSpec, source: TensorSource) -> TensorReport:
+    form = file.tensors[name].format
     if not issubclass(form, Format):
         raise InvalidRequest(
-            f"{file.path}: tensor '{spec.gguf}' is {form.name}, which bezel does not write, so that nothing says how "
+            f"{file.path}: tensor '{name}' is {form.name}, which bezel does not write, so that nothing says how "
             "far from its source it may be; `bezel measure` says what it costs"
         )
     n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
@@ -124,7 +149,7 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
         stop = min(start + step, n_rows)
         rows = source.rows(spec, start, stop)
         with np.errstate(all="ignore"):  # a damaged file may hold any number; it shows in the figures
-            found = file.dequantize(spec.gguf, slice(start, stop))
+            found = file.dequantize(name, slice(start, stop))
             equal += int(np.count_nonzero(lattice.same_bf16(rows, found) if lattice.is_bf16(rows) else found == rows))
             error = found - rows
             noise.append(_energy(error))
@@ -137,7 +162,7 @@ def _compare(file: ModelFile, spec: TensorSpec, source: Checkpoint) -> TensorRep
     chunks = [max(x, mean * rows) for x, rows in zip(signal, sizes, strict=True)]
     span = max(map(_ratio, spans, chunks))
     return TensorReport(
-        name=spec.gguf,
+        name=name,
         role=spec.role,
         format=form.name,
         error=relative,
@@ -160,7 +185,7 @@ def _ratio(noise: float, signal: float) -> float:
     return math.sqrt(noise / signal) if signal else math.inf
 
 
-def _tolerance(form: type[Format], spec: TensorSpec, source: Checkpoint, span: float, calibrated: str) -> float:
+def _tolerance(form: type[Format], spec: TensorSpec, source: TensorSource, span: float, calibrated: str) -> float:
     """The format's own, or more where the source's blocks have the larger `span`, in deviations; but nothing where
     source and file hold the same kind of number."""
     same = form is source.format(spec) and spec.is_matrix

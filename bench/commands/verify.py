@@ -14,6 +14,7 @@ from ...export.sources.opening import open_checkpoint
 from ...export.verify import TensorReport
 from ...export.verify import verify as compare_tensors
 from ...runtime.commands.model_path import MODEL
+from ...runtime.files.vision_file import is_eye
 from ..loss.agreement import Span, agreement
 from .shared import json_option, progress_line, threads_option
 
@@ -34,6 +35,8 @@ from .shared import json_option, progress_line, threads_option
 def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json: bool) -> None:
     """Compare every tensor of MODEL, a GGUF file or an ONNX folder, with what it was exported from.
 
+    A vision tower, mmproj-….gguf, is compared like a model, by itself.
+
     Prints the tensors, the worst first. --run also finds a graph or an engine that computes something else with the
     same weights: it prints how far logits are apart in each window, everything computed with float32 activations. The
     reference engine stands in for a checkpoint, which is not run itself; it takes 4 bytes of memory a weight, and its
@@ -42,8 +45,11 @@ def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json
     \b
     Examples:
       bezel verify gemma-2-2b-it.gguf --source gemma-2-2b-it/
+      bezel verify mmproj-gemma-3-4b-it.gguf --source gemma-3-4b-it/
       bezel verify gemma-onnx/ --source gemma-q4_0.gguf --run
     """
+    if as_run and is_eye(model):
+        raise click.UsageError("--run goes with models; a vision tower alone gives no logits.")
     try:
         line = progress_line("tensors")
         with open_checkpoint(source, quantized=True) as opened:

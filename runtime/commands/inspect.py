@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,13 @@ from ..engines import bytes_for
 from ..errors import InvalidRequest
 from ..files.gguf import RECEIPT
 from ..files.model_file import ModelFile, open_model
+from ..files.vision_file import is_eye
 from ..model.config import ModelConfig
 from ..text.chat import template_is_known
 from ..text.sampling import KEYS, Sampling, read_sampling
-from .console import printable
+from .inspect_eye import eye_facts, facts_beside, print_beside, print_eye
+from .inspect_facts import MIB, echo, print_formats, print_provenance, print_tensors, tensor_facts
 from .model_path import MODEL
-
-MIB = 1 << 20
 
 
 @click.command()
@@ -33,12 +31,21 @@ MIB = 1 << 20
 def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> None:
     """Show what MODEL, a GGUF file or an exported ONNX folder, holds and how much memory it takes.
 
+    MODEL may be a vision tower, too, mmproj-….gguf; that of a model is shown with it.
+
     \b
     Examples:
       bezel inspect gemma.gguf
       bezel inspect gemma.gguf --context 8192
       bezel inspect gemma.gguf --json
+      bezel inspect mmproj-gemma.gguf
     """
+    if is_eye(model):
+        if context is not None:
+            raise InvalidRequest("--context goes with models; a vision tower holds none")
+        facts = eye_facts(model)
+        click.echo(json.dumps(facts, indent=2)) if as_json else print_eye(facts, tensors)
+        return
     with open_model(model) as file:
         config = file.config()
         file.check_tensors(config)
@@ -52,14 +59,6 @@ def inspect(model: Path, context: int | None, tensors: bool, as_json: bool) -> N
 
 
 def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[str, Any]:
-    formats: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "weights": 0, "bytes": 0})
-    for info in file.tensors.values():
-        row = formats[info.format.name]
-        row["tensors"] += 1
-        row["weights"] += math.prod(info.shape)
-        row["bytes"] += info.nbytes
-    weights = sum(row["weights"] for row in formats.values())
-    tensor_bytes = sum(row["bytes"] for row in formats.values())
     engine = file.engines[0]
     sampling, _ = read_sampling(file.metadata)
     contexts = [context] if context else _contexts(config.context_length)
@@ -72,9 +71,6 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         "file_bytes": file.file_bytes,
         "name": name if isinstance(name := file.metadata.get("general.name"), str) else None,
         "family": config.family,
-        "weights": weights,
-        "bits_per_weight": 8 * tensor_bytes / weights,
-        "formats": dict(sorted(formats.items(), key=lambda item: -item[1]["bytes"])),
         "embedding_format": file.tensors["token_embd.weight"].format.name,
         "config": {
             "vocab_size": config.vocab_size,
@@ -95,16 +91,11 @@ def _facts(file: ModelFile, config: ModelConfig, context: int | None) -> dict[st
         "rope_bases": [layer.rope_base for layer in config.layers],
         "rope_factors": [layer.rope_factor for layer in config.layers],
         "cache": {kv: cache(kv) for kv in file.kv_types(engine)},
-        "weight_bytes": tensor_bytes,
         "chat_template": _template(file),
         "sampling": {name: getattr(Sampling(**sampling), name) for name in KEYS},
-        "provenance": _provenance(file),
         "receipt": _receipt(file),
-        "tensors": [
-            {"name": info.name, "shape": info.shape, "format": info.format.name, "bytes": info.nbytes}
-            for info in file.tensors.values()
-        ],
-    }
+        "vision": facts_beside(file.path, config.hidden_size) if "native" in file.engines else None,
+    } | tensor_facts(file)
 
 
 def _template(file: ModelFile) -> str | None:
@@ -113,22 +104,6 @@ def _template(file: ModelFile) -> str | None:
     if not isinstance(template, str):
         return None
     return "Gemma's" if template_is_known(template) else "another than Gemma's, which stands in for it"
-
-
-def _provenance(file: ModelFile) -> dict[str, Any]:
-    """What the exporter wrote about itself and its source."""
-    stored = {
-        key.removeprefix("bezel.provenance."): v for key, v in file.metadata.items() if "bezel.provenance." in key
-    }
-    names, hashes = (_texts(stored.pop(key, None)) for key in ("source_files", "source_sha256"))
-    plain = {key: value for key, value in stored.items() if isinstance(value, (str, int, float))}
-    return plain | {"sources": dict(zip(names, hashes, strict=False))} if names else plain
-
-
-def _texts(value: Any) -> list[str]:
-    """An array of strings; nothing where a file has something else in its place."""
-    is_array = isinstance(value, Sequence) and not isinstance(value, str)
-    return list(value) if is_array and all(isinstance(text, str) for text in value) else []
 
 
 def _receipt(file: ModelFile) -> dict[str, Any] | None:
@@ -146,62 +121,50 @@ def _contexts(limit: int) -> list[int]:
 
 
 def _print(facts: dict[str, Any], tensors: bool) -> None:
-    _echo(f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['family']})")
-    _echo(
-        f"  {facts['weights'] / 1e6:,.1f} million weights, {facts['file_bytes'] / MIB:,.1f} MiB, "
-        f"{facts['bits_per_weight']:.2f} bits per weight"
-    )
-    for name, row in facts["formats"].items():
-        _echo(f"  {name:>6} {row['tensors']:5} tensors {row['bytes'] / MIB:10,.1f} MiB")
-    _echo(f"  embedding and head in {facts['embedding_format']}")
+    echo(f"{facts['file']}: {facts['name'] or 'unnamed'} ({facts['family']})")
+    print_formats(facts)
+    echo(f"  embedding and head in {facts['embedding_format']}")
     if "onnx" in facts:
         _print_onnx(facts["onnx"])
-    _echo("\nConfig")
+    echo("\nConfig")
     for key, value in facts["config"].items():
-        _echo(f"  {key:<22} {value:g}" if isinstance(value, float) else f"  {key:<22} {value}")
+        echo(f"  {key:<22} {value:g}" if isinstance(value, float) else f"  {key:<22} {value}")
     windows = facts["windows"]
     local = [i for i, window in enumerate(windows) if window]
     if local:
         sizes = sorted({window for window in windows if window})
-        _echo(f"  local layers           {_ranges(local)}, window {', '.join(map(str, sizes))}")
-    _echo(f"  global layers          {_ranges([i for i, w in enumerate(windows) if not w])}")
-    _echo("\nMemory for keys and values, MiB (rings on local layers; in brackets, all layers full)")
-    _echo(f"  {'context':>8}" + "".join(f"  {kv + ': local + global':>34}" for kv in facts["cache"]))
+        echo(f"  local layers           {_ranges(local)}, window {', '.join(map(str, sizes))}")
+    echo(f"  global layers          {_ranges([i for i, w in enumerate(windows) if not w])}")
+    echo("\nMemory for keys and values, MiB (rings on local layers; in brackets, all layers full)")
+    echo(f"  {'context':>8}" + "".join(f"  {kv + ': local + global':>34}" for kv in facts["cache"]))
     for rows in zip(*facts["cache"].values(), strict=True):
         cells = [
             f"{r['local'] / MIB:.1f} + {r['global'] / MIB:.1f} = {r['total'] / MIB:.1f} [{r['full'] / MIB:.1f}]"
             for r in rows
         ]
-        _echo(f"  {rows[0]['context']:8}" + "".join(f"  {cell:>34}" for cell in cells))
+        echo(f"  {rows[0]['context']:8}" + "".join(f"  {cell:>34}" for cell in cells))
     biggest = {kv: rows[-1] for kv, rows in facts["cache"].items()}
     needs = (
         f"{(facts['weight_bytes'] + row['total']) / MIB:,.0f} MiB with {kv} keys and values"
         for kv, row in biggest.items()
     )
     tokens = next(iter(biggest.values()))["context"]
-    _echo(f"  with the weights, {tokens} tokens take {', '.join(needs)}")
-    _echo("\nText")
-    _echo(f"  {'chat template':<22} {facts['chat_template'] or 'none: it continues text'}")
+    echo(f"  with the weights, {tokens} tokens take {', '.join(needs)}")
+    echo("\nText")
+    echo(f"  {'chat template':<22} {facts['chat_template'] or 'none: it continues text'}")
     chosen = (f"{name} {value:g}" for name, value in facts["sampling"].items())
-    _echo(f"  {'sampling':<22} {', '.join(chosen)}")
-    if facts["provenance"]:
-        _echo("\nProvenance")
-        for key, value in facts["provenance"].items():
-            if key != "sources":
-                _echo(f"  {key:<22} {value}")
-        for name, sha256 in facts["provenance"].get("sources", {}).items():
-            _echo(f"  from {name:<33} sha256 {sha256}")
+    echo(f"  {'sampling':<22} {', '.join(chosen)}")
+    print_beside(facts["vision"])
+    print_provenance(facts)
     if facts["receipt"]:
         _print_receipt(facts["receipt"])
     if tensors:
-        _echo("\nTensors")
-        for row in facts["tensors"]:
-            _echo(f"  {row['name']:<36} {row['format']:>5} {' × '.join(map(str, row['shape']))}")
+        print_tensors(facts)
 
 
 def _print_receipt(receipt: dict[str, Any]) -> None:
     """What a receipt says, in words; a part that is missing is left out."""
-    _echo(f"\nReceipt: measured against {receipt.get('reference') or 'a reference without a name'}")
+    echo(f"\nReceipt: measured against {receipt.get('reference') or 'a reference without a name'}")
     interval = " ({kld_mean_low:.4g} to {kld_mean_high:.4g})" if "kld_mean_low" in receipt else ""  # few chunks: none
     lines = (
         ("mean KLD", "{kld_mean:.4g} nats per token" + interval),
@@ -215,22 +178,18 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
     )
     for title, line in lines:
         try:
-            _echo(f"  {title:<22} {line.format_map(receipt)}")
+            echo(f"  {title:<22} {line.format_map(receipt)}")
         except (KeyError, ValueError):
             continue
 
 
 def _print_onnx(onnx: dict[str, Any]) -> None:
-    _echo("\nONNX")
-    _echo(f"  {'exported as':<22} {onnx['quant']}, for {onnx['target']}")
-    _echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
-    _echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
+    echo("\nONNX")
+    echo(f"  {'exported as':<22} {onnx['quant']}, for {onnx['target']}")
+    echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
+    echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
     for name, size in onnx["files"].items():
-        _echo(f"  {name:<22} {size / MIB:,.1f} MiB")
-
-
-def _echo(line: str) -> None:
-    click.echo(printable(line))
+        echo(f"  {name:<22} {size / MIB:,.1f} MiB")
 
 
 def _ranges(numbers: list[int]) -> str:

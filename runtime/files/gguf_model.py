@@ -16,6 +16,7 @@ from ..cache.store import KV_TYPES
 from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
 from ..model.families.gguf import read_gguf_config
+from ..model.families.sight import is_gguf_vision
 from ..model.tensors import tensor_specs
 from ..text.tokenizer import Vocabulary
 from .gguf import GGUFFile, shape_text
@@ -92,6 +93,10 @@ class GGUFModel(GGUFFile):
 
     def config(self) -> ModelConfig:
         """The model's description. Raises InvalidConfig, or InvalidModelFile where there is no embedding."""
+        if is_gguf_vision(self.metadata):
+            raise InvalidModelFile(
+                self.path, "this is the vision tower of a model, which is found beside it: give the model's own file"
+            )
         embedding = self.info("token_embd.weight")
         if len(embedding.shape) != 2:
             raise InvalidModelFile(

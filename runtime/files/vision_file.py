@@ -8,11 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidModelFile, InvalidRequest
-from ..model.families.sight import check_fits, read_gguf_vision
+from ..errors import BezelError, InvalidModelFile, InvalidRequest
+from ..model.families.sight import check_fits, is_gguf_vision, read_gguf_vision
 from ..model.vision import VisionConfig, vision_specs
 from .gguf import GGUFFile, shape_text
 from .models import EYE
+
+
+def eyes_beside(path: Path) -> list[Path]:
+    """The files of eyes that lie beside a model file: the one of its name, `mmproj-NAME.gguf`, or all there are."""
+    if (own := path.with_name(f"{EYE}{path.name}")).is_file():
+        return [own]
+    return sorted(other for other in path.parent.glob("*mmproj*.gguf") if other.is_file() and other != path)
 
 
 def vision_beside(path: Path) -> Path:
@@ -20,9 +27,7 @@ def vision_beside(path: Path) -> Path:
 
     Raises InvalidRequest where there is none, or several others.
     """
-    if (own := path.with_name(f"{EYE}{path.name}")).is_file():
-        return own
-    found = sorted(other for other in path.parent.glob("*mmproj*.gguf") if other.is_file() and other != path)
+    found = eyes_beside(path)
     if not found:
         raise InvalidRequest(
             f"there is no vision tower, {EYE}….gguf, beside its file (`bezel export` writes it where the checkpoint "
@@ -31,22 +36,32 @@ def vision_beside(path: Path) -> Path:
     if len(found) > 1:
         raise InvalidRequest(
             f"{path.parent}: has {len(found)} files of vision towers ({', '.join(f.name for f in found)}); say which "
-            f"belongs to {path.name}: --vision FILE, or vision= in Python, or call it {own.name}"
+            f"belongs to {path.name}: --vision FILE, or vision= in Python, or call it {EYE}{path.name}"
         )
     return found[0]
 
 
+def is_eye(path: Path) -> bool:
+    """Whether this is a GGUF file that says that it holds an eye."""
+    try:
+        with GGUFFile(path) as file:
+            return is_gguf_vision(file.metadata)
+    except BezelError:  # which is told where it is opened as what it should be
+        return False
+
+
 class VisionFile(GGUFFile):
-    """Opened and checked: `config` is what it says, for a text model of `hidden_size`.
+    """Opened and checked: `config` is what it says, for a text model of `hidden_size`, or for any.
 
     Raises InvalidModelFile, and InvalidConfig where it belongs to another model.
     """
 
-    def __init__(self, path: str | Path, hidden_size: int) -> None:
+    def __init__(self, path: str | Path, hidden_size: int | None = None) -> None:
         super().__init__(path)
         try:
             self.config = read_gguf_vision(self.metadata, str(self.path))
-            check_fits(self.config, hidden_size, str(self.path))
+            if hidden_size is not None:
+                check_fits(self.config, hidden_size, str(self.path))
             self._names = self._checked_names(self.config)
         except BaseException:
             self.close()

@@ -69,6 +69,11 @@ def read_hf_vision(raw: Mapping[str, Any], text_size: int, source: str, prepared
     return config.checked(keys.source)
 
 
+def is_gguf_vision(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file says that it holds an eye."""
+    return bool(metadata.get("general.architecture") == _PROJECTOR_ARCHITECTURE)
+
+
 def read_gguf_vision(metadata: Mapping[str, Any], source: str) -> VisionConfig:
     """From GGUF metadata, llama.cpp's files included; `source` names it in errors. Raises InvalidConfig."""
     keys, v = Keys(metadata, source), "clip.vision"

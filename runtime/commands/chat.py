@@ -241,7 +241,7 @@ class _Wrapped:
         sys.stdout.flush()
 
     def _put_word(self) -> None:
-        if self._column and self._column + len(self._word) > self._width:
+        if self._word and self._column and self._column + len(self._word) > self._width:
             self._put("\n")
         self._put(self._word)
         self._word = ""

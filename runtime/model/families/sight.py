@@ -71,7 +71,8 @@ def read_hf_vision(raw: Mapping[str, Any], text_size: int, source: str, prepared
 
 def is_gguf_vision(metadata: Mapping[str, Any]) -> bool:
     """Whether a GGUF file says that it holds an eye."""
-    return bool(metadata.get("general.architecture") == _PROJECTOR_ARCHITECTURE)
+    found = metadata.get("general.architecture")
+    return isinstance(found, str) and found == _PROJECTOR_ARCHITECTURE
 
 
 def read_gguf_vision(metadata: Mapping[str, Any], source: str) -> VisionConfig:

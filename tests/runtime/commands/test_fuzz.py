@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from bezel.runtime.commands.main import main
 from bezel.runtime.files.gguf import GGUFFile
 from click.testing import CliRunner
 from gguf_files import edited
+from seeing import drawn
 
 COUNT = int(os.environ.get("BEZEL_FUZZ", "40"))
 TEXTS = ["", "a", "ü🙂", "\x1b[2J", "x" * 5000, "-1", "1e309", "nan", "../../etc/passwd", "%s{}", "\n\n"]
@@ -72,6 +74,19 @@ def test_metadata(demo: Path, tmp_path: Path) -> None:
         bezel("run", file, "Once", "-n", 1, "--seed", 1)
 
 
+def test_metadata_of_an_eye(shapes_of: Callable[..., Path], tmp_path: Path) -> None:
+    rng = random.Random(4)
+    model, eye = shapes_of(), tmp_path / "eye.gguf"
+    PIL.Image.fromarray(drawn(1)).save(tmp_path / "a.png")
+    with GGUFFile(model.with_name(f"mmproj-{model.name}")) as file:
+        keys = [*file.metadata, "clip.has_audio_encoder", "clip.vision.projector_type", "general.alignment"]
+    for _ in range(COUNT):
+        changes = {rng.choice(keys): some_value(rng) for _ in range(1 + (rng.random() < 0.3))}
+        edited(model.with_name(f"mmproj-{model.name}"), eye, changes)
+        bezel("inspect", eye, *rng.choice([[], ["--json"], ["--tensors"]]))
+        bezel("run", model, "What is it?", "-i", "a.png", "-n", 1, "--vision", eye)
+
+
 def test_command_lines(demo: Path, tmp_path: Path) -> None:
     rng = random.Random(2)
     paths = [demo, tmp_path, "nothing.gguf", "nowhere/x", "~/x", "", ".", "text.txt"]
@@ -86,6 +101,7 @@ def test_command_lines(demo: Path, tmp_path: Path) -> None:
             args += [rng.choice(TEXTS)] if rng.random() < 0.7 else []
             args += [part for _ in range(rng.randrange(3)) for part in (rng.choice(NUMBERED), rng.choice(NUMBERS))]
             args += rng.choice([[], ["--kv", "int8"], ["--raw"], ["--json"], ["--stop", "a"], ["-f", path()]])
+            args += ["-i", path()] if verb == "run" and rng.random() < 0.2 else []
             args += ["-n", 1, "-c", 64]
         elif verb == "export":
             args += [path(), *rng.choice([[], ["--force"], ["--quant", rng.choice(["Q4_0", "x", "text.txt", ""])]])]
@@ -104,6 +120,7 @@ def test_chats(demo: Path) -> None:
     words = ["Once", "/undo", "/reset", "/help", "/frob", "//x", "\\", "a\\", "  ", "/undo x", "x" * 300]
     places = ("", " s", " .", " nowhere/x", " text.txt", f" {demo}")
     words += [verb + place for verb in ("/save", "/load") for place in places]
+    words += [f"/image{place}" for place in (*places, " 'a", ' "a.png"', " a\\ b.png", " a.png b.png")]
     before = demo.read_bytes()
     for _ in range(COUNT // 4):
         lines = [rng.choice(words) for _ in range(rng.randrange(1, 12))]

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 from bezel.bench.pictures.draw import draw, scene
 from bezel.runtime import Message, Model, Sampling, load
+from bezel.runtime.commands import generate
 from bezel.runtime.commands.main import main
 from bezel.runtime.vision.image import Image
 from click.testing import CliRunner, Result
@@ -77,6 +78,9 @@ def test_a_picture_and_a_question(file: Path, model: Model, pictures: list[Path]
 def test_where_pictures_belong(file: Path, model: Model, pictures: list[Path]) -> None:
     one, two, three = pictures
     assert run(file, "Look: {} what is it?", "-i", one).stdout == answer(model, "Look: ", one, " what is it?")
+    parts = generate._with_images("{} and {}{}", (one, two, three))
+    shown = [part if isinstance(part, str) else part.name for part in parts]
+    assert shown == ["", one.name, " and ", two.name, "", three.name, ""]
     found = run(file, "{} and {}{}", "-i", one, "-i", two, "-i", three, "--show-prompt")
     assert found.stdout == answer(model, one, " and ", two, three)
     rows = "<start_of_image><16 rows of a picture><end_of_image>"

@@ -27,8 +27,9 @@ def pull(name: str, quant: str | None, revision: str | None, keep: bool) -> None
     """Fetch a model from the Hugging Face Hub, to be used by its name.
 
     A checkpoint is exported to a GGUF file, and then removed; TAG may be a preset, instead of --quant. GGUF files are
-    fetched as they are; TAG says which of several, such as Q4_K_M. All that comes is checked by its hash. Broken off,
-    the same command goes on where it was; once all is there, it looks for a newer version.
+    fetched as they are; TAG says which of several, such as Q4_K_M. A model that sees comes with its vision tower,
+    mmproj: of several that in F16, else BF16, Q8_0 or F32. All that comes is checked by its hash. Broken off, the same
+    command goes on where it was; once all is there, it looks for a newer version.
 
     Some licences must be accepted on the hub first, Gemma's for instance. Who you are is then told by a token, in the
     environment variable HF_TOKEN or from `hf auth login`.

@@ -1,4 +1,4 @@
-"""What of a repository is a model: the files of a checkpoint, or a GGUF file and its parts."""
+"""What of a repository is a model: the files of a checkpoint, or a GGUF file, its parts and its eye."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ...runtime.errors import HubError, InvalidRequest
 from ..sources.folder import ADAPTER, CONFIG, INDEX, PICKLES, SINGLE, TEXT_FILES
@@ -14,6 +15,8 @@ from .client import HubFile, HubRepo
 _PARTS = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 _QUANT = re.compile(r"(?:.*?[-._])?((?:UD-)?(?:I?Q[1-8]_\w+|TQ\d_\w+|[MNV]+FP4\w*|BF16|F16|F32))", re.IGNORECASE)
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # what sees pictures, and what llama.cpp calibrates with
+_EYE = re.compile(r"mmproj", re.IGNORECASE)
+EYE_FORMATS = ("f16", "bf16", "q8_0", "f32")  # the first that there is: all of it, or nearly, in the fewest bytes
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,26 @@ def gguf_choices(repo: HubRepo) -> list[GGUFChoice]:
             raise HubError(f"{repo.name}: {name}: the repository has {len(parts)} of its {counts[name]} parts")
         choices.append(GGUFChoice(tags[name], tuple(parts[i] for i in sorted(parts))))
     return sorted(choices, key=lambda choice: choice.size)
+
+
+def eye_of(repo: HubRepo, choice: GGUFChoice) -> HubFile | None:
+    """The eye that comes with a GGUF file: in its folder, else at the top; of several in the best of EYE_FORMATS.
+
+    Of those in the same format it is the one that is called most like the model.
+    """
+    model = choice.parts[0]
+    found = [file for file in repo.files if file.name.endswith(".gguf") and _EYE.search(file.name)]
+    folder = model.path.removesuffix(model.name)
+    near = [file for file in found if file.path == folder + file.name] or [f for f in found if f.path == f.name]
+
+    def likeness(file: HubFile) -> tuple[int, int, int]:
+        form = _quant(file.name.removesuffix(".gguf")).lower()
+        rank = EYE_FORMATS.index(form) if form in EYE_FORMATS else len(EYE_FORMATS)
+        name = re.sub(r"^mmproj[-_.]?", "", file.name.lower())
+        same = list(takewhile(lambda pair: pair[0] == pair[1], zip(name, model.name.lower(), strict=False)))
+        return rank, -len(same), file.size
+
+    return min(near, key=likeness, default=None)
 
 
 def _tags(names: Sequence[str]) -> dict[str, str]:

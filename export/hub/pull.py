@@ -19,12 +19,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ...quant.recipes import PRESETS
-from ...runtime.errors import HubError, InvalidModelFile, InvalidRequest, UnsupportedModelFile
+from ...runtime.errors import HubError, InvalidConfig, InvalidModelFile, InvalidRequest, UnsupportedModelFile
 from ...runtime.files.atomic import claimed
 from ...runtime.files.gguf import GGUFFile
 from ...runtime.files.gguf_model import GGUFModel
 from ...runtime.files.models import (
     CHECKPOINT,
+    EYE,
     NOTE,
     NamedModel,
     RepoName,
@@ -33,6 +34,7 @@ from ...runtime.files.models import (
     named_models,
     size_text,
 )
+from ...runtime.files.vision_file import VisionFile
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES, other_model
 from ...runtime.model.families.hf import read_hf_config
@@ -44,7 +46,7 @@ from ..sources.folder import CONFIG, INDEX, TEXT_FILES, read_index
 from ..sources.opening import open_checkpoint
 from ..sources.safetensors import MAX_HEADER, read_json
 from ..summary import ExportSummary
-from .choice import GGUFChoice, checkpoint_files, gguf_choices, is_checkpoint, refuse, weight_files
+from .choice import GGUFChoice, checkpoint_files, eye_of, gguf_choices, is_checkpoint, refuse, weight_files
 from .client import HubFile, HubRepo, fetch, look_up
 
 DEFAULT_QUANT = "q4_k_m"
@@ -184,17 +186,33 @@ def _pull_gguf(this: _Pull, choices: Sequence[GGUFChoice]) -> Pulled:
     if len(choices) > 1 or (this.name.tag or choices[0].tag).lower() != choices[0].tag.lower():
         listed = "".join(f"\n  {this.named(c.tag)}  {size_text(c.size)}" for c in choices)
         raise InvalidRequest(f"{this.name}: say which of its GGUF files:{listed}")
-    tag, parts = choices[0].tag, choices[0].parts
-    if there := this.already(tag, parts):
+    tag, parts, eye = choices[0].tag, choices[0].parts, eye_of(this.repo, choices[0])
+    files = parts if eye is None else (*parts, eye)
+    if there := this.already(tag, files):
         return Pulled(there, is_new=False)
     folder = this.work / tag
-    this.say(f"{this.named(tag)}: {this.make_room(folder, parts)}")
+    sees = "" if eye is None else f"; it sees with {eye.path}"
+    this.say(f"{this.named(tag)}: {this.make_room(folder, files)}{sees}")
     if not (folder / parts[0].name).exists():
         _check_header(this, folder / _part_name(parts[0]), parts[0])
-    this.download(folder, parts, this.fetching)
+    this.download(folder, files, this.fetching)
     with GGUFModel(folder / parts[0].name) as file:
-        file.check_tensors(file.config())
-    return Pulled(this.place(folder, tag, parts))
+        config = file.config()
+        file.check_tensors(config)
+    if eye is not None:
+        _give_eye(this, folder / eye.name, folder / parts[0].name, config)
+    return Pulled(this.place(folder, tag, files))
+
+
+def _give_eye(this: _Pull, eye: Path, model: Path, config: ModelConfig) -> None:
+    """Put an eye beside its model; what is not the model's, or is none that bezel knows, is left out."""
+    try:
+        VisionFile(eye, config.hidden_size).close()
+    except (InvalidModelFile, InvalidConfig) as error:
+        eye.unlink()
+        this.say(f"it will see no pictures: {error}")
+    else:
+        os.replace(eye, model.with_name(f"{EYE}{model.name}"))
 
 
 def _check_header(this: _Pull, part: Path, first: HubFile) -> None:

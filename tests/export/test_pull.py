@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime.commands.main import main
 from bezel.runtime.files.models import find_model, named_models, unfinished
 from gguf_files import edited, split, write_gemma2
-from hub_server import Hub, Repo, folder_files, running
+from hub_server import Hub, Repo, folder_files
 from huggingface_hub import constants
 from tiny import DEMO
 
@@ -38,20 +38,10 @@ TOKEN = "hf_secretsecretsecret"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that has the demo as a checkpoint and as GGUF files, asked by a user without a token."""
-    with running() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(variable, raising=False)
-        monkeypatch.setenv("BEZEL_MODELS", str(tmp_path / "models"))
-        monkeypatch.setattr(client.time, "sleep", lambda _: None)
-        monkeypatch.chdir(tmp_path)
-        hub.repos[NAME] = Repo(folder_files(DEMO) | {"README.md": b"x", "pytorch_model.bin": b"x", "a/b.txt": b"x"})
-        yield hub
+def hub(hub: Hub) -> Hub:
+    """The demo as a checkpoint."""
+    hub.repos[NAME] = Repo(folder_files(DEMO) | {"README.md": b"x", "pytorch_model.bin": b"x", "a/b.txt": b"x"})
+    return hub
 
 
 @pytest.fixture
@@ -218,7 +208,7 @@ def ggufs(hub: Hub, gguf_of: Callable[..., Path], tmp_path: Path) -> Repo:
     (tmp_path / "parts").mkdir()
     parts = split(gguf_of("demo", "q8_0"), tmp_path / "parts", 3)
     files = {f"F16/{path.name}": path.read_bytes() for path in parts}
-    files |= {"fairy-Q8_0.gguf": whole, "fairy.i1-UD-IQ4_XS.gguf": whole, "mmproj-F16.gguf": b"x", "README.md": b"x"}
+    files |= {"fairy-Q8_0.gguf": whole, "fairy.i1-UD-IQ4_XS.gguf": whole, "imatrix.gguf": b"x", "README.md": b"x"}
     hub.repos[GGUF] = Repo(files)
     return hub.repos[GGUF]
 

@@ -140,7 +140,8 @@ class _Chat:
         from ..vision.image import Image
 
         quoted = len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\""
-        image = Image(Path(argument[1:-1] if quoted else argument.replace("\\ ", " ")).expanduser())
+        path = Path(argument[1:-1] if quoted else argument.replace("\\ ", " ")).expanduser()
+        image = Image(path, self._options["pan_and_scan"])
         self._model.eye_for([Message("user", [image])])  # or that is said now
         self._images.append(image)
         width, height = image.size

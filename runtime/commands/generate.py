@@ -70,6 +70,12 @@ _OPTIONS = [
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="The file of MODEL's vision tower.  [default: mmproj-….gguf beside MODEL]",
     ),
+    click.option(
+        "--pan-and-scan",
+        is_flag=True,
+        help="Show parts of long or tall pictures, too, up to four, so that Gemma 3 sees what is small in them. Each "
+        "takes as much of the context as a picture.",
+    ),
     click.option("--system", help="Text that opens the first user turn."),
     click.option(
         "--on-full",
@@ -155,7 +161,7 @@ def run(
     system = options["system"]
     if system and (raw or not loaded.is_chat_model):
         raise InvalidRequest("--system needs a chat, and this is plain text; put it into the prompt")
-    content = _with_images(text, images)
+    content = _with_images(text, images, options["pan_and_scan"])
     messages = [Message("system", system), Message("user", content)] if system else content
     ids = loaded.prompt_ids(messages, raw or None)
     show_prompt(loaded, ids, options)
@@ -233,7 +239,7 @@ def _prompt(words: tuple[str, ...], prompt: str | None, file: Path | None) -> st
     return text
 
 
-def _with_images(text: str, paths: tuple[Path, ...]) -> Content:
+def _with_images(text: str, paths: tuple[Path, ...], pan_and_scan: bool) -> Content:
     """The prompt with its pictures in their places."""
     if not paths:
         return text
@@ -242,7 +248,7 @@ def _with_images(text: str, paths: tuple[Path, ...]) -> Content:
     places = text.count("{}")
     if places not in (0, len(paths)):
         raise click.UsageError(f"the prompt has {{}} {places} times, and --image is given {len(paths)} times.")
-    images = [Image(path) for path in paths]
+    images = [Image(path, pan_and_scan) for path in paths]
     if not places:
         return [*images, text]
     first, *others = text.split("{}")

@@ -193,7 +193,8 @@ def _part(part: Fields) -> chat.Part:
     url = holder.text(name)
     if url is None:
         raise holder.fail(name, "a picture, data:image/…;base64,…")
-    return picture_of(lambda: from_data_url(url), f"{holder.path}.{name}")
+    pan_and_scan = holder.text("detail") == "high"
+    return picture_of(lambda: from_data_url(url, pan_and_scan), f"{holder.path}.{name}")
 
 
 def picture_of(make: Callable[[], Image], param: str) -> Image:

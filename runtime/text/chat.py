@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeGuard
@@ -18,15 +18,17 @@ import numpy as np
 from ..arguments import shown
 from ..errors import InvalidRequest
 from ..model.families import FAMILIES
-from ..vision.eye import Eye, Picture
+from ..vision.eye import Eye, Picture, Scanned
 from ..vision.image import Image
 from .tokenizer import END_OF_IMAGE, END_OF_TURN, START_OF_IMAGE, START_OF_TURN, Tokenizer
 
-Part = str | Image | Picture
+Part = str | Image | Picture | Scanned
 Content = str | Sequence[Part]
 """A text, or texts and pictures in any order."""
 
 _AROUND_PICTURE = "\n\n"
+# Gemma 3's processor has these around a picture that is shown in parts, too, and a blank between those.
+_BEFORE_WHOLE, _BEFORE_CROPS = "Here is the original image ", " and here are some crops to help you see better "
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def is_content(value: object) -> TypeGuard[Sequence[Part]]:
     """Whether this is a list of texts and pictures, of which there is one at least."""
     if not isinstance(value, (list, tuple)) or not value:
         return False
-    return all(isinstance(part, (str, Image, Picture)) for part in value)
+    return all(isinstance(part, Part) for part in value)
 
 
 def continued(tokenizer: Tokenizer, content: Content, eye: Eye | None) -> list[int]:
@@ -67,7 +69,9 @@ def continued(tokenizer: Tokenizer, content: Content, eye: Eye | None) -> list[i
     message = Message("user", content)
     if eye is None or not eye.config.reads_prefix or isinstance(content, str):
         return [tokenizer.bos_id, *_encode(tokenizer, message.parts, eye)]
-    pictures = [part for part in message.parts if not isinstance(part, str)]
+    pictures = [part for part in message.parts if isinstance(part, (Image, Picture))]
+    if any(isinstance(part, Scanned) or (isinstance(part, Image) and part.pan_and_scan) for part in message.parts):
+        raise InvalidRequest("prompt: pan and scan is Gemma 3's; this model was made to see pictures whole")
     if "\n" in message.text.strip():
         raise InvalidRequest("prompt: found a line break; this model takes one line of text after a picture")
     return [
@@ -80,7 +84,7 @@ def _encode(tokenizer: Tokenizer, parts: Iterable[Part], eye: Eye | None) -> lis
     """Texts and pictures, these between their markers and blank lines. Raises InvalidRequest where none can be seen."""
     ids: list[int] = []
     text = ""
-    for part in parts:
+    for part in _spread(parts):
         if isinstance(part, str):
             text += part
             continue
@@ -92,6 +96,41 @@ def _encode(tokenizer: Tokenizer, parts: Iterable[Part], eye: Eye | None) -> lis
         ids += [*tokenizer.encode(f"{text}{_AROUND_PICTURE}"), start, *eye.look(part).ids, end]
         text = _AROUND_PICTURE
     return [*ids, *tokenizer.encode(text)]
+
+
+def _spread(parts: Iterable[Part]) -> Iterator[str | Image | Picture]:
+    """The same with what is shown in parts as Gemma 3's processor words it."""
+    for part in parts:
+        scanned = part if isinstance(part, Scanned) else None
+        if isinstance(part, Image) and part.pan_and_scan and (crops := part.crops()):
+            scanned = Scanned(part, tuple(crops))
+        if scanned is None:
+            assert not isinstance(part, Scanned)
+            yield part
+            continue
+        yield from (_BEFORE_WHOLE, scanned.whole, _BEFORE_CROPS)
+        for i, crop in enumerate(scanned.crops):
+            yield from ((" ", crop) if i else (crop,))
+
+
+def _gathered(parts: Sequence[Part]) -> list[Part]:
+    """What `_spread` made its own of, a text first."""
+    found: list[Part] = []
+    rest = list(parts)
+    while rest:
+        match rest:
+            case [str(text), Picture() as whole, str(words), Picture() as crop, *others] if (
+                text.endswith(_BEFORE_WHOLE) and words == _BEFORE_CROPS
+            ):
+                crops = [crop]
+                while len(others) > 1 and others[0] == " " and isinstance(following := others[1], Picture):
+                    crops.append(following)
+                    others = others[2:]
+                found += [text.removesuffix(_BEFORE_WHOLE), Scanned(whole, tuple(crops))]
+                rest = others
+            case _:
+                found.append(rest.pop(0))
+    return found
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], reply: bool = True, eye: Eye | None = None) -> list[int]:
@@ -150,7 +189,7 @@ def _decode(tokenizer: Tokenizer, ids: Sequence[int], eye: Eye | None) -> list[P
         parts += [before.removeprefix(_AROUND_PICTURE) if at else before, picture]
         at = start + len(picture.ids) + 2
     text = tokenizer.decode([token for token in ids[at:] if token >= 0])
-    return [*parts, text.removeprefix(_AROUND_PICTURE) if at else text]
+    return _gathered([*parts, text.removeprefix(_AROUND_PICTURE) if at else text])
 
 
 def turn_end(tokenizer: Tokenizer) -> list[int]:

@@ -71,6 +71,17 @@ class Picture:
         return np.array_equal(ids[: len(self._array)], self._array)
 
 
+class Scanned(NamedTuple):
+    """A picture and the parts of it that are shown besides."""
+
+    whole: Image | Picture
+    crops: tuple[Image | Picture, ...]
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+
 class Piece(NamedTuple):
     """What of a sequence goes through a model at once: `ids`, what they enter it as, and what they see (`Segment`)."""
 

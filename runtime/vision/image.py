@@ -41,12 +41,16 @@ class Image:
     """A picture for a prompt: `Image("cat.jpg")`, or of the bytes of such a file, of a Pillow image, or of an array
     uint8 (height, width, 3).
 
-    `name` is what messages call it. Of several frames the first is taken; transparency lies on white. Raises
+    `name` is what messages call it. Of several frames the first is taken; transparency lies on white. With
+    `pan_and_scan` Gemma 3 is shown parts of a long or tall picture, too, which it then sees larger. Raises
     InvalidRequest for what is no picture, is damaged, or has more than MOST_PIXELS.
     """
 
-    def __init__(self, source: str | Path | bytes | PillowImage | NDArray[np.uint8]) -> None:
+    def __init__(
+        self, source: str | Path | bytes | PillowImage | NDArray[np.uint8], pan_and_scan: bool = False
+    ) -> None:
         pillow = _pillow()
+        self.pan_and_scan = pan_and_scan
         self.name = "picture"
         if isinstance(source, np.ndarray):
             if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
@@ -97,7 +101,7 @@ class Image:
         return [Image(self._image.crop(box)) for box in boxes]
 
 
-def from_data_url(url: str) -> Image:
+def from_data_url(url: str, pan_and_scan: bool = False) -> Image:
     """A picture in a URL that holds it, `data:image/png;base64,…`. Nothing is ever fetched. Raises InvalidRequest."""
     found = _DATA_URL.match(url)
     if found is None:
@@ -113,7 +117,7 @@ def from_data_url(url: str) -> Image:
         raw = base64.b64decode(url[found.end() :], validate=True)
     except binascii.Error as error:
         raise InvalidRequest(f"picture: is no base64: {error}") from None
-    return Image(raw)
+    return Image(raw, pan_and_scan)
 
 
 def normalized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Floats:

@@ -78,7 +78,7 @@ def test_a_picture_and_a_question(file: Path, model: Model, pictures: list[Path]
 def test_where_pictures_belong(file: Path, model: Model, pictures: list[Path]) -> None:
     one, two, three = pictures
     assert run(file, "Look: {} what is it?", "-i", one).stdout == answer(model, "Look: ", one, " what is it?")
-    parts = generate._with_images("{} and {}{}", (one, two, three))
+    parts = generate._with_images("{} and {}{}", (one, two, three), False)
     shown = [part if isinstance(part, str) else part.name for part in parts]
     assert shown == ["", one.name, " and ", two.name, "", three.name, ""]
     found = run(file, "{} and {}{}", "-i", one, "-i", two, "-i", three, "--show-prompt")

@@ -72,6 +72,10 @@ def continued(tokenizer: Tokenizer, content: Content, eye: Eye | None) -> list[i
     pictures = [part for part in message.parts if isinstance(part, (Image, Picture))]
     if any(isinstance(part, Scanned) or (isinstance(part, Image) and part.pan_and_scan) for part in message.parts):
         raise InvalidRequest("prompt: pan and scan is Gemma 3's; this model was made to see pictures whole")
+    if any(isinstance(part, str) for part in _trimmed(message.parts)[: len(pictures)]):
+        raise InvalidRequest(
+            "prompt: found text before a picture; this model takes pictures first, then a line of text"
+        )
     if "\n" in message.text.strip():
         raise InvalidRequest("prompt: found a line break; this model takes one line of text after a picture")
     return [
@@ -91,6 +95,11 @@ def _encode(tokenizer: Tokenizer, parts: Iterable[Part], eye: Eye | None) -> lis
         start, end = tokenizer.start_of_image_id, tokenizer.end_of_image_id
         if eye is None:
             raise InvalidRequest(f"{part.name}: this model sees no pictures")
+        if eye.config.reads_prefix:
+            raise InvalidRequest(
+                f"{part.name}: this model takes pictures before one line of text, and not in a chat: `bezel run --raw`, "
+                "or raw=True in Python"
+            )
         if start is None or end is None:
             raise InvalidRequest(f"{part.name}: this model's vocabulary lacks {START_OF_IMAGE} or {END_OF_IMAGE}")
         ids += [*tokenizer.encode(f"{text}{_AROUND_PICTURE}"), start, *eye.look(part).ids, end]

@@ -14,7 +14,7 @@ from bezel.export.gguf.vision import export_vision
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.opening import open_checkpoint
 from bezel.quant.recipes import preset
-from bezel.runtime import Model, load
+from bezel.runtime import Message, Model, load
 from bezel.runtime.engines import tower
 from bezel.runtime.errors import InvalidConfig, InvalidModelFile, InvalidRequest, InvalidSession
 from bezel.runtime.files.vision_file import vision_beside
@@ -429,3 +429,23 @@ def test_widened_zeros_add_nothing(seeing_of: Callable[..., Path]) -> None:
         eye = eye_of(opened(seeing_of("gemma3", form)))
         assert eye.config == replace(eye.config, intermediate_size=wide)
         assert 0 < np.abs(eye.look(image).rows - exact).max() < bound
+
+
+def test_paligemma_takes_pictures_before_a_line_of_text(seeing_of: Callable[..., Path]) -> None:
+    model = opened(seeing_of("paligemma"))
+    one, two = Image(drawn(0)), Image(drawn(1))
+    ids = [token for image in (one, two) for token in eye_of(model).look(image).ids]
+    encode = model.tokenizer.encode
+    for content in ([one, two, "caption en"], [" ", one, "\n", two, " caption ", "en\n"]):
+        words = "".join(part for part in content if isinstance(part, str)).strip()
+        assert model.prompt_ids(content, raw=True) == [*ids, 2, *encode(f"{words}\n")]
+    assert model.prompt_ids([one], raw=True) == [*eye_of(model).look(one).ids, 2, *encode("\n")]
+    for content, words in (
+        (["what", one, "is"], "found text before a picture"),
+        ([one, "and", two], "found text before a picture"),
+        ([one, "one\ntwo"], "found a line break"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            model.prompt_ids(content, raw=True)
+    with pytest.raises(InvalidRequest, match="before one line of text, and not in a chat"):
+        model.prompt_ids([Message("user", [one, "caption en"])])

@@ -97,8 +97,8 @@ def _encode(tokenizer: Tokenizer, parts: Iterable[Part], eye: Eye | None) -> lis
             raise InvalidRequest(f"{part.name}: this model sees no pictures")
         if eye.config.reads_prefix:
             raise InvalidRequest(
-                f"{part.name}: this model takes pictures before one line of text, and not in a chat: `bezel run --raw`, "
-                "or raw=True in Python"
+                f"{part.name}: this model takes pictures before one line of text, and not in a chat: `bezel run "
+                "--raw`, or raw=True in Python"
             )
         if start is None or end is None:
             raise InvalidRequest(f"{part.name}: this model's vocabulary lacks {START_OF_IMAGE} or {END_OF_IMAGE}")

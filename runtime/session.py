@@ -293,6 +293,8 @@ def _checked_ids(path: Path, ids: npt.NDArray[Any] | None, model: Runnable) -> l
             f"{path}: 'ids': found {ids.dtype} {ids.shape}, expected up to {model.context} int64: so many positions "
             "has this context, which --context makes larger"
         )
-    if len(ids) and ((ids.min() < 0 and model.eye is None) or ids.max() >= vocab_size):
+    if len(ids) and ids.min() < 0 and model.eye is None:
+        raise InvalidSession(f"{path}: holds pictures, and this model sees none: its vision tower is missing")
+    if len(ids) and ids.max() >= vocab_size:
         raise InvalidSession(f"{path}: 'ids' names a token outside the vocabulary of {vocab_size}")
     return [int(token) for token in ids]

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...quant.recipes import Recipe
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic
-from ...runtime.files.models import EYE
+from ...runtime.files.models import eye_path
 from ...runtime.model.families.sight import write_gguf_vision
 from ..recipe import find_recipe_of
 from ..sources.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def export_vision(
     assert recipe is not None
     if recipe.default.block > 1:
         eye = eye.widened(recipe.default.block)
-    out = out.with_name(f"{EYE}{out.name}")
+    out = eye_path(out)
     check_target(eye, out, force)
     plan = plan_tensors(eye.specs, recipe)
     metadata = {

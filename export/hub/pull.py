@@ -25,10 +25,10 @@ from ...runtime.files.gguf import GGUFFile
 from ...runtime.files.gguf_model import GGUFModel
 from ...runtime.files.models import (
     CHECKPOINT,
-    EYE,
     NOTE,
     NamedModel,
     RepoName,
+    eye_path,
     find_named,
     models_folder,
     named_models,
@@ -212,7 +212,7 @@ def _give_eye(this: _Pull, eye: Path, model: Path, config: ModelConfig) -> None:
         eye.unlink()
         this.say(f"it will see no pictures: {error}")
     else:
-        os.replace(eye, model.with_name(f"{EYE}{model.name}"))
+        os.replace(eye, eye_path(model))
 
 
 def _check_header(this: _Pull, part: Path, first: HubFile) -> None:

@@ -85,11 +85,11 @@ class _Chat:
     def __init__(self, model: Model, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
         self._sampling, self._again = sampling_of(model, options), 0
-        self._images: list[Image] = []  # that go with the next message
         self._out: _Wrapped | None = None  # of the answer that is being written
         self._begin(options["system"])
 
     def _begin(self, system: str | None) -> None:
+        self._images: list[Image] = []  # that go with the next message
         slide = self._options["on_full"] == "slide"
         self._conversation = self._model.conversation(system, slide=slide, announce=self._announce)
 

@@ -169,6 +169,11 @@ def run(
     form = _form(loaded, json_schema, regex)
     session = loaded.session()
     make_room = keep_prompt(len(ids), loaded, note) if options["on_full"] == "slide" else None
+    started, first, pieces = time.perf_counter(), None, []
+    try:
+        look_at_pictures(loaded, ids)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     with interruptible(session, len(ids)) as cancel:
         generation = Generation(
             session,
@@ -180,8 +185,6 @@ def run(
             cancel=cancel,
             constraint=form.constraint() if form else None,
         )
-        started, first, pieces = time.perf_counter(), None, []
-        look_at_pictures(loaded, ids)
         try:
             for piece in generation:
                 first = first or time.perf_counter()
@@ -260,10 +263,14 @@ def look_at_pictures(model: Model, ids: list[int]) -> None:
     import numpy as np
 
     for picture in model.eye.pictures(np.array(ids, np.int64)) if model.eye else ():
-        if sys.stderr.isatty() and not picture.is_seen:
-            click.echo(printable(f"\r\x1b[Klooking at {picture.name}"), nl=False, err=True)
+        tells = sys.stderr.isatty() and not picture.is_seen
+        if tells:
+            click.echo(f"\r\x1b[Klooking at {printable(picture.name)}", nl=False, err=True)
+        try:
             picture.see()
-            click.echo("\r\x1b[K", nl=False, err=True)
+        finally:
+            if tells:
+                click.echo("\r\x1b[K", nl=False, err=True)
 
 
 def load_model(path: Path, options: dict[str, Any]) -> Model:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..arrays import Floats
+from ..errors import InvalidModelFile
 from ..files.vision_file import VisionFile
 from ..model.forward import Weights
 from ..model.tensors import TensorSpec
@@ -49,8 +50,18 @@ class Tower:
         return Weights(shared, layers)
 
     def rows(self, pixels: Floats) -> Floats:
-        """The rows (n_rows, text_size) that stand for normalised pixels (side, side, channels)."""
-        rows: Floats = see(self.config, self._ops, self._weights, patches_of(pixels, self.config.patch_size))
+        """The rows (n_rows, text_size) that stand for normalised pixels (side, side, channels).
+
+        Raises InvalidModelFile where they are not finite.
+        """
+        with np.errstate(all="ignore"):  # of a damaged file, as is told below
+            rows: Floats = see(self.config, self._ops, self._weights, patches_of(pixels, self.config.patch_size))
+        if not np.isfinite(rows).all():
+            raise InvalidModelFile(
+                self._file.path,
+                "what it makes of a picture is not finite: it is damaged, or was never sound (`bezel verify` compares "
+                "it with its source)",
+            )
         return rows
 
 

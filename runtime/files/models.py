@@ -26,6 +26,12 @@ CHECKPOINT = "checkpoint"  # the tag of one that was kept
 NOTE = "bezel.json"
 EYE = "mmproj-"  # what the name of a file with a vision tower begins with
 
+
+def eye_path(model: Path) -> Path:
+    """What the file of a model's own eye is called."""
+    return model.with_name(f"{EYE}{model.name}")
+
+
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"({_PART})/({_PART})(?::({_PART}))?")
 _LONGEST = 200  # characters; file systems have 255
@@ -73,7 +79,7 @@ class NamedModel:
     @property
     def file_bytes(self) -> int:
         inside = [path for path in self.place.rglob("*") if path.name != NOTE]
-        return sum(path.stat().st_size for path in (inside or [self.path]) if path.is_file())
+        return sum(path.stat().st_size for path in (inside or [self.path, eye_path(self.path)]) if path.is_file())
 
     def note(self) -> Mapping[str, Any]:
         """What was noted of where it came from; nothing where that is missing or damaged."""
@@ -116,7 +122,7 @@ def _folder_model(place: Path) -> NamedModel | None:
 
 
 def _file_model(place: Path) -> NamedModel | None:
-    sound = place.suffix == ".gguf" and re.fullmatch(_PART, place.stem)
+    sound = place.suffix == ".gguf" and re.fullmatch(_PART, place.stem) and not place.name.startswith(EYE)
     return NamedModel(place.stem, place, place) if sound else None
 
 
@@ -182,6 +188,8 @@ def remove(model: NamedModel) -> None:
         _remove(aside)  # what is left of a removal that was broken off
         os.replace(model.place, aside)
         _remove(aside)
+    if model.place == model.path and (eye := eye_path(model.path)).is_file():
+        eye.unlink()
 
 
 def remove_unfinished(name: str) -> None:

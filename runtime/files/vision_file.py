@@ -12,12 +12,12 @@ from ..errors import BezelError, InvalidModelFile, InvalidRequest
 from ..model.families.sight import check_fits, is_gguf_vision, read_gguf_vision
 from ..model.vision import VisionConfig, vision_specs
 from .gguf import GGUFFile, shape_text
-from .models import EYE
+from .models import EYE, eye_path
 
 
 def eyes_beside(path: Path) -> list[Path]:
     """The files of eyes that lie beside a model file: the one of its name, `mmproj-NAME.gguf`, or all there are."""
-    if (own := path.with_name(f"{EYE}{path.name}")).is_file():
+    if (own := eye_path(path)).is_file():
         return [own]
     return sorted(other for other in path.parent.glob("*mmproj*.gguf") if other.is_file() and other != path)
 
@@ -36,7 +36,7 @@ def vision_beside(path: Path) -> Path:
     if len(found) > 1:
         raise InvalidRequest(
             f"{path.parent}: has {len(found)} files of vision towers ({', '.join(f.name for f in found)}); say which "
-            f"belongs to {path.name}: --vision FILE, or vision= in Python, or call it {EYE}{path.name}"
+            f"belongs to {path.name}: --vision FILE, or vision= in Python, or call it {eye_path(path).name}"
         )
     return found[0]
 

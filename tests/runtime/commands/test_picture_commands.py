@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from bezel.bench import PICTURES as BUNDLED
 from bezel.bench.pictures.draw import draw, scene
+from bezel.export.gguf.vision import export_vision
+from bezel.export.sources.opening import open_checkpoint
+from bezel.quant.recipes import preset
 from bezel.runtime import Message, Model, Sampling, load
 from bezel.runtime.commands import generate
 from bezel.runtime.commands.main import main
+from bezel.runtime.engines.tower import Tower
+from bezel.runtime.files.vision_file import VisionFile
 from bezel.runtime.vision.image import Image
 from click.testing import CliRunner, Result
 
@@ -205,6 +212,72 @@ def test_a_saved_chat_goes_on_with_its_picture(file: Path, pictures: list[Path],
     found = chat(file, f"/load {save}", "What is it?")
     assert "> [a saved picture] " + ASKED in found.stderr
     assert found.stdout == whole.stdout.splitlines(keepends=True)[1]
+
+
+def test_pictures_can_be_taken_back(file: Path, pictures: list[Path]) -> None:
+    found = chat(file, f"/image {pictures[0]}", "/reset", ASKED)
+    assert found.stdout == chat(file, ASKED).stdout
+
+
+def test_another_eye_goes_on_with_a_saved_chat(file: Path, pictures: list[Path], tmp_path: Path) -> None:
+    """What the first eye saw was saved; without one at all the chat says why it cannot go on."""
+    chat(file, f"/image {pictures[0]}", ASKED, f"/save {tmp_path}/s")
+    eye = tmp_path / "mmproj-e.gguf"
+    with open_checkpoint(BUNDLED) as source, export_vision(source, tmp_path / "e.gguf", preset("q4_0", 4)):
+        pass
+    again = chat(file, f"/load {tmp_path}/s", "/regenerate", f"/image {pictures[0]}", ASKED, options=("--vision", eye))
+    assert again.stdout.split() == [colour(pictures[0])] * 2
+    alone = Path(shutil.copy(file, tmp_path / "alone.gguf"))
+    eye.unlink()
+    blind = chat(alone, f"/load {tmp_path}/s", "/context")
+    assert "holds pictures, and this model sees none" in " ".join(blind.stderr.split())
+    assert "0 of 1024 tokens" in blind.stderr
+
+
+def test_a_full_context_drops_pictures_too(file: Path, pictures: list[Path]) -> None:
+    asked = [line for one in pictures * 2 for line in (f"/image {one}", ASKED)]
+    found = chat(file, *asked, "/regenerate", "/context", options=("--context", 90, "--on-full", "slide"))
+    assert "context full: dropped the oldest" in found.stderr
+    assert found.stdout.split() == [colour(one) for one in [*pictures * 2, pictures[-1]]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_eye_that_is_damaged_is_blamed_itself(
+    value: float, file: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    eye = Path(shutil.copy(file.with_name(f"mmproj-{file.name}"), tmp_path / "eye.gguf"))
+    with VisionFile(eye) as opened:
+        at = opened.info("v.blk.0.ln1.weight").offset
+    raw = bytearray(eye.read_bytes())
+    raw[at : at + 4] = np.float32(value).tobytes()
+    eye.write_bytes(raw)
+    for engine in ("native", "reference"):
+        done = run(file, ASKED, "-i", pictures[0], "--vision", eye, "--engine", engine, code=1)
+        assert "eye.gguf: invalid model file: what it makes of a picture is not finite" in done.stderr
+        assert "Warning" not in done.stderr
+    found = chat(file, f"/image {pictures[0]}", ASKED, "/context", "/reset", ASKED, options=("--vision", eye))
+    assert "0 of 1024 tokens" in found.stderr
+    assert found.stdout == chat(file, ASKED).stdout
+
+
+def test_ctrl_c_while_a_picture_is_looked_at(file: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops at once, not once the picture is seen; a chat goes on, and still has the picture."""
+    whole, stops = Tower.rows, [True]
+
+    def rows(self: Tower, pixels: np.ndarray) -> np.ndarray:
+        if stops and stops.pop():
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("was not stopped")
+        return whole(self, pixels)
+
+    monkeypatch.setattr(Tower, "rows", rows)
+    done = run(file, ASKED, "-i", pictures[0], code=130)
+    assert done.stdout == ""
+    stops.append(True)
+    found = chat(file, f"/image {pictures[0]}", ASKED, "/context", ASKED)
+    assert "stopped" in found.stderr
+    assert "0 of 1024 tokens" in found.stderr
+    assert found.stdout.split() == [colour(pictures[0])]
 
 
 # --- inspect

@@ -86,6 +86,18 @@ def test_a_file_that_the_user_put_there(folder: Path) -> None:
     assert [model.name for model in named_models()] == ["mine"]
 
 
+def test_an_eye_is_no_model_and_goes_with_its_own(folder: Path) -> None:
+    before = {model.name for model in named_models()}
+    for name, size in (("mine.gguf", 1000), ("mmproj-mine.gguf", 500), ("mmproj-other.gguf", 100)):
+        (folder / name).write_bytes(bytes(size))
+    assert {model.name for model in named_models()} == before | {"mine"}
+    assert next(model for model in named_models() if model.name == "mine").file_bytes == 1500
+    bezel("rm", "mine", "--yes")
+    assert not (folder / "mine.gguf").exists()
+    assert not (folder / "mmproj-mine.gguf").exists()
+    assert (folder / "mmproj-other.gguf").exists()
+
+
 def test_a_path_comes_first(folder: Path) -> None:
     put(folder, "google--gemma--q4_k_m")
     (folder / "mine.gguf").write_bytes(b"GGUF")

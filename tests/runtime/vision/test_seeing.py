@@ -300,7 +300,7 @@ def test_unknown_and_broken_pictures_are_refused(seeing_of: Callable[..., Path],
     session.prefill([2, *picture.ids])
     session.save(tmp_path / "s.session")
     blind = load(_alone(seeing_of("gemma3"), tmp_path), engine="reference", kv="f32")
-    with pytest.raises(InvalidSession, match="outside the vocabulary"):
+    with pytest.raises(InvalidSession, match="holds pictures, and this model sees none"):
         blind.session().restore(tmp_path / "s.session")
     with pytest.raises(InvalidRequest, match="found -5 to 2"):
         blind.session().prefill([2, -5])

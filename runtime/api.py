@@ -163,7 +163,7 @@ class Model:
     def _opened_eye(self, path: Path | None) -> Eye:
         """The eye in a file, or in the one beside the model's. Raises as `load` does."""
         if not isinstance(self.backend, ModelBackend):
-            raise InvalidRequest(f"vision: {self.file.kind} sees none here yet; use a GGUF file")
+            raise InvalidRequest(f"{self.file.kind} sees no pictures here yet; use a GGUF file")
         self._vision_file = VisionFile(path or vision_beside(self.file.path), self.config.hidden_size)
         most_rows = 2 * self.context  # what two full sessions can hold
         return Eye(self.backend.tower(self._vision_file), most_rows, self.backend.embed, self.tokenizer.end_of_line_id)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -278,6 +280,25 @@ def test_ctrl_c_while_a_picture_is_looked_at(file: Path, pictures: list[Path], m
     assert "stopped" in found.stderr
     assert "0 of 1024 tokens" in found.stderr
     assert found.stdout.split() == [colour(pictures[0])]
+
+
+def test_looking_is_told_on_a_terminal(model: Model, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    image = Image(PIL.Image.open(pictures[0]).rotate(90))  # which the model has not seen
+    image.name = "a\x1b[2Jb.png"
+    ids = model.prompt_ids([image, "What?"])
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    generate.look_at_pictures(model, ids)
+    generate.look_at_pictures(model, ids)  # which needs no look any more
+    assert terminal.getvalue() == "\r\x1b[Klooking at a\\x1b[2Jb.png\r\x1b[K"
+
+
+def test_an_onnx_folder_says_that_it_sees_nothing(onnx_of: Callable[..., Path], pictures: list[Path]) -> None:
+    done = run(onnx_of("demo", "int8"), ASKED, "-i", pictures[0], code=1)
+    assert "an ONNX folder sees no pictures here yet; use a GGUF file" in done.stderr
 
 
 # --- inspect

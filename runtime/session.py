@@ -124,7 +124,7 @@ class Session:
             shorter = Session(self.model, ring=self._ring)
             found = shorter.feed(make_room([*self.ids, *ids]), cancel=cancel)
             if found is not None:
-                self.engine, self.ids = shorter.engine, shorter.ids
+                self._take_over(shorter)
             return found
         checked = self.check(ids)
         logits: Floats = np.empty((0, 0), np.float32)
@@ -185,10 +185,14 @@ class Session:
             fresh = Session(self.model, ring=self._ring)
             if ids:
                 fresh.prefill(ids)
-            self.engine, self.ids = fresh.engine, fresh.ids
+            self._take_over(fresh)
             return
         if ids[common:]:
             self.prefill(ids[common:])
+
+    def _take_over(self, other: Session) -> None:
+        """Hold what another session of this model holds, in place of what is held."""
+        self.engine, self.ids, self._pictures = other.engine, other.ids, other._pictures
 
     def reset(self) -> None:
         """Forget everything."""

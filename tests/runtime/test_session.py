@@ -213,7 +213,8 @@ class TestSavedFiles:
         ("change", "said"),
         [
             (lambda a: a.update(ids=a["ids"][:-1]), "34 ids, but the caches hold 35 positions"),
-            (lambda a: a.update(ids=a["ids"].astype(np.int64) - 7), "a token outside the vocabulary"),
+            (lambda a: a.update(ids=a["ids"].astype(np.int64) - 7), "holds pictures, and this model sees none"),
+            (lambda a: a.update(ids=a["ids"].astype(np.int64) + 4096), "a token outside the vocabulary"),
             (lambda a: a.pop("layers.1.keys"), "'keys': found nothing"),
         ],
     )

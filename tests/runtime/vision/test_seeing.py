@@ -326,6 +326,29 @@ def test_the_eye_forgets_what_nobody_holds(seeing_of: Callable[..., Path]) -> No
     assert eye.find(np.array(first)) is None
 
 
+def test_a_session_holds_the_pictures_of_shorter_ids(seeing_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Also when a full context was made shorter, or the rings no longer reached back: whatever else is looked at."""
+    model = opened(seeing_of("gemma3"), context=60)
+
+    def look(seed: int) -> list[int]:
+        return list(eye_of(model).look(Image(drawn(seed))).ids)
+
+    def forget() -> None:
+        for seed in range(50, 70):  # more than twice a context
+            look(seed)
+
+    session = model.session()
+    session.prefill([2, *text(20)])
+    session.feed([*look(0), *text(40)], make_room=lambda ids: [2, *ids[21:]])
+    assert len(session.ids) == 50
+    forget()
+    session.save(tmp_path / "shorter.session")
+    session.go_to([2, *look(1), *text(3)])
+    forget()
+    session.save(tmp_path / "other.session")
+    assert [len(picture.ids) for picture in session._pictures] == [9]  # and none that is not there any more
+
+
 def test_the_right_eye_is_found(seeing_of: Callable[..., Path], tmp_path: Path) -> None:
     path = seeing_of("gemma3")
     alone = _alone(path, tmp_path)

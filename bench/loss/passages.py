@@ -128,7 +128,7 @@ def begun_chats(
 
     Raises InvalidRequest where there is none, for a vocabulary without turns, and for what is no picture.
     """
-    shown = [(path.absolute(), Image(path)) for path in pictures]
+    shown: list[tuple[Path | None, Image | None]] = [(path.absolute(), Image(path)) for path in pictures]
     found = []
     for index, text in enumerate(texts):
         for number, line in enumerate(text.content.split("\n"), 1):

@@ -100,13 +100,10 @@ def seeing(spec: Spec) -> Spec:
     """The same with its eye named: a checkpoint's own, or that beside a file. Raises InvalidRequest for one without."""
     if spec.vision is not None:
         return spec
-    eye = spec.path if spec.is_checkpoint else vision_beside(spec.path)
-    if eye is None:
-        raise InvalidRequest(
-            f"{spec.path}: found no file of an eye beside it, and there are pictures; expected "
-            f"mmproj-{spec.path.name}, or say which it is: {spec.path.name}@vision=FILE"
-        )
-    return replace(spec, vision=eye)
+    try:
+        return replace(spec, vision=spec.path if spec.is_checkpoint else vision_beside(spec.path))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{spec.path}: {error}; here say {spec.path.name}@vision=FILE") from None
 
 
 def absolute(spec: Spec) -> Spec:
@@ -136,7 +133,7 @@ class _CheckpointEye:
     def __init__(self, checkpoint: Checkpoint) -> None:
         if checkpoint.vision is None:
             raise InvalidRequest(f"{checkpoint.path}: has no vision tower, and there are pictures")
-        self._eye, self.config = checkpoint.vision, checkpoint.vision.config
+        self._eye, self.config, self.path = checkpoint.vision, checkpoint.vision.config, checkpoint.path
         self._specs = {spec.gguf: spec for spec in checkpoint.vision.specs}
 
     def tensor(self, name: str) -> Floats:

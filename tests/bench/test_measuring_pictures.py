@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_with_pictures(
     with pytest.raises(InvalidRequest, match="has no vision tower"):
         _ = Opener().open(seeing(Spec(DEMO, "reference"))).eye
     blind = shutil.copy(gguf_of("demo", "q4_0"), tmp_path / "blind.gguf")
-    with pytest.raises(InvalidRequest, match=r"no file of an eye beside it.*mmproj-blind.gguf.*@vision=FILE"):
+    with pytest.raises(InvalidRequest, match=r"no vision tower.*beside its file.*blind.gguf@vision=FILE"):
         run(str(blind), PICTURES)
     with pytest.raises(InvalidRequest, match=r"line 1: found \d+ tokens with the template and the picture"):
         run(str(shapes_of("q4_0")), PICTURES, chunk=20)

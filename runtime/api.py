@@ -17,6 +17,7 @@ from .engines import ENGINES, new_backend
 from .engines.protocol import ModelBackend
 from .errors import BezelError, InvalidModelFile, InvalidRequest
 from .files.model_file import ModelFile, open_model
+from .files.onnx_eye import OnnxEye
 from .files.vision_file import VisionFile, vision_beside
 from .session import Session
 from .text import chat
@@ -51,7 +52,8 @@ def load(
     (the default) or "int8"; for "ort" that was settled at the export. `threads` None takes the performance cores, for
     "reference" all. `activations` "int8" rounds what is multiplied with quantized weights to 8 bits, as is fast; "f32"
     does not, for measuring (the reference engine never does). `vision` is the file of the model's eye, which is
-    otherwise looked for beside it: `mmproj-NAME.gguf`. Raises InvalidModelFile, InvalidConfig or InvalidRequest.
+    otherwise looked for beside it, `mmproj-NAME.gguf`, or in the folder. Raises InvalidModelFile, InvalidConfig or
+    InvalidRequest.
     """
     choices = (
         ("engine", engine, (None, *ENGINES)),
@@ -142,7 +144,7 @@ class Model:
 
     @property
     def eye(self) -> Eye | None:
-        """What sees pictures, where there is a file of it that fits; `eye_for` says why not."""
+        """What sees pictures, where the file has it in itself, or one that fits beside it; `eye_for` says why not."""
         return self._sight if isinstance(self._sight, Eye) else None
 
     def eye_for(self, messages: Iterable[chat.Message]) -> Eye | None:
@@ -161,12 +163,22 @@ class Model:
             return error
 
     def _opened_eye(self, path: Path | None) -> Eye:
-        """The eye in a file, or in the one beside the model's. Raises as `load` does."""
+        """The eye in a file; or in the model's own, or in the one beside that. Raises as `load` does."""
+        if path is None and (inside := self.file.vision) is not None:
+            return self._eye_of(inside)
         if not isinstance(self.backend, ModelBackend):
-            raise InvalidRequest(f"{self.file.kind} sees no pictures here yet; use a GGUF file")
+            raise InvalidRequest(
+                "there is no vision tower, vision.onnx, in its folder (`bezel export` writes it where the checkpoint "
+                "has one)"
+                if path is None
+                else f"vision: {path}: {self.file.kind} that sees has its vision tower in itself"
+            )
         self._vision_file = VisionFile(path or vision_beside(self.file.path), self.config.hidden_size)
+        return self._eye_of(self._vision_file)
+
+    def _eye_of(self, file: VisionFile | OnnxEye) -> Eye:
         most_rows = 2 * self.context  # what two full sessions can hold
-        return Eye(self.backend.tower(self._vision_file), most_rows, self.backend.embed, self.tokenizer.end_of_line_id)
+        return Eye(self.backend.tower(file), most_rows, self.backend.embed, self.tokenizer.end_of_line_id)
 
     @property
     def chunk(self) -> int:

@@ -100,7 +100,6 @@ class _Options:
                 self.tune and (onnx or not self.calibration),
                 "--tune goes with --calibration TEXT and --format gguf; for ONNX, export the GGUF file that was tuned.",
             ),
-            (onnx and self.vision, "--vision goes with --format gguf."),
             (self.tune_steps and not self.tune, "--tune-steps goes with --tune."),
             (onnx and mixed, "--size goes with --format gguf."),
             (
@@ -209,7 +208,8 @@ class _Options:
     "--vision",
     metavar="PRESET|FILE",
     help="Format of the vision tower's weights, where CHECKPOINT has one: as --quant. It becomes a file of its own, "
-    "mmproj-OUT.gguf.  [default: q8_0; with --quant f32, f16 or bf16, the same]",
+    "mmproj-OUT.gguf, or in an ONNX folder vision.onnx.  [default: q8_0, for ONNX int8; with --quant f32, f16 or "
+    "bf16, the same]",
 )
 @click.option(
     "--requantize",
@@ -284,6 +284,7 @@ def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[i
         asked.kv or ("int8" if asked.calibration else "f32"),
         asked.calibration,
         asked.requantize,
+        asked.vision,
     )
 
 

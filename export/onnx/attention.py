@@ -26,18 +26,21 @@ UNSEEN = float(np.finfo(np.float32).min)  # what is added to the score of a slot
 
 
 class GraphRows:
-    """`forward.Rows` on `Value`s: n ids of one sequence, whose caches are inputs and outputs, float32."""
+    """`forward.Rows` on `Value`s: n ids of one sequence, whose caches are inputs and outputs, float32.
 
-    def __init__(self, nodes: Nodes, layers: Sequence[LayerConfig]) -> None:
-        self._nodes, self._kinds = nodes, [kind_of(layer) for layer in layers]
-        self._ids, self._positions, self.positions, self._wanted = one_sequence(nodes)
+    With `hidden`, rows of that size as they enter the first layer, instead of ids.
+    """
+
+    def __init__(self, nodes: Nodes, layers: Sequence[LayerConfig], hidden: int | None = None) -> None:
+        self._nodes, self._kinds, self._embedded = nodes, [kind_of(layer) for layer in layers], hidden is not None
+        self._inputs, self._positions, self.positions, self._wanted = one_sequence(nodes, hidden)
         for kind in dict.fromkeys(self._kinds):
             nodes.input(f"visible.{kind}", BOOL, ["n", f"slots.{kind}"])
         self._first = nodes.node("Slice", [self._positions, nodes.ints(0), nodes.ints(1)], "/first_position")
         self._caches: dict[int, tuple[Value, Value]] = {}
 
     def embed(self, ops: Ops, weight: Any, scale: float) -> Any:
-        return ops.embed(weight, self._ids, scale)
+        return self._inputs if self._embedded else ops.embed(weight, self._inputs, scale)
 
     def wanted(self, x: Value) -> Value:
         return wanted_rows(self._nodes, x, self._wanted)
@@ -107,8 +110,14 @@ class HalfRows(GraphRows):
 class Int8Rows(GraphRows):
     """Caches are int8, and the masks cover the slots in use. `scales` has an entry for each layer."""
 
-    def __init__(self, nodes: Nodes, layers: Sequence[LayerConfig], scales: Sequence[KVScales]) -> None:
-        super().__init__(nodes, layers)
+    def __init__(
+        self,
+        nodes: Nodes,
+        layers: Sequence[LayerConfig],
+        scales: Sequence[KVScales],
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__(nodes, layers, hidden)
         self._scales = scales
 
     def _cache(self, layer: int, name: str, new: Value) -> Value:
@@ -185,8 +194,8 @@ class Int8Rows(GraphRows):
         self._nodes.node("Sub", [count, self._nodes.constant("int32.1", np.array([1], np.int32))], f"{path}/last")
         self._nodes.node("Squeeze", [count], f"{path}/count")
 
-    def _few(self, rows: str, path: str) -> None:
-        inputs = {"n": self._positions, "wanted": self._wanted}
+    def _few(self, rows: str | int, path: str) -> None:
+        inputs: dict[str | int, str] = {"n": self._positions, "wanted": self._wanted}
         count = self._nodes.node("Shape", [inputs[rows]], f"{path}/rows")
         self._nodes.node("LessOrEqual", [count, self._nodes.ints(_FEW)], path)
 
@@ -200,12 +209,15 @@ def _softmax(scale: float, softcap: float | None) -> dict[str, Any]:
     return {"scale": scale, "softcap": softcap or 0.0}
 
 
-def one_sequence(nodes: Nodes) -> tuple[Value, str, str, str]:
-    """Its ids, (1, n), their positions, (n,) and (1, n), and the wanted ones' indices, (wanted,)."""
-    ids, positions = (nodes.input(name, INT64, ["n"]) for name in ("input_ids", "positions"))
-    wanted = nodes.input("wanted", INT64, ["wanted"])
-    batch, columns = (nodes.node("Unsqueeze", [x, nodes.ints(0)], f"/{x}/batch") for x in (ids, positions))
-    return Value(batch, "n", 1, 1), positions, columns, wanted
+def one_sequence(nodes: Nodes, hidden: int | None = None) -> tuple[Value, str, str, str]:
+    """Its ids, (1, n), their positions, (n,) and (1, n), and the wanted ones' indices, (wanted,).
+
+    With `hidden` rows, float32 (1, n, hidden), instead of ids.
+    """
+    inputs = nodes.input("input_ids", INT64, ["n"]) if hidden is None else nodes.input("rows", FLOAT, ["n", hidden])
+    positions, wanted = nodes.input("positions", INT64, ["n"]), nodes.input("wanted", INT64, ["wanted"])
+    batch, columns = (nodes.node("Unsqueeze", [x, nodes.ints(0)], f"/{x}/batch") for x in (inputs, positions))
+    return Value(batch, "n", 1, hidden or 1), positions, columns, wanted
 
 
 def wanted_rows(nodes: Nodes, x: Value, wanted: str) -> Value:

@@ -6,8 +6,10 @@ import json
 from pathlib import PurePosixPath
 from typing import Any
 
-from ...runtime.files.onnx_folder import CONFIG, TOKENIZER
+from ...runtime.files.onnx_folder import CONFIG, PREPROCESSOR, TOKENIZER
 from ...runtime.model.families.hf import write_hf_config
+from ...runtime.model.families.sight import write_hf_vision
+from ...runtime.model.vision import VisionConfig
 from ...runtime.text.tokenizer import Vocabulary, model_proto
 from ..sources.tokenizer_json import write_tokenizer_json
 from .source import OnnxSource
@@ -16,11 +18,15 @@ DTYPES = {32: ("model", "fp32"), 16: ("model_fp16", "fp16"), 8: ("model_quantize
 """By the bits of its weights, what transformers.js calls a graph and what asks it for that one."""
 
 
-def companions(source: OnnxSource, target: str, graph: str) -> dict[str, bytes]:
-    """Contents by name; `graph` is the graph's."""
+def companions(source: OnnxSource, target: str, graph: str, eye: VisionConfig | None = None) -> dict[str, bytes]:
+    """Contents by name; `graph` is the graph's, and `eye` what it sees with."""
     vocabulary, config = source.vocabulary(), write_hf_config(source.config)
+    prepared: dict[str, bytes] = {}
+    if eye is not None:
+        config, preprocessor = write_hf_vision(eye, config)
+        prepared[PREPROCESSOR] = _json(preprocessor)
     if target == "onnxruntime":
-        return {CONFIG: _json(config), TOKENIZER: model_proto(vocabulary)}
+        return {CONFIG: _json(config), TOKENIZER: model_proto(vocabulary), **prepared}
     tokens: dict[str, Any] = {"bos_token_id": vocabulary.bos_id, "eos_token_id": stop_ids(source, vocabulary)}
     if vocabulary.pad_id is not None:
         tokens["pad_token_id"] = vocabulary.pad_id
@@ -37,6 +43,7 @@ def companions(source: OnnxSource, target: str, graph: str) -> dict[str, bytes]:
         "tokenizer.json": json.dumps(write_tokenizer_json(vocabulary), ensure_ascii=False).encode(),
         "tokenizer_config.json": _json(_tokenizer_config(source, vocabulary)),
         "generation_config.json": _json(tokens | _sampling(source)),
+        **prepared,
     }
 
 

@@ -30,6 +30,27 @@ _PARTS = {
     "ffn_up": "feed_forward/up",
     "ffn_down": "feed_forward/down",
     "post_ffw_norm": "feed_forward/post_norm",
+    "v_patch": "patches",
+    "v_patch_bias": "patches/bias",
+    "v_positions": "patches/placed",
+    "v_norm1": "attention_norm",
+    "v_attn_q": "attention/q",
+    "v_attn_q_bias": "attention/q/bias",
+    "v_attn_k": "attention/k",
+    "v_attn_k_bias": "attention/k/bias",
+    "v_attn_v": "attention/v",
+    "v_attn_v_bias": "attention/v/bias",
+    "v_attn_output": "attention/output",
+    "v_attn_output_bias": "attention/output/bias",
+    "v_norm2": "feed_forward_norm",
+    "v_ffn_up": "feed_forward/up",
+    "v_ffn_up_bias": "feed_forward/up/bias",
+    "v_ffn_down": "feed_forward/down",
+    "v_ffn_down_bias": "feed_forward/down/bias",
+    "v_post_norm": "norm",
+    "v_soft_norm": "projection_norm",
+    "v_projection": "projection",
+    "v_projection_bias": "projection/bias",
 }
 
 
@@ -37,11 +58,11 @@ _PARTS = {
 class Value:
     """float32 (rows, heads, head_dim), or (rows, features) of one head; in the graph (batch, rows, heads · head_dim).
 
-    `rows` is a dimension's name, `batch` one or 1.
+    `rows` is a dimension's name or a number, `batch` a name or 1.
     """
 
     name: str
-    rows: str
+    rows: str | int
     heads: int
     head_dim: int
     batch: int | str = 1
@@ -92,7 +113,7 @@ class GraphOps:
         return node("Sub", [x, number(1 << (storage.bits - 1))], path)
 
     def rms_norm(self, x: Value, weight: TensorSpec, eps: float) -> Value:
-        node, path, name = self._nodes.node, _path(weight), x.name
+        node, path, name = self._nodes.node, path_of(weight), x.name
         if x.heads > 1:
             name = node("Reshape", [name, self._nodes.ints(0, 0, x.heads, x.head_dim)], f"{path}/heads")
         name = self._normed(name, self._parts(weight)["weights"], path if x.heads == 1 else f"{path}/of_heads", eps)
@@ -105,24 +126,35 @@ class GraphOps:
 
     def linear(self, x: Value, *weights: TensorSpec) -> list[Value]:
         return [
-            replace(x, name=self._linear(x, weight, _path(weight)), heads=1, head_dim=weight.shape[0])
+            replace(x, name=self._linear(x, weight, path_of(weight)), heads=1, head_dim=weight.shape[0])
             for weight in weights
         ]
 
     def _linear(self, x: Value, weight: TensorSpec, path: str) -> str:
-        node, ints = self._nodes.node, self._nodes.ints
         parts, storage, (n, k) = self._parts(weight), self._storage[weight.gguf], weight.shape
         if storage.block is None:
-            w = parts["weights"]
-            if storage.bits == 16:
-                w = node("Cast", [w], f"{path}/float", to=FLOAT)
-            rows = self._nodes.once(f"{x.name}/flat", lambda path: node("Reshape", [x.name, ints(-1, k)], path))
-            out = node("Gemm", [rows, w], f"{path}/out", transB=1)  # MatMul would need the weight turned
-            shape = self._nodes.once(f"/shape_of_{n}_{x.rows}", lambda path: self._shape_of(x, n, path))
-            return node("Reshape", [out, shape], path)
+            return self.product(x, self.floats(weight), n, path, transposed=True)  # MatMul would need the weight turned
         sizes: dict[str, Any] = {"K": k, "N": n, "bits": storage.bits, "block_size": storage.block, "accuracy_level": 4}
-        node("MatMulNBits", [x.name, parts["codes"], parts["scales"]], path, domain=MICROSOFT, **sizes)
+        self._nodes.node("MatMulNBits", [x.name, parts["codes"], parts["scales"]], path, domain=MICROSOFT, **sizes)
         return self._nodes.describe(path, [x.batch, x.rows, n])
+
+    def floats(self, weight: TensorSpec) -> str:
+        """A weight that is stored as floats, as float32 of its shape."""
+        w = self._parts(weight)["weights"]
+        if self._storage[weight.gguf].bits == 16:
+            w = self._nodes.node("Cast", [w], f"{path_of(weight)}/float", to=FLOAT)
+        return w
+
+    def product(self, x: Value, w: str, n: int, path: str, transposed: bool = False) -> str:
+        """x (batch, rows, k) times float32 weights, which make n numbers of a row.
+
+        The weights are (k, n), or `transposed`."""
+        node, ints = self._nodes.node, self._nodes.ints
+        rows = self._nodes.once(f"{x.name}/flat", lambda path: node("Reshape", [x.name, ints(-1, x.width)], path))
+        form: dict[str, Any] = {"transB": 1} if transposed else {}
+        out = node("Gemm", [rows, w], f"{path}/out", **form)
+        shape = self._nodes.once(f"/shape_of_{n}_{x.rows}", lambda path: self._shape_of(x, n, path))
+        return node("Reshape", [out, shape], path)
 
     def _shape_of(self, x: Value, width: int, path: str) -> None:
         """(batch, rows, width), where x has the batch and the rows."""
@@ -223,6 +255,7 @@ def capped(nodes: Nodes, x: str, cap: float, path: str) -> str:
     return nodes.node("Mul", [x, number], path)
 
 
-def _path(weight: TensorSpec) -> str:
+def path_of(weight: TensorSpec) -> str:
+    """What the nodes of a weight are called."""
     part = _PARTS.get(weight.role, weight.role)
     return f"/{part}" if weight.layer is None else f"/layers.{weight.layer}/{part}"

@@ -46,7 +46,7 @@ def export_page(
     replaced = check_target(source, out, "web", force)
     contents = _page() | {place: file for package in PACKAGES for place, file in package_files(package).items()}
     with atomic_folder(out) as part:
-        summary = export_onnx(source, part / "model", "portable", progress)
+        summary = export_onnx(source, part / "model", "portable", progress, sees=False)
         for name in _LOADED:
             if (size := (part / "model" / name).stat().st_size) > _LARGEST:
                 raise InvalidRequest(f"{source.path}: {name} would have {size / 1e9:.1f} GB, and a browser runs 2 GB")

@@ -17,14 +17,20 @@ from .ops import Value, capped
 
 
 class PlainRows:
-    """`forward.Rows` on `Value`s. Caches are inputs and outputs, float32 (batch, KV heads, slots, head_dim)."""
+    """`forward.Rows` on `Value`s. Caches are inputs and outputs, float32 (batch, KV heads, slots, head_dim).
 
-    def __init__(self, nodes: Nodes, layers: Sequence[LayerConfig], ids: Value, positions: str) -> None:
-        self._nodes, self._layers, self._ids, self.positions = nodes, layers, ids, positions
+    `inputs` are ids, or if `embedded` rows as they enter the first layer.
+    """
+
+    def __init__(
+        self, nodes: Nodes, layers: Sequence[LayerConfig], inputs: Value, positions: str, embedded: bool = False
+    ) -> None:
+        self._nodes, self._layers, self._inputs, self.positions = nodes, layers, inputs, positions
+        self._embedded = embedded
         self._caches: dict[int, tuple[str, str]] = {}
 
     def embed(self, ops: Ops, weight: Any, scale: float) -> Any:
-        return ops.embed(weight, self._ids, scale)
+        return self._inputs if self._embedded else ops.embed(weight, self._inputs, scale)
 
     def append(self, layer: int, keys: Value, values: Value) -> None:
         self._caches[layer] = self._cache(layer, "key", keys), self._cache(layer, "value", values)
@@ -93,12 +99,14 @@ class PlainRows:
 class RingRows(PlainRows):
     """n ids of one sequence. Position p has slot p mod slots of its layer's caches, whose number the caller chooses.
 
-    What a slot holds follows from the newest position, so the graph makes the masks.
+    What a slot holds follows from the newest position, so the graph makes the masks. With `hidden`, rows of that size
+    come instead of ids, and each says from where to where it sees what is around it whole, as a picture's rows do.
     """
 
-    def __init__(self, nodes: Nodes, layers: Sequence[LayerConfig]) -> None:
-        ids, self._row, positions, self._wanted = one_sequence(nodes)
-        super().__init__(nodes, layers, ids, positions)
+    def __init__(self, nodes: Nodes, layers: Sequence[LayerConfig], hidden: int | None = None) -> None:
+        inputs, self._row, positions, self._wanted = one_sequence(nodes, hidden)
+        super().__init__(nodes, layers, inputs, positions, embedded=hidden is not None)
+        self._blocks = None if hidden is None else nodes.input("blocks", INT64, ["n", 2])
 
     def wanted(self, x: Value) -> Value:
         return wanted_rows(self._nodes, x, self._wanted)
@@ -130,8 +138,20 @@ class RingRows(PlainRows):
         if queries.rows == "wanted":
             rows = self._nodes.once("/positions/wanted", lambda at: node("Gather", [self._row, self._wanted], at))
         rows = node("Unsqueeze", [rows, ints(1)], f"{path}/rows")
-        seen = node("And", [self._in_window(layer, held, rows, path), f"{slots}/filled"], f"{path}/of_rows")
+        seen = self._in_window(layer, held, rows, path)
+        if self._blocks is not None:
+            seen = node("Or", [seen, self._in_block(self._blocks, held, queries, path)], f"{path}/with_blocks")
+        seen = node("And", [seen, f"{slots}/filled"], f"{path}/of_rows")
         return node("Unsqueeze", [seen, ints(0, 1)], path)
+
+    def _in_block(self, blocks: str, keys: str, queries: Value, path: str) -> str:
+        """Whether the keys at positions (slots,) are in the blocks of the queries, bool (rows, slots)."""
+        node, ints = self._nodes.node, self._nodes.ints
+        if queries.rows == "wanted":
+            blocks = self._nodes.once("/blocks/wanted", lambda at: node("Gather", [blocks, self._wanted], at))
+        first, end = (node("Slice", [blocks, ints(i), ints(i + 1), ints(1)], f"{path}/block/{i}") for i in (0, 1))
+        begun = node("GreaterOrEqual", [keys, first], f"{path}/block/begun")
+        return node("And", [begun, node("Less", [keys, end], f"{path}/block/open")], f"{path}/block")
 
     def _held(self, slots: str, path: str) -> None:
         """The newest position that each slot may hold, int64 (slots,): negative where it was not written to yet."""
@@ -182,7 +202,7 @@ class GrownRows(PlainRows):
         zero, one = nodes.scalar(0), nodes.scalar(1)
         total, n = (
             node("Squeeze", [node("Shape", [x], f"{path}/{name}/shape", start=1, end=2)], f"{path}/{name}")
-            for name, x in (("total", self._mask), ("count", self._ids.name))
+            for name, x in (("total", self._mask), ("count", self._inputs.name))
         )
         node("Range", [zero, total, one], path)
         node("Range", [node("Sub", [total, n], f"{path}/past"), total, one], f"{path}/new")

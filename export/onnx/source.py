@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,35 +14,23 @@ from ...quant.recipes import preset
 from ...runtime.errors import InvalidRequest
 from ...runtime.model.tensors import TensorSpec
 from ..metadata import described
-from ..sources.checkpoint import Checkpoint
+from ..sources.checkpoint import Checkpoint, TensorSource, VisionSource
 
 QUANTS = {"f32": "f32", "f16": "f16", "int8": "q8_0", "int4": "q4_0"}
 """What `--quant` says for ONNX, and the GGUF preset whose numbers it writes."""
 
 
-class OnnxSource:
-    """A checkpoint in formats that ONNX can hold: those in INTEGER_FORMS, F32 and F16. `quant` names them.
+VISION_QUANT = "int8"  # nearly without loss, and fast
 
-    The formats are those of a `quant` and an `embedding`, keys of QUANTS. Without, a GGUF file keeps its own, and a
-    folder gets int8. Raises InvalidRequest for a format whose numbers ONNX has no exact form for, and InvalidCheckpoint
-    for a file that is quantized and would have to be quantized again, unless `requantize`.
+
+class Quantized:
+    """The tensors `specs` of something that is exported, in formats that ONNX can hold: those in INTEGER_FORMS, F32 and
+    F16, by name in GGUF. `quant` names them.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, quant: str | None = None, embedding: str | None = None, requantize: bool = False
-    ) -> None:
-        self.checkpoint, self.path, self.files = checkpoint, checkpoint.path, checkpoint.files
-        self.config, self.vocabulary, self.rows = checkpoint.config, checkpoint.vocabulary, checkpoint.rows
-        if quant is None and embedding is None and checkpoint.path.is_file():
-            self._formats = {spec.gguf: _kept(checkpoint, spec) for spec in checkpoint.specs}
-            matrices = [spec for spec in checkpoint.specs if spec.is_matrix]
-            self.quant = ", ".join(dict.fromkeys(checkpoint.format(spec).name for spec in matrices[1:]))
-        else:
-            if not requantize and (quant, embedding) != ("f32", None):  # float32 has every block's numbers exactly
-                checkpoint.check_unquantized()
-            self.quant, self._formats = _asked_for(checkpoint, quant or "int8", embedding)
-        self.warnings = (*checkpoint.warnings, *checkpoint.added_losses(self._formats))
-        self.metadata: dict[str, Any] = described(checkpoint)
+    def __init__(self, tensors: TensorSource, quant: str, formats: Mapping[str, type[Format]]) -> None:
+        self.path, self.files, self.specs = tensors.path, tensors.files, tensors.specs
+        self.quant, self._tensors, self._formats = quant, tensors, formats
 
     def format(self, spec: TensorSpec) -> type[Format]:
         return self._formats[spec.gguf]
@@ -51,8 +40,59 @@ class OnnxSource:
 
         May be called from several threads.
         """
-        blocks = self.checkpoint.blocks(spec, start, stop, self.format(spec))
-        return blocks, self.checkpoint.vanished(spec, start, stop, self.format(spec), blocks)
+        blocks = self._tensors.blocks(spec, start, stop, self.format(spec))
+        return blocks, self._tensors.vanished(spec, start, stop, self.format(spec), blocks)
+
+
+class OnnxSource(Quantized):
+    """A checkpoint, and the `eye` that it may have.
+
+    The formats are those of a `quant` and an `embedding`, keys of QUANTS. Without, a GGUF file keeps its own, and a
+    folder gets int8. The eye's are those of `vision`, or what suits the text model's. Raises InvalidRequest for a
+    format whose numbers ONNX has no exact form for, or a `vision` without an eye, and InvalidCheckpoint for a file that
+    is quantized and would have to be quantized again, unless `requantize`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quant: str | None = None,
+        embedding: str | None = None,
+        requantize: bool = False,
+        vision: str | None = None,
+    ) -> None:
+        self.checkpoint, self.config, self.vocabulary = checkpoint, checkpoint.config, checkpoint.vocabulary
+        if quant is None and embedding is None and checkpoint.path.is_file():
+            formats = {spec.gguf: _kept(checkpoint, spec) for spec in checkpoint.specs}
+            matrices = [spec for spec in checkpoint.specs if spec.is_matrix]
+            name = ", ".join(dict.fromkeys(checkpoint.format(spec).name for spec in matrices[1:]))
+        else:
+            if not requantize and (quant, embedding) != ("f32", None):  # float32 has every block's numbers exactly
+                checkpoint.check_unquantized()
+            name, formats = _asked_for(checkpoint, quant or "int8", embedding)
+        super().__init__(checkpoint, name, formats)
+        self.warnings = (*checkpoint.warnings, *checkpoint.added_losses(formats))
+        self.metadata: dict[str, Any] = described(checkpoint)
+        if vision is not None and checkpoint.vision is None:
+            raise InvalidRequest(f"--vision: {checkpoint.path} has no vision tower")
+        fitting = quant if quant in ("f32", "f16") else VISION_QUANT
+        self.eye = None if checkpoint.vision is None else EyeSource(checkpoint.vision, vision or fitting)
+
+
+class EyeSource(Quantized):
+    """The eye of a checkpoint, its matrices in the format of a `quant`."""
+
+    def __init__(self, eye: VisionSource, quant: str) -> None:
+        _check_quant(quant)
+        recipe = preset(QUANTS[quant], eye.config.n_layers)
+        if recipe.default.block > 1:
+            eye = eye.widened(recipe.default.block)
+        self.config = eye.config
+        formats: dict[str, type[Format]] = {
+            spec.gguf: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format if spec.is_matrix else F32
+            for spec in eye.specs
+        }
+        super().__init__(eye, quant, formats)
 
 
 def _kept(checkpoint: Checkpoint, spec: TensorSpec) -> type[Format]:
@@ -72,8 +112,8 @@ def _kept(checkpoint: Checkpoint, spec: TensorSpec) -> type[Format]:
 
 def _asked_for(checkpoint: Checkpoint, quant: str, embedding: str | None) -> tuple[str, dict[str, type[Format]]]:
     for given in (quant, embedding):
-        if given is not None and given not in QUANTS:
-            raise InvalidRequest(f"quant: found {given!r}, expected one of {', '.join(QUANTS)} for ONNX")
+        if given is not None:
+            _check_quant(given)
     if embedding is None:  # the head suffers most from quantizing
         embedding = "int8" if quant == "int4" else quant
     recipe = preset(QUANTS[quant], checkpoint.config.n_layers, QUANTS[embedding])
@@ -81,3 +121,8 @@ def _asked_for(checkpoint: Checkpoint, quant: str, embedding: str | None) -> tup
         spec.gguf: recipe.choose(spec.gguf, spec.role, spec.layer, spec.shape).format for spec in checkpoint.specs
     }
     return quant if embedding == quant else f"{quant}, embedding {embedding}", formats
+
+
+def _check_quant(given: str) -> None:
+    if given not in QUANTS:
+        raise InvalidRequest(f"quant: found {given!r}, expected one of {', '.join(QUANTS)} for ONNX")

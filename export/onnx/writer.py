@@ -8,7 +8,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,19 @@ from ...quant.integers import INTEGER_FORMS, as_integers
 from ...runtime.errors import InvalidModelFile, InvalidRequest
 from ...runtime.files.atomic import atomic_folder
 from ...runtime.files.models import size_text
-from ...runtime.files.onnx_folder import KV_STORAGE, MANIFEST, MODEL
+from ...runtime.files.onnx_folder import EMBEDDING, KV_STORAGE, MANIFEST, MODEL, VISION
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.tensors import TensorSpec, tensor_specs
+from ...runtime.model.tensors import TensorSpec
 from ...runtime.version import bezel_version
 from ..calibration.moments import read_text
 from ..hashes import background_hashes
 from ..ordered import CHUNK_WEIGHTS, ordered
 from ..summary import ExportSummary, of_vanished
 from .companions import DTYPES, companions
-from .graph import build_model
+from .graph import Built, build_model
 from .kv_scales import TOKENS, KVScales, kv_scales
-from .source import OnnxSource
+from .seeing import build_embedding, build_eye
+from .source import OnnxSource, Quantized
 from .targets import TARGETS
 from .weights import External, Storage
 
@@ -48,8 +50,11 @@ def export_onnx(
     force: bool = False,
     kv: str = "f32",
     kv_text: Path | None = None,
+    sees: bool = True,
 ) -> ExportSummary:
     """Write `source` to the folder `out`; `force` replaces one that an earlier export wrote.
+
+    With its eye, if it has one, the target takes one, and it `sees`; a warning says that an eye is left out.
 
     `target` is a key of TARGETS. `kv` is how keys and values are kept, a key of KV_STORAGE: "f32", or for "onnxruntime"
     "f16", or "int8", scaled for what the text in the file `kv_text` reaches. `progress` is called with (work done, work
@@ -66,9 +71,10 @@ def export_onnx(
         )
     replaced = check_target(source, out, target, force)
     config = source.config
-    specs = list(tensor_specs(config))
+    eye = source.eye if sees and TARGETS[target].sees else None
     storage = storages(source)
-    total = sum(math.prod(spec.shape) for spec in specs)
+    weights = _weights(source)
+    total = weights + (0 if eye is None else _weights(eye))
     done, metadata = 0, dict(source.metadata)
     stored: str | Sequence[KVScales] = kv
     report = progress or (lambda *_: None)
@@ -78,16 +84,26 @@ def export_onnx(
         stored = kv_scales(source.checkpoint, text.sequences, lambda i, n: report(done * i // n, total))
         metadata["bezel.provenance.kv_text_sha256"] = text.sha256
     name, data = _names(target, storage)
-    graph = graph_of(config, storage, target, data, stored)
+    graph = graph_of(config, storage, target, data, stored, sees=eye is not None)
+    written: list[tuple[str, Quantized, Graph]] = [(data, source, graph)]
+    contents = companions(source, target, name, None if eye is None else eye.config) | {name: graph.message}
+    if eye is not None:
+        seeing = _serialized(f"{VISION}.data", build_eye(eye.config, storages(eye), TARGETS[target]))
+        written.append((f"{VISION}.data", eye, seeing))
+        contents |= {EMBEDDING: graph.messages[1], VISION: seeing.message}
+    nbytes = sum(part.nbytes for _, _, part in written)
     free = shutil.disk_usage(out.resolve().parent).free
-    if free < graph.nbytes:
-        raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(graph.nbytes)} for {out.name}")
-    contents = companions(source, target, name) | {name: graph.message}
-
+    if free < nbytes:
+        raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(nbytes)} for {out.name}")
+    # The eye's files are the checkpoint's, too.
     with atomic_folder(out) as part, source.checkpoint.unchanged(), background_hashes(source.files) as source_hashes:
         write_files(part, contents)
-        vanished = _write_data(part / data, source, graph, lambda weights: report(done + weights, total))
-        names = (name, data, *sorted(contents.keys() - {name}))
+        vanished = []
+        for file, tensors, of_file in written:
+            lost = _write_data(part / file, tensors, of_file, partial(_told, report, done, total))
+            vanished += of_vanished(lost)
+            done += _weights(tensors)
+        names = (name, data, *sorted(contents.keys() - {name}), *(file for file, _, _ in written[1:]))
         with background_hashes([part / name for name in names]) as hashes:
             files = {
                 name: {"bytes": (part / name).stat().st_size, "sha256": digest}
@@ -106,32 +122,67 @@ def export_onnx(
             "target": target,
             "graph": name,
             "kv": KV_STORAGE[kv],
-            "formats": {spec.gguf: source.format(spec).name for spec in specs},
+            "formats": {spec.gguf: tensors.format(spec).name for _, tensors, _ in written for spec in tensors.specs},
             "files": files,
         }
+        if eye is not None:
+            manifest["vision"] = eye.quant
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        file_bytes = sum((part / name).stat().st_size for name in (*names, MANIFEST))
-    weights = sum(math.prod(spec.shape) for spec in specs)
+        sizes = {name: (part / name).stat().st_size for name in (*names, MANIFEST)}
+    warnings = [*replaced, *source.warnings, *vanished]
+    if source.eye is not None and eye is None:
+        able = " and ".join(name for name, one in TARGETS.items() if one.sees)
+        warnings.append(f"pictures are left out: only the targets {able} take a vision tower")
+    elif eye is not None and kv == "int8":
+        warnings.append(
+            "keys and values of pictures are kept in the ranges that the text reached, which they may go beyond; "
+            "--kv f16 has room for all"
+        )
+    seconds = time.monotonic() - start
+    summary = _summary(out, sum(sizes.values()), source, graph, warnings, seconds)
+    if eye is None:
+        return summary
+    size = sizes[VISION] + sizes[f"{VISION}.data"]
+    return replace(summary, vision=_summary(out / VISION, size, eye, seeing, [], seconds))
+
+
+def _summary(
+    path: Path, file_bytes: int, source: Quantized, graph: Graph, warnings: list[str], seconds: float
+) -> ExportSummary:
+    weights, storage = _weights(source), storages(source)
     return ExportSummary(
-        path=str(out),
+        path=str(path),
         file_bytes=file_bytes,
         weights=weights,
         bits_per_weight=sum(tensor.nbytes for tensor in graph.tensors) * 8 / weights,
-        formats=dict(Counter(_describe(storage[spec.gguf]) for spec in specs)),
+        formats=dict(Counter(_describe(storage[spec.gguf]) for spec in source.specs)),
         fallbacks=[],
-        warnings=[*replaced, *source.warnings, *of_vanished(vanished)],
-        seconds=time.monotonic() - start,
+        warnings=warnings,
+        seconds=seconds,
     )
+
+
+def _told(report: Callable[[int, int], object], before: int, total: int, done: int) -> None:
+    report(before + done, total)
+
+
+def _weights(source: Quantized) -> int:
+    return sum(math.prod(spec.shape) for spec in source.specs)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A serialised graph, and the tensors of its external data, which is `nbytes` long, with their `offsets` in it."""
+    """Serialised graphs, and the tensors of their external data, which is `nbytes` long, with their `offsets` in it."""
 
-    message: bytes
+    messages: Sequence[bytes]
     tensors: list[External]
     offsets: Mapping[str, int]
     nbytes: int
+
+    @property
+    def message(self) -> bytes:
+        """The first."""
+        return self.messages[0]
 
 
 def graph_of(
@@ -140,18 +191,28 @@ def graph_of(
     target: str,
     data: str,
     kv: str | Sequence[KVScales] = "f32",
+    sees: bool = False,
 ) -> Graph:
-    """The graph whose weights are in the file `data`; see `build_model`."""
-    model, tensors = build_model(config, storage, TARGETS[target], kv)
+    """The graph whose weights are in the file `data`; see `build_model`. If it `sees`, that of the embedding, too."""
+    models = [build_model(config, storage, TARGETS[target], kv, sees)]
+    if sees:
+        models.append(build_embedding(config, storage, TARGETS[target]))
+    return _serialized(data, *models)
+
+
+def _serialized(data: str, *models: Built) -> Graph:
+    """Models whose weights are in the file `data`, each of them once."""
+    tensors = list({tensor.name: tensor for _, needed in models for tensor in needed}.values())
     offsets, size = _layout(tensors)
-    for tensor in tensors:
-        model.graph.initializer.append(_initializer(tensor, Path(data).name, offsets[tensor.name]))
-    return Graph(model.SerializeToString(deterministic=True), tensors, offsets, size)
+    for model, needed in models:
+        for tensor in needed:
+            model.graph.initializer.append(_initializer(tensor, Path(data).name, offsets[tensor.name]))
+    return Graph([model.SerializeToString(deterministic=True) for model, _ in models], tensors, offsets, size)
 
 
-def storages(source: OnnxSource) -> dict[str, Storage]:
+def storages(source: Quantized) -> dict[str, Storage]:
     """How each tensor of the source is stored, by its name in GGUF."""
-    return {spec.gguf: _storage(source, spec) for spec in tensor_specs(source.config)}
+    return {spec.gguf: _storage(source, spec) for spec in source.specs}
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -160,7 +221,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
-def _storage(source: OnnxSource, spec: TensorSpec) -> Storage:
+def _storage(source: Quantized, spec: TensorSpec) -> Storage:
     form = INTEGER_FORMS.get(source.format(spec))
     if form is None:
         return Storage(16 if source.format(spec) is F16 else 32)
@@ -201,7 +262,7 @@ def _initializer(tensor: External, location: str, offset: int) -> TensorProto:
 
 def _write_data(
     path: Path,
-    source: OnnxSource,
+    source: Quantized,
     graph: Graph,
     progress: Callable[[int], None],
 ) -> Counter[str]:
@@ -222,7 +283,7 @@ def _write_data(
 Converted = tuple[External, int, NDArray[np.uint8], int]
 
 
-def _converted(source: OnnxSource, tensors: list[External]) -> Iterator[Converted]:
+def _converted(source: Quantized, tensors: list[External]) -> Iterator[Converted]:
     """(tensor, first row of the weight, bytes laid out as the tensor has them, in rows, weights that vanished)."""
     parts: dict[str, list[External]] = {}
     for tensor in tensors:
@@ -231,7 +292,7 @@ def _converted(source: OnnxSource, tensors: list[External]) -> Iterator[Converte
     def jobs() -> Iterator[tuple[list[External], int, int]]:
         for group in parts.values():
             spec = group[0].spec
-            n_rows = 1 if spec.is_norm else spec.shape[0]
+            n_rows = math.prod(spec.shape[:-1])
             step = max(1, CHUNK_WEIGHTS // spec.shape[-1])
             for start in range(0, n_rows, step):
                 yield group, start, min(start + step, n_rows)

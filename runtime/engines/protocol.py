@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from ..arrays import Arrays, Floats, Ints
 from ..cache.caches import Caches
 from ..cache.store import NewStore
-from ..files.vision_file import VisionFile
 from ..model.config import ModelConfig
 from ..model.forward import Ops, Weights, forward
+from ..model.vision import Seeing
 from .rows import JoinedRows, Segment, SegmentRows
 from .tower import Tower
 
@@ -60,6 +60,12 @@ class Backend(Protocol):
     def engine(self, context: int, kv: str, chunk: int, ring: bool) -> Engine:
         """A new, empty sequence; see `Caches`."""
 
+    def embed(self, ids: Ints) -> Floats:
+        """Text ids (n,) as they enter the first layer, (n, hidden); of a model that sees."""
+
+    def tower(self, file: Any) -> Seeing:
+        """The eye in a file of a kind that this engine reads; see `tower.VisionTensors`."""
+
 
 class CachedEngine:
     """What engines do with their caches."""
@@ -106,8 +112,8 @@ class ModelBackend:
         rows: Floats = self.ops.embed(self.weights.shared["token_embd"], ids, self.config.embedding_scale)
         return rows
 
-    def tower(self, file: VisionFile) -> Tower:
-        """The eye in a file, for this kind of engine."""
+    def tower(self, file: Any) -> Tower:
+        """The eye in a file (`VisionTensors`) of a kind that this engine reads."""
         raise NotImplementedError
 
     def rows(self, segment: Segment) -> SegmentRows:

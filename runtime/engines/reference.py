@@ -11,14 +11,13 @@ from threadpoolctl import ThreadpoolController
 from ..arrays import Floats
 from ..cache.numpy_store import NumpyStore
 from ..files.model_file import ModelFile
-from ..files.vision_file import VisionFile
 from ..model import ops
 from ..model.config import ModelConfig
 from ..model.forward import Weights
 from ..model.tensors import TensorSpec, tensor_specs
 from .protocol import ModelBackend
 from .rows import Segment
-from .tower import Tower, float_matrix
+from .tower import Tower, VisionTensors, float_matrix
 
 
 class LazyWeights(Mapping[str, Floats]):
@@ -52,7 +51,7 @@ class ReferenceBackend(ModelBackend):
         super().__init__(config, ops, weights, NumpyStore)
         self._threads, self._blas = threads, ThreadpoolController()
 
-    def tower(self, file: VisionFile) -> Tower:
+    def tower(self, file: VisionTensors) -> Tower:
         return _LimitedTower(self, file)
 
     def limited(self) -> AbstractContextManager[Any]:
@@ -66,7 +65,7 @@ class ReferenceBackend(ModelBackend):
 
 
 class _LimitedTower(Tower):
-    def __init__(self, backend: ReferenceBackend, file: VisionFile) -> None:
+    def __init__(self, backend: ReferenceBackend, file: VisionTensors) -> None:
         super().__init__(file, ops, float_matrix)
         self._backend = backend
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..arrays import Floats
 from ..errors import InvalidModelFile
-from ..files.vision_file import VisionFile
 from ..model.forward import Weights
 from ..model.tensors import TensorSpec
 from ..model.vision import GEMMA3, VisionConfig, VisionOps, patches_of, see, vision_specs
 
 
 class VisionTensors(Protocol):
-    """Where a tower's weights come from: a file, or a checkpoint."""
+    """Where a tower's weights come from: a file, or a checkpoint. `tensor` gives those of `vision_specs`."""
 
+    @property
+    def path(self) -> Path: ...
     @property
     def config(self) -> VisionConfig: ...
     def fingerprint(self) -> str: ...
@@ -31,7 +33,7 @@ class Tower:
     Nothing but the config is read before the first picture comes.
     """
 
-    def __init__(self, file: VisionFile, ops: VisionOps, matrix: Callable[[VisionFile, TensorSpec], Any]) -> None:
+    def __init__(self, file: VisionTensors, ops: VisionOps, matrix: Callable[[Any, TensorSpec], Any]) -> None:
         self.config, self._file, self._ops, self._matrix = file.config, file, ops, matrix
 
     @cached_property
@@ -56,13 +58,18 @@ class Tower:
         """
         with np.errstate(all="ignore"):  # of a damaged file, as is told below
             rows: Floats = see(self.config, self._ops, self._weights, patches_of(pixels, self.config.patch_size))
-        if not np.isfinite(rows).all():
-            raise InvalidModelFile(
-                self._file.path,
-                "what it makes of a picture is not finite: it is damaged, or was never sound (`bezel verify` compares "
-                "it with its source)",
-            )
-        return rows
+        return sound(self._file.path, rows)
+
+
+def sound(path: Path, rows: Floats) -> Floats:
+    """The rows that an eye in a file makes of a picture. Raises InvalidModelFile where they are not finite."""
+    if not np.isfinite(rows).all():
+        raise InvalidModelFile(
+            path,
+            "what it makes of a picture is not finite: it is damaged, or was never sound (`bezel verify` compares "
+            "it with its source)",
+        )
+    return rows
 
 
 def _is_multiplied(spec: TensorSpec) -> bool:

@@ -31,6 +31,7 @@ class GGUFModel(GGUFFile):
     kind = "a GGUF file"
     engines = ("native", "reference")
     largest_chunk = LARGEST_CHUNK
+    vision = None  # it lies beside the file, if anywhere
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)

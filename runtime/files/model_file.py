@@ -16,6 +16,7 @@ from ..model.config import ModelConfig
 from ..text.tokenizer import Vocabulary
 from .gguf_model import GGUFModel
 from .models import find_model
+from .onnx_eye import OnnxEye
 from .onnx_folder import OnnxFolder
 
 
@@ -52,6 +53,9 @@ class ModelFile(Protocol):
     def file_bytes(self) -> int: ...
     @property
     def largest_chunk(self) -> int: ...
+    @property
+    def vision(self) -> OnnxEye | None:
+        """The file's own eye, where it has one in itself."""
 
     def kv_types(self, engine: str) -> tuple[str, ...]:
         """How an engine can store keys and values, default first: keys of KV_DTYPES."""

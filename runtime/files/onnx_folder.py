@@ -2,11 +2,13 @@
 
 `model.onnx` is the graph, its weights lie in files that it names, `config.json` and `tokenizer.model` are as in a
 checkpoint, and `bezel.json` holds what a GGUF file has as metadata, and the size and hash of every file. Where it is
-laid out for Hugging Face's libraries, the graph and its weights are in the folder `onnx/`.
+laid out for Hugging Face's libraries, the graph and its weights are in the folder `onnx/`. Where the model sees,
+`model.onnx` takes rows instead of ids, which `embedding.onnx` and `vision.onnx` make of texts and of pictures, and
+`preprocessor_config.json` says what becomes of a picture before.
 
 onnxruntime opens whatever file a graph names. So before it sees one, every file here is known to be a plain file of
 this folder, without another name, and every tensor to lie inside its file. The graph is then handed over as the bytes
-that were checked (`model_bytes`), and `check_unchanged` afterwards shows that what onnxruntime has opened since is
+that were checked (`graphs`), and `check_unchanged` afterwards shows that what onnxruntime has opened since is
 what was checked too.
 """
 
@@ -29,13 +31,17 @@ from ..cache.store import INT8_CHANNEL, KV_TYPES
 from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
 from ..model.families.hf import read_hf_config
+from ..model.families.sight import read_hf_vision
+from ..model.tensors import tensor_specs
 from ..text.tokenizer import Vocabulary
 from .hashing import fed
+from .onnx_eye import OnnxEye
 from .onnx_model import Initializer, OnnxModel, is_file_name, read_model
 from .onnx_tensors import OnnxTensor, dequantize, find_tensors
 from .strict_json import parse_json
 
 MODEL, MANIFEST, CONFIG, TOKENIZER = "model.onnx", "bezel.json", "config.json", "tokenizer.model"
+EMBEDDING, VISION, PREPROCESSOR = "embedding.onnx", "vision.onnx", "preprocessor_config.json"
 
 KV_STORAGE = {"f32": "f32", "f16": "f16", "int8": INT8_CHANNEL}
 """How a graph may store keys and values, as the export's `--kv` and as `bezel.json` say it."""
@@ -54,9 +60,9 @@ class OnnxFolder:
     """An open folder. `metadata` has the keys of GGUF metadata, from `bezel.json`; `model` is the checked graph.
 
     `files` maps the names of the folder's files to {"bytes": …, "sha256": …}, `formats` those of the model's tensors to
-    GGUF's name for the format of their numbers; `quant` and `target` say how the folder was exported, and `kv` how
-    its graph stores keys and values, "f32", "f16" or "int8-channel". Raises InvalidModelFile for whatever is not a
-    sound folder.
+    GGUF's name for the format of their numbers; `quant`, `vision_quant` (None: it has no eye) and `target` say how the
+    folder was exported, and `kv` how its graph stores keys and values, "f32", "f16" or "int8-channel". `graphs` has the
+    checked bytes of each graph by its name. Raises InvalidModelFile for whatever is not a sound folder.
     """
 
     kind = "an ONNX folder"
@@ -70,9 +76,13 @@ class OnnxFolder:
         self.metadata: Mapping[str, Any] = manifest["metadata"]
         self.quant, self.target, self.graph, self.kv = (str(manifest[key]) for key in _TEXTS)
         self.model_path = self.path / self.graph
+        self.vision_quant: str | None = manifest.get("vision")
         self.files, self.formats = manifest["files"], manifest["formats"]
-        self.model_bytes = self._read(self.graph, _MAX_GRAPH)
-        self.model: OnnxModel = read_model(self.model_path, self.model_bytes)
+        names = [self.graph, *((EMBEDDING, VISION) if self.sees else ())]
+        self.graphs = {name: self._read(name, _MAX_GRAPH) for name in names}
+        self._models = {name: read_model(self.path / name, graph) for name, graph in self.graphs.items()}
+        self.model: OnnxModel = self._models[self.graph]
+        self.initializers: Mapping[str, Initializer] = self._merged()
         self._data = self._map_data()
 
     @property
@@ -81,8 +91,9 @@ class OnnxFolder:
         return ("reference",) if self.target == "transformers" else ("ort", "reference")
 
     @property
-    def initializers(self) -> Mapping[str, Initializer]:
-        return self.model.initializers
+    def sees(self) -> bool:
+        """Whether the folder has an eye, and the graph takes rows instead of ids."""
+        return self.vision_quant is not None
 
     @property
     def file_bytes(self) -> int:
@@ -108,6 +119,16 @@ class OnnxFolder:
         """The model's description. Raises InvalidConfig."""
         return read_hf_config(self._json(CONFIG), str(self.path / CONFIG))
 
+    @cached_property
+    def vision(self) -> OnnxEye | None:
+        """The folder's own eye. Raises InvalidConfig and InvalidModelFile."""
+        if not self.sees:
+            return None
+        source, hidden = str(self.path / CONFIG), self.config().hidden_size
+        config = read_hf_vision(self._json(CONFIG), hidden, source, self._json(PREPROCESSOR))
+        initializers = self._models[VISION].initializers
+        return OnnxEye(self.path / VISION, config, self.graphs[VISION], initializers, self.formats, self.data)
+
     def vocabulary(self) -> Vocabulary:
         """The pieces of the tokenizer."""
         raw = self._read(TOKENIZER, _MAX_TOKENIZER)
@@ -119,7 +140,7 @@ class OnnxFolder:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(self.model_bytes)
+        digest = hashlib.sha256(self.graphs[self.graph])
         for name, limit in ((CONFIG, _MAX_JSON), (TOKENIZER, _MAX_TOKENIZER), (MANIFEST, _MAX_JSON)):
             digest.update(self._read(name, limit))
         for tensor in self.initializers.values():
@@ -130,11 +151,11 @@ class OnnxFolder:
     @cached_property
     def tensors(self) -> Mapping[str, OnnxTensor]:
         """The model's tensors by their names in GGUF. Raises InvalidModelFile and InvalidConfig."""
-        return find_tensors(self.model_path, self.initializers, self.config(), self.formats)
+        return find_tensors(self.model_path, self.initializers, tensor_specs(self.config()), self.formats)
 
     def check_tensors(self, config: ModelConfig) -> None:
         """Raises InvalidModelFile unless the graph holds all tensors of `config`, in their shapes."""
-        find_tensors(self.model_path, self.initializers, config, self.formats)
+        find_tensors(self.model_path, self.initializers, tensor_specs(config), self.formats)
 
     def dequantize(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """The tensor as float32 in its own shape, or some rows of it, float32 (rows, inputs)."""
@@ -166,6 +187,7 @@ class OnnxFolder:
             "onnx": {
                 "quant": self.quant,
                 "target": self.target,
+                "vision": self.vision_quant,
                 "opsets": {domain or "ai.onnx": version for domain, version in self.model.opsets.items()},
                 "operators": operators,
                 "files": {name: entry["bytes"] for name, entry in self.files.items()},
@@ -204,6 +226,8 @@ class OnnxFolder:
             self._fail(MANIFEST, f"key 'graph': found {_show(raw['graph'])}, expected one of the files")
         if raw["kv"] not in KV_STORAGE.values():
             self._fail(MANIFEST, f"key 'kv': found {_show(raw['kv'])}, expected {' or '.join(KV_STORAGE.values())}")
+        if not isinstance(raw.get("vision", ""), str):
+            self._fail(MANIFEST, f"key 'vision': found {_show(raw['vision'])}, expected a str, or no such key")
         for name, form in raw["formats"].items():
             if not isinstance(form, str):
                 self._fail(MANIFEST, f"key 'formats': found {_show({name: form})}, expected the name of a format")
@@ -237,6 +261,16 @@ class OnnxFolder:
         expected = self.files.get(name, {}).get("sha256")
         if found != expected:
             self._fail(name, f"found SHA-256 {found}, expected {expected} by {MANIFEST}: it was altered")
+
+    def _merged(self) -> dict[str, Initializer]:
+        """The initialisers of all graphs. What two have in common in another file must be the same there."""
+        merged = dict(self.model.initializers)
+        for graph, model in self._models.items():
+            for name, tensor in model.initializers.items():
+                other = merged.setdefault(name, tensor)
+                if other is not tensor and _place(other) != _place(tensor):
+                    self._fail(graph, f"initialiser {name!r}: is another than in {self.graph}; export the model anew")
+        return merged
 
     def _map_data(self) -> dict[str, NDArray[np.uint8]]:
         """The files that hold weights, mapped, once all initialisers are known to lie inside them."""
@@ -292,6 +326,11 @@ class OnnxFolder:
                 found = f"{seen.st_size} bytes, expected {'no such file' if want is None else want} by {MANIFEST}"
                 self._fail(name, f"found {found}; is the copy of the folder complete?")
         return descriptor, seen.st_size
+
+
+def _place(tensor: Initializer) -> tuple[object, ...]:
+    """Where a tensor lies in another file, and as what."""
+    return (tensor.dtype, tensor.shape, tensor.location, tensor.offset) if tensor.location is not None else ()
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

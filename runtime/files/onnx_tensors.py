@@ -9,7 +9,7 @@ integer times the scale of its block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from ...quant.formats import FORMATS, Format
 from ..errors import InvalidModelFile
-from ..model.config import ModelConfig
-from ..model.tensors import TensorSpec, tensor_specs
+from ..model.tensors import TensorSpec
 from .onnx_model import Initializer
 
 Raw = NDArray[np.uint8]
@@ -53,15 +52,15 @@ class OnnxTensor:
 
 
 def find_tensors(
-    path: Path, initializers: Mapping[str, Initializer], config: ModelConfig, formats: Mapping[str, Any]
+    path: Path, initializers: Mapping[str, Initializer], specs: Iterable[TensorSpec], formats: Mapping[str, Any]
 ) -> dict[str, OnnxTensor]:
-    """The tensors of `config` by their names in GGUF; `path` names the graph in errors.
+    """The tensors of a model by their names in GGUF; `path` names the graph in errors.
 
     `formats` has the name of each tensor's format. Raises InvalidModelFile for a tensor that is missing, misshapen, or
     stored otherwise than bezel does it.
     """
     out = {}
-    for spec in tensor_specs(config):
+    for spec in specs:
         found = [
             initializers[spec.gguf + part] for part in ("", ".codes", ".scales") if spec.gguf + part in initializers
         ]
@@ -81,7 +80,7 @@ def _tensor(spec: TensorSpec, found: list[Initializer], name: Any) -> OnnxTensor
     stored = [(i.dtype, i.shape) for i in found]
     if name in _FLOATS and stored == [(_FLOATS[name], spec.shape)]:
         return OnnxTensor(spec.gguf, spec.shape, FORMATS[name], found[0])
-    if name not in _INTEGERS or spec.is_norm or len(found) != 2:
+    if name not in _INTEGERS or not spec.is_matrix or len(found) != 2:
         return None
     (n, k), (bits, block) = spec.shape, _INTEGERS[name]
     if k % block or stored != [("uint8", (n, k // block, block * bits // 8)), ("float32", (n, k // block))]:

@@ -91,6 +91,18 @@ class VisionConfig:
         return self
 
 
+class Seeing(Protocol):
+    """A tower in the form that an engine takes. `rows` gives the rows (n_rows, text_size) that stand for normalised
+    pixels (side, side, channels); `fingerprint` says which eye it is.
+    """
+
+    @property
+    def config(self) -> VisionConfig: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def rows(self, pixels: Floats, /) -> Floats: ...
+
+
 class VisionOps(Protocol):
     """What the tower is made of; `ops.py` says what each computes."""
 

@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,18 +18,8 @@ import numpy as np
 from ..arrays import Floats, Ints
 from ..cache.caches import LARGEST_CHUNK
 from ..errors import InvalidRequest, InvalidSession
-from ..model.vision import VisionConfig
+from ..model.vision import Seeing, VisionConfig
 from .image import Image, normalized
-
-
-class Seeing(Protocol):
-    """What an eye needs of `engines.tower.Tower`."""
-
-    @property
-    def config(self) -> VisionConfig: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def rows(self, pixels: Floats, /) -> Floats: ...
 
 
 class Picture:

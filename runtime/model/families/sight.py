@@ -28,6 +28,10 @@ _IRRELEVANT = frozenset(
     "model_type num_image_tokens num_positions projection_dim projector_hidden_act torch_dtype transformers_version "
     "vision_use_head".split()
 )
+_TOWER = "siglip_vision_model"
+# What transformers calls the models, and what prepares pictures for them.
+_CLASSES = {GEMMA3: "Gemma3ForConditionalGeneration", PALIGEMMA: "PaliGemmaForConditionalGeneration"}
+_PROCESSORS = {GEMMA3: "Gemma3ImageProcessor", PALIGEMMA: "SiglipImageProcessor"}
 _PROJECTOR_ARCHITECTURE = "clip"  # what llama.cpp calls the file of any eye
 
 
@@ -42,7 +46,7 @@ def read_hf_vision(raw: Mapping[str, Any], text_size: int, source: str, prepared
     keys.get("hidden_act", "'gelu_pytorch_tanh'", lambda v: v == "gelu_pytorch_tanh")
     keys.get("num_channels", str(CHANNELS), lambda v: v == CHANNELS)
     if keys.has("model_type"):
-        keys.get("model_type", "'siglip_vision_model'", lambda v: v == "siglip_vision_model")
+        keys.get("model_type", repr(_TOWER), lambda v: v == _TOWER)
     projector = outer.get("model_type", f"'{GEMMA3}' or '{PALIGEMMA}'", lambda v: v in (GEMMA3, PALIGEMMA))
     image, patch = keys.count("image_size", 1 << 14), keys.count("patch_size", 1 << 10)
     pool = 1
@@ -73,6 +77,37 @@ def is_gguf_vision(metadata: Mapping[str, Any]) -> bool:
     """Whether a GGUF file says that it holds an eye."""
     found = metadata.get("general.architecture")
     return isinstance(found, str) and found == _PROJECTOR_ARCHITECTURE
+
+
+def write_hf_vision(config: VisionConfig, text: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config.json around that of a text model, and the preprocessor_config.json, that `read_hf_vision` reads."""
+    vision = {
+        "model_type": _TOWER,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": CHANNELS,
+        "layer_norm_eps": shortest(config.eps),
+        "hidden_act": _DEFAULTS["hidden_act"],
+        "vision_use_head": False,
+    }
+    around: dict[str, Any] = {"architectures": [_CLASSES[config.projector]], "model_type": config.projector}
+    around |= {"mm_tokens_per_image": config.n_rows} if config.projector == GEMMA3 else {}
+    prepared = {
+        "image_processor_type": _PROCESSORS[config.projector],
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": {"bilinear": 2, "bicubic": 3}[config.resample],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
+    return {**around, "text_config": dict(text), "vision_config": vision}, prepared
 
 
 def read_gguf_vision(metadata: Mapping[str, Any], source: str) -> VisionConfig:

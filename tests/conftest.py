@@ -14,6 +14,7 @@ from bezel.export.onnx.writer import export_onnx
 from bezel.export.sources.opening import open_checkpoint
 from bezel.quant.recipes import preset as make_recipe
 from bezel.runtime import Model, load
+from seeing import write_seeing
 from tiny import TEXT, checkpoint_folder, export
 
 if TYPE_CHECKING:
@@ -59,6 +60,26 @@ def onnx_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             with open_checkpoint(checkpoint_folder(name, scratch)) as source:
                 text = TEXT if kv == "int8" else None
                 export_onnx(OnnxSource(source, quant), out, target, kv=kv, kv_text=text)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def seeing_onnx_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports the bundled model that sees, "shapes", or a tiny one to an ONNX folder, once per kind and test run.
+
+    The eye's weights are in the format of the text's; without `sees` it is left out.
+    """
+    scratch = tmp_path_factory.mktemp("seeing-onnx")
+
+    def make(name: str, quant: str = "f32", target: str = "onnxruntime", kv: str = "f32", sees: bool = True) -> Path:
+        out = scratch / f"{name}-{quant}-{target}-{kv}-{sees}"
+        if not out.exists():
+            folder = PICTURES if name == "shapes" else write_seeing(scratch / name, name)
+            with open_checkpoint(folder) as source:
+                asked = OnnxSource(source, quant, vision=quant)
+                export_onnx(asked, out, target, kv=kv, kv_text=TEXT if kv == "int8" else None, sees=sees)
         return out
 
     return make

@@ -1,17 +1,24 @@
-"""Tiny random checkpoints that see pictures, Gemma 3's way and PaliGemma's, from NumPy alone."""
+"""Tiny random checkpoints that see pictures, Gemma 3's way and PaliGemma's, from NumPy alone; and what transformers
+makes of them.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from bezel.runtime import Model
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.families.sight import read_hf_vision
 from bezel.runtime.model.tensors import tensor_specs
 from bezel.runtime.model.vision import vision_specs
+from bezel.runtime.vision.eye import Eye, Picture
+from bezel.runtime.vision.image import Image, normalized
 from safetensors.numpy import save_file
 from tiny import DEMO
 
@@ -116,3 +123,66 @@ def drawn(seed: int, width: int = 60, height: int = 45) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x * random.uniform(0.05, 0.4) + y * random.uniform(0.05, 0.4) + 6 * random.random()) for _ in "rgb"]
     return (127.5 * (1 + np.stack(waves, axis=2))).astype(np.uint8)
+
+
+def eye_of(model: Model) -> Eye:
+    assert model.eye is not None
+    return model.eye
+
+
+def text(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([n, seed]).integers(6, 4096, n).tolist()
+
+
+def sequences(name: str, end_of_line: int) -> dict[str, list[int]]:
+    """Below 0: a picture, −1 the first. Pictures at the start, adjacent, across windows, again, at the end."""
+    if name == "paligemma":
+        return {
+            "one": [-1, 2, *text(7), end_of_line, *text(60)],
+            "two": [-1, -2, 2, *text(3), end_of_line, *text(8)],
+            "only a prompt": [-3, 2, *text(12)],
+            "the same twice": [-1, -1, 2, end_of_line, *text(4)],
+        }
+    return {
+        "one": [2, *text(5), -1, *text(30)],
+        "at the start": [-1, *text(9)],
+        "adjacent": [2, -1, 4000, -2, *text(3), -3, *text(11)],
+        "the same twice": [2, *text(4), -1, *text(2), -1, *text(3)],
+        "at the end": [2, *text(20), -2],
+    }
+
+
+def in_ids(sequence: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
+    return [i for token in sequence for i in ([token] if token >= 0 else pictures[-token - 1].ids)]
+
+
+def theirs(folder: Path) -> Any:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    kind = transformers.PaliGemmaForConditionalGeneration if "paligemma" in folder.name else None
+    model = (kind or transformers.Gemma3ForConditionalGeneration).from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    return model.eval()
+
+
+def pixels_of(images: Sequence[Image], eye: Eye) -> Any:
+    torch = pytest.importorskip("torch")
+    c = eye.config
+    fitted = [normalized(image.fitted(c.image_size, c.resample), c.mean, c.std) for image in images]
+    return torch.tensor(np.stack(fitted)).permute(0, 3, 1, 2)
+
+
+def expected_logits(model: Any, sequence: Sequence[int], pixels: Any, n_rows: int, end_of_line: int | None) -> Any:
+    torch = pytest.importorskip("torch")
+    ids = [i for token in sequence for i in ([token] if token >= 0 else [SOFT_TOKEN] * n_rows)]
+    if end_of_line is None:
+        kinds = [int(i == SOFT_TOKEN) for i in ids]
+    else:  # what is told: where the part ends that is seen whole
+        whole = ids.index(end_of_line) + 1 if end_of_line in ids else len(ids)
+        kinds = [int(i >= whole) for i in range(len(ids))]
+    order = [-token - 1 for token in sequence if token < 0]
+    with torch.no_grad():
+        found = model(
+            input_ids=torch.tensor([ids]), pixel_values=pixels[order], token_type_ids=torch.tensor([kinds])
+        ).logits
+    return found[0, :, :4096].numpy()

@@ -127,7 +127,7 @@ class TowerOps:
             turned(k.name, [0, 2, 3, 1], f"{path}/k/turned"),
             turned(v.name, [0, 2, 1, 3], f"{path}/v/turned"),
         )
-        sizes = [len(part) for part in np.array_split(np.arange(n), -(-heads * n * n // _SCORES))]
+        sizes = [len(part) for part in np.array_split(np.arange(n), min(n, -(-heads * n * n // _SCORES)))]
         parts = [f"{path}/q/{i}" for i in range(len(sizes))] if len(sizes) > 1 else [queries]
         if len(sizes) > 1:
             node("Split", [queries, ints(*sizes)], f"{path}/q/parts", *parts, axis=2)

@@ -83,7 +83,7 @@ class EyeSource(Quantized):
     """The eye of a checkpoint, its matrices in the format of a `quant`."""
 
     def __init__(self, eye: VisionSource, quant: str) -> None:
-        _check_quant(quant)
+        _check_quant(quant, "vision")
         recipe = preset(QUANTS[quant], eye.config.n_layers)
         if recipe.default.block > 1:
             eye = eye.widened(recipe.default.block)
@@ -123,6 +123,6 @@ def _asked_for(checkpoint: Checkpoint, quant: str, embedding: str | None) -> tup
     return quant if embedding == quant else f"{quant}, embedding {embedding}", formats
 
 
-def _check_quant(given: str) -> None:
+def _check_quant(given: str, what: str = "quant") -> None:
     if given not in QUANTS:
-        raise InvalidRequest(f"quant: found {given!r}, expected one of {', '.join(QUANTS)} for ONNX")
+        raise InvalidRequest(f"{what}: found {given!r}, expected one of {', '.join(QUANTS)} for ONNX")

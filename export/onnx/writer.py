@@ -90,7 +90,7 @@ def export_onnx(
     if eye is not None:
         seeing = _serialized(f"{VISION}.data", build_eye(eye.config, storages(eye), TARGETS[target]))
         written.append((f"{VISION}.data", eye, seeing))
-        contents |= {EMBEDDING: graph.messages[1], VISION: seeing.message}
+        contents |= {EMBEDDING: graph.messages[0], VISION: seeing.message}
     nbytes = sum(part.nbytes for _, _, part in written)
     free = shutil.disk_usage(out.resolve().parent).free
     if free < nbytes:
@@ -181,8 +181,8 @@ class Graph:
 
     @property
     def message(self) -> bytes:
-        """The first."""
-        return self.messages[0]
+        """The last."""
+        return self.messages[-1]
 
 
 def graph_of(
@@ -193,11 +193,11 @@ def graph_of(
     kv: str | Sequence[KVScales] = "f32",
     sees: bool = False,
 ) -> Graph:
-    """The graph whose weights are in the file `data`; see `build_model`. If it `sees`, that of the embedding, too."""
-    models = [build_model(config, storage, TARGETS[target], kv, sees)]
-    if sees:
-        models.append(build_embedding(config, storage, TARGETS[target]))
-    return _serialized(data, *models)
+    """The graph whose weights are in the file `data`; see `build_model`. That of the embedding before, if it `sees`."""
+    model = build_model(config, storage, TARGETS[target], kv, sees)
+    if not sees:
+        return _serialized(data, model)
+    return _serialized(data, build_embedding(config, storage, TARGETS[target]), model)
 
 
 def _serialized(data: str, *models: Built) -> Graph:

@@ -113,6 +113,15 @@ def write_manifest(folder: Path, **change: object) -> None:
     (folder / "bezel.json").write_text(json.dumps(manifest | change))
 
 
+def relist(folder: Path, **change: object) -> None:
+    """Sizes and hashes of what there is, so that only what it means is wrong."""
+    manifest = json.loads((folder / "bezel.json").read_text()) | change
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "bezel.json").write_text(json.dumps(manifest))
+
+
 def read_everything(folder: Path) -> str:
     """What bezel says about a folder of which all is read: its first complaint, or "sound"."""
     complaints = []

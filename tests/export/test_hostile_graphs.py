@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -14,6 +13,7 @@ import pytest
 from bezel.runtime import load
 from bezel.runtime.errors import BezelError
 from bezel.runtime.files.onnx_folder import OnnxFolder
+from onnx_files import relist
 
 OnnxOf = Callable[..., Path]
 KINDS = (
@@ -30,15 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 def graph_in(folder: Path) -> str:
     graph: str = json.loads((folder / "bezel.json").read_text())["graph"]
     return graph
-
-
-def relist(folder: Path, **change: object) -> None:
-    """Sizes and hashes of what there is, so that only what it means is wrong."""
-    manifest = json.loads((folder / "bezel.json").read_text()) | change
-    for name in manifest["files"]:
-        content = (folder / name).read_bytes()
-        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "bezel.json").write_text(json.dumps(manifest))
 
 
 def attempt(folder: Path) -> str:

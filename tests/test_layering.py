@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.text.tokenizer": (*CONTRACT, "runtime._native", "sentencepiece", "numpy"),
     "runtime.engines": (*CONTRACT, "runtime.engines", "runtime._native", "quant.formats", "threadpoolctl", "numpy"),
     "runtime.engines.ort": (*CONTRACT, "runtime.engines", "runtime._native", "onnxruntime", "numpy"),
-    "runtime.engines.ort_tower": (*CONTRACT, "onnxruntime", "numpy"),
+    "runtime.engines.ort_tower": (*CONTRACT, "runtime.engines", "onnxruntime", "numpy"),
     "runtime.package": ("runtime.version", "runtime"),
     "runtime.package_main": ("runtime",),
     "runtime.vision": (*CONTRACT, "runtime.vision", "numpy"),

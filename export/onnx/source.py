@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ...quant.formats import BF16, F16, F32, Format
 from ...quant.integers import INTEGER_FORMS
 from ...quant.recipes import preset
 from ...runtime.errors import InvalidRequest
+from ...runtime.files.models import eye_path
 from ...runtime.model.tensors import TensorSpec
 from ..metadata import described
 from ..sources.checkpoint import Checkpoint, TensorSource, VisionSource
@@ -71,7 +73,7 @@ class OnnxSource(Quantized):
                 checkpoint.check_unquantized()
             name, formats = _asked_for(checkpoint, quant or "int8", embedding)
         super().__init__(checkpoint, name, formats)
-        self.warnings = (*checkpoint.warnings, *checkpoint.added_losses(formats))
+        self.warnings = (*checkpoint.warnings, *checkpoint.added_losses(formats), *_eye_left(checkpoint.path))
         self.metadata: dict[str, Any] = described(checkpoint)
         if vision is not None and checkpoint.vision is None:
             raise InvalidRequest(f"--vision: {checkpoint.path} has no vision tower")
@@ -93,6 +95,14 @@ class EyeSource(Quantized):
             for spec in eye.specs
         }
         super().__init__(eye, quant, formats)
+
+
+def _eye_left(path: Path) -> list[str]:
+    """A warning where a GGUF file has an eye beside it."""
+    eye = eye_path(path)
+    if not path.is_file() or not eye.is_file():
+        return []
+    return [f"pictures are left out: {eye.name} is not read; export the checkpoint that it came from"]
 
 
 def _kept(checkpoint: Checkpoint, spec: TensorSpec) -> type[Format]:

@@ -185,7 +185,8 @@ def _print_receipt(receipt: dict[str, Any]) -> None:
 
 def _print_onnx(onnx: dict[str, Any]) -> None:
     echo("\nONNX")
-    echo(f"  {'exported as':<22} {onnx['quant']}, for {onnx['target']}")
+    eye = f", vision tower {onnx['vision']}" if onnx["vision"] else ""
+    echo(f"  {'exported as':<22} {onnx['quant']}{eye}, for {onnx['target']}")
     echo(f"  {'operator sets':<22} {', '.join(f'{d} {v}' for d, v in onnx['opsets'].items())}")
     echo(f"  {'operators':<22} {', '.join(f'{n} {op}' for op, n in onnx['operators'].items())}")
     for name, size in onnx["files"].items():

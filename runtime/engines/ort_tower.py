@@ -14,6 +14,7 @@ import onnxruntime as ort
 from ..arrays import Floats
 from ..errors import InvalidModelFile
 from ..files.onnx_eye import OnnxEye
+from .tower import sound
 
 
 class OrtTower:
@@ -32,7 +33,10 @@ class OrtTower:
         return self._opened()
 
     def rows(self, pixels: Floats) -> Floats:
-        """The rows (n_rows, text_size) that stand for normalised pixels (side, side, channels)."""
+        """The rows (n_rows, text_size) that stand for normalised pixels (side, side, channels).
+
+        Raises InvalidModelFile where they are not finite, or of another shape.
+        """
         options = ort.RunOptions()  # the memory that this takes is given back: there is no next picture for long
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         feeds = {"pixels": np.ascontiguousarray(pixels.transpose(2, 0, 1))[None]}
@@ -43,7 +47,7 @@ class OrtTower:
                 self._file.path,
                 f"output 'rows': found the shape {rows.shape}, expected {want} by config.json; export the model anew",
             )
-        return rows
+        return sound(self._file.path, rows)
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
+from bezel.bench.pictures.draw import draw, question, scene
 from bezel.export.onnx import seeing as seeing_graphs
 from bezel.export.onnx import writer as onnx_writer
 from bezel.export.onnx.graph import build_model
@@ -20,7 +23,7 @@ from bezel.export.onnx.source import QUANTS, OnnxSource
 from bezel.export.onnx.targets import TARGETS
 from bezel.export.onnx.writer import export_onnx
 from bezel.export.sources.opening import open_checkpoint
-from bezel.runtime import Model, load
+from bezel.runtime import Model, Sampling, load
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.onnx_folder import OnnxFolder
 from bezel.runtime.model.config import ModelConfig
@@ -30,7 +33,7 @@ from bezel.runtime.vision.eye import Eye
 from bezel.runtime.vision.image import Image, normalized
 from onnx.reference import ReferenceEvaluator
 from seeing import CONFIGS, drawn, expected_logits, eye_of, in_ids, pixels_of, sequences, theirs, write_seeing
-from test_onnx_elsewhere import RUNTIMES, Run
+from test_onnx_elsewhere import PROGRAMS, RUNTIMES, Run, output
 from test_onnx_export import MatMulNBits, in_layers
 from tiny import TOLERANCE
 
@@ -73,6 +76,20 @@ def expected(folder: Path, sequence: list[int]) -> np.ndarray:
 
 
 # --- the graphs as docs/onnx.md says that they are to be fed
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_program_sees(quant: str, seeing_onnx_of: OnnxOf, tmp_path: Path) -> None:
+    """docs/onnx/see.py; with int8 weights onnxruntime rounds activations there as for bezel's own engine."""
+    random = np.random.default_rng(8)
+    things = scene(random, 2)
+    PIL.Image.fromarray(draw(things, random)).save(tmp_path / "two.png")
+    folder, asked = seeing_onnx_of("shapes", quant, "portable"), question(things, "describe", random).text
+    printed = output(sys.executable, PROGRAMS / "see.py", folder, tmp_path / "two.png", asked, "40")
+    said = load(folder).generate([Image(tmp_path / "two.png"), asked], max_tokens=40, sampling=Sampling(temperature=0))
+    want = "".join(said).strip()
+    assert len(want) > 8
+    assert printed.splitlines()[-1].strip() == want
 
 
 def in_onnx(graph: Path) -> Run:
@@ -372,6 +389,12 @@ def test_formats_of_the_eye(tmp_path: Path) -> None:
             assert eye.quant == form
         with pytest.raises(InvalidRequest, match="vision: found 'q4_k', expected one of f32, f16, int8, int4"):
             OnnxSource(source, "int8", vision="q4_k")
+
+
+def test_an_eye_beside_a_file_is_not_read(shapes_of: Callable[..., Path], tmp_path: Path) -> None:
+    with open_checkpoint(shapes_of(), quantized=True) as source:
+        (warning,) = export_onnx(OnnxSource(source), tmp_path / "out").warnings
+    assert warning == ("pictures are left out: mmproj-shapes.gguf is not read; export the checkpoint that it came from")
 
 
 def test_a_format_for_no_eye_is_refused(gguf_of: Callable[..., Path]) -> None:

@@ -54,8 +54,7 @@ def export_onnx(
 ) -> ExportSummary:
     """Write `source` to the folder `out`; `force` replaces one that an earlier export wrote.
 
-    With its eye, if it has one, the target takes one, and it `sees`; a warning says that an eye is left out.
-
+    Its eye comes along if it has one, the target takes one, and it `sees`; a warning says that one is left out.
     `target` is a key of TARGETS. `kv` is how keys and values are kept, a key of KV_STORAGE: "f32", or for "onnxruntime"
     "f16", or "int8", scaled for what the text in the file `kv_text` reaches. `progress` is called with (work done, work
     in all), which is counted in weights. The folder is whole or absent, also when `progress` raises, and the same
@@ -95,7 +94,6 @@ def export_onnx(
     free = shutil.disk_usage(out.resolve().parent).free
     if free < nbytes:
         raise InvalidRequest(f"{out.parent}: {size_text(free)} free, expected {size_text(nbytes)} for {out.name}")
-    # The eye's files are the checkpoint's, too.
     with atomic_folder(out) as part, source.checkpoint.unchanged(), background_hashes(source.files) as source_hashes:
         write_files(part, contents)
         vanished = []

@@ -279,6 +279,17 @@ def test_another_eye_is_not_for_folders(folder: Path, shapes_of: Callable[..., P
         load(folder, vision=shapes_of().with_name("mmproj-shapes.gguf"))
 
 
+@pytest.mark.parametrize("name", ["vision.onnx.data", "embedding.onnx"])
+def test_what_is_replaced_before_the_first_picture_is_refused(name: str, folder: Path) -> None:
+    """Long after the folder was checked, onnxruntime opens the eye's files."""
+    model = load(folder)
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    (folder / name).write_bytes(bytes(len(content)))
+    with pytest.raises(InvalidModelFile, match="it was changed while it was being opened"):
+        model.logits(pictures_in(model, [2, -1]))
+
+
 def test_rows_are_computed_when_a_picture_is_first_needed(folder: Path) -> None:
     (folder / "vision.onnx.data").write_bytes(bytes((folder / "vision.onnx.data").stat().st_size))
     relist(folder)

@@ -70,11 +70,11 @@ def test_a_window_that_is_one_off(quant: str, kv: str, onnx_of: OnnxOf, monkeypa
     """Nothing shows within the first window, everything after it."""
     visible = ort_engine._visible
 
-    def shorter(cache: Any, n: int) -> Any:
+    def shorter(cache: Any, *rest: Any) -> Any:
         window = cache.window
         try:
             cache.window = window and window - 1
-            return visible(cache, n)
+            return visible(cache, *rest)
         finally:
             cache.window = window
 
@@ -130,7 +130,7 @@ def test_the_command(onnx_of: OnnxOf, gguf_of: GgufOf, monkeypatch: pytest.Monke
     assert "46 tensors, all as expected" in found.output
     assert "3 windows, all as expected; a mean KLD of 1e-06 is allowed" in found.output
     visible = ort_engine._visible
-    monkeypatch.setattr(ort_engine, "_visible", lambda cache, n: np.ones_like(visible(cache, n)))
+    monkeypatch.setattr(ort_engine, "_visible", lambda *args: np.ones_like(visible(*args)))
     found = CliRunner().invoke(main, command)
     assert found.exit_code == 1
     assert "46 tensors, all as expected" in found.output

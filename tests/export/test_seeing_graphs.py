@@ -371,9 +371,12 @@ def test_other_targets_say_so(seeing_onnx_of: OnnxOf, tmp_path: Path) -> None:
 
 def test_a_summary_of_the_eye(tmp_path: Path) -> None:
     with open_checkpoint(write_seeing(tmp_path / "gemma3", "gemma3")) as source:
-        summary = export_onnx(OnnxSource(source, "int4"), tmp_path / "out")
+        told: list[tuple[int, int]] = []
+        summary = export_onnx(OnnxSource(source, "int4"), tmp_path / "out", progress=lambda *now: told.append(now))
     assert [words.partition(":")[0] for words in summary.warnings] == ["64 rows of the embedding are left out"]
     assert summary.vision is not None
+    assert told == sorted(told)
+    assert told[-1] == (summary.weights + summary.vision.weights,) * 2
     assert summary.vision.path == str(tmp_path / "out" / "vision.onnx")
     assert summary.vision.formats == {"float32": 27, "int8, blocks of 32": 12}
     eye = [tmp_path / "out" / name for name in ("vision.onnx", "vision.onnx.data")]

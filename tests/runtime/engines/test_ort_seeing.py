@@ -164,8 +164,7 @@ def test_the_bundled_model_answers_as_its_gguf_file_does(
     assert len(said) > 6
     wide = [asked(0), Message("model", "red"), asked(1), Message("model", "circle"), asked(5)]  # past the window of 64
     assert len(models[0].prompt_ids(wide)) > 64
-    want, found = ("".join(model.generate(wide, max_tokens=48, sampling=GREEDY)) for model in models)
-    assert found == want
+    assert len({"".join(model.generate(wide, max_tokens=48, sampling=GREEDY)) for model in models}) == 1
 
 
 def test_from_the_command_line(seeing_onnx_of: OnnxOf, tmp_path: Path) -> None:

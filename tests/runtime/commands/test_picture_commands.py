@@ -296,9 +296,9 @@ def test_looking_is_told_on_a_terminal(model: Model, pictures: list[Path], monke
     assert terminal.getvalue() == "\r\x1b[Klooking at a\\x1b[2Jb.png\r\x1b[K"
 
 
-def test_an_onnx_folder_says_that_it_sees_nothing(onnx_of: Callable[..., Path], pictures: list[Path]) -> None:
+def test_an_onnx_folder_without_an_eye_says_so(onnx_of: Callable[..., Path], pictures: list[Path]) -> None:
     done = run(onnx_of("demo", "int8"), ASKED, "-i", pictures[0], code=1)
-    assert "an ONNX folder sees no pictures here yet; use a GGUF file" in done.stderr
+    assert "this model sees no pictures: there is no vision tower, vision.onnx, in its folder" in done.stderr
 
 
 # --- inspect

@@ -295,3 +295,11 @@ def test_rows_are_computed_when_a_picture_is_first_needed(folder: Path) -> None:
     model = load(folder)
     assert np.isfinite(model.logits(text(9))).all()
     assert not eye_of(model).look(IMAGES[0]).is_seen
+
+
+def test_rows_that_are_not_finite_are_the_eyes_fault(folder: Path) -> None:
+    (folder / "vision.onnx.data").write_bytes(b"\xff" * (folder / "vision.onnx.data").stat().st_size)
+    relist(folder)
+    picture = eye_of(load(folder)).look(IMAGES[0])
+    with pytest.raises(InvalidModelFile, match=r"vision\.onnx: .*what it makes of a picture is not finite"):
+        picture.see()

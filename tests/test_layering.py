@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.commands": ("runtime", "quant.formats", "click", "numpy"),
     "runtime.commands.serve": ("runtime", "click", "uvicorn"),
     "export": ("export", "quant", *CONTRACT, "numpy", "gguf"),
+    "export.calibration.eye": ("export", "quant", *CONTRACT, "runtime.vision.image", "numpy"),
     "export.hub": ("export", "quant", *CONTRACT),
     "export.hub.client": ("runtime.errors", "runtime.version", "runtime.files.hashing", "huggingface_hub", "httpx2"),
     "export.tuning": ("export", "quant", *CONTRACT, "numpy", "torch"),

@@ -70,12 +70,12 @@ class Subjects:
         return self._add(spec, name)
 
     def _add_effects(self, spec: Spec, name: str) -> None:
-        if spec.vision is not None:
-            seen = self._find(replace(self.subjects[0].spec, vision=spec.vision), name)
-            self.comparisons.append(Comparison(0, seen, "eye", name))
         if spec.engine == "ort":  # its graph fixes how it computes
             self.comparisons.append(Comparison(0, self._find(spec, name), "weights", name))
             return
+        if spec.vision is not None:
+            seen = self._find(replace(self.subjects[0].spec, vision=spec.vision), name)
+            self.comparisons.append(Comparison(0, seen, "eye", name))
         plain = self._find(replace(spec, kv="f32", activations="f32"), name)
         self.comparisons.append(Comparison(0, plain, "weights", name))
         variants = [("kv f16", {"kv": "f16"}), ("kv int8", {"kv": "int8"})]

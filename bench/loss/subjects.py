@@ -40,7 +40,7 @@ _OPTION = r"(?:engine|kv|activations|ring|name|vision)=[^,=]+"
 @dataclass(frozen=True)
 class Spec:
     """A model and how to run it. `ring` False keeps every position in the local layers too; `vision` is the file of
-    the eye that it sees with, or a checkpoint's folder.
+    the eye that it sees with, or the folder of a model that has its own inside.
     """
 
     path: Path
@@ -97,11 +97,11 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def seeing(spec: Spec) -> Spec:
-    """The same with its eye named: a checkpoint's own, or that beside a file. Raises InvalidRequest for one without."""
+    """The same with its eye named: that in a folder, or beside a file. Raises InvalidRequest for a file without."""
     if spec.vision is not None:
         return spec
     try:
-        return replace(spec, vision=spec.path if spec.is_checkpoint else vision_beside(spec.path))
+        return replace(spec, vision=vision_beside(spec.path) if spec.is_gguf else spec.path)
     except InvalidRequest as error:
         raise InvalidRequest(f"{spec.path}: {error}; here say {spec.path.name}@vision=FILE") from None
 
@@ -256,7 +256,9 @@ class Opener:
 
     def _open_model(self, spec: Spec) -> _Opened:
         setting: dict[str, Any] = {"kv": spec.kv, "activations": spec.activations, "threads": self.threads}
-        model = load(spec.path, spec.engine, vision=spec.vision, **setting)
+        model = load(spec.path, spec.engine, vision=None if spec.vision == spec.path else spec.vision, **setting)
+        if spec.vision is not None and model.eye is None:
+            raise InvalidRequest(f"{spec.path}: has no vision tower, and there are pictures")
         tensors = model.file.tensors.values()
         return _Opened(
             config=model.config,

@@ -25,7 +25,7 @@ from ...runtime.model.tensors import tensor_specs
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.version import bezel_version
 from ..kept import work_on
-from ..sources.checkpoint import Checkpoint
+from ..sources.checkpoint import Checkpoint, TensorSource
 from ..sources.safetensors import read_header, read_metadata
 from ..whole import WholeSequences, run_layers
 from .noting import HEAD, NotingOps, moments, widths
@@ -99,13 +99,13 @@ def read_text(checkpoint: Checkpoint, path: Path, tokens: int | None = None) -> 
     return CalibrationText(path, hashlib.sha256(raw).hexdigest(), tuple(sequences))
 
 
-def source_sha256(checkpoint: Checkpoint) -> str:
-    """Of the names and sizes of the checkpoint's files and each tensor's first row: quick, and tells models apart."""
+def source_sha256(source: TensorSource) -> str:
+    """Of the names and sizes of the source's files and each tensor's first row: quick, and tells models apart."""
     digest = hashlib.sha256()
-    for file in checkpoint.files:
+    for file in source.files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    for spec in checkpoint.specs:
-        rows = checkpoint.rows(spec, 0, 1)
+    for spec in source.specs:
+        rows = source.rows(spec, 0, 1)
         digest.update(f"{spec.gguf} {spec.shape}\n".encode() + rows.tobytes())
     return digest.hexdigest()
 

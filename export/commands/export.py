@@ -61,6 +61,7 @@ class _Options:
     size: _Size | None
     sensitivity: Path | None
     calibration: Path | None
+    calibration_images: Path | None
     calibration_tokens: int | None
     tune: bool
     tune_steps: int | None
@@ -91,6 +92,10 @@ class _Options:
                 onnx and self.calibration and (self.kv in ("f32", "f16") or self.runtime not in (None, "onnxruntime")),
                 "For ONNX, --calibration is for --kv int8 and --target onnxruntime; to calibrate the weights, export "
                 "to GGUF and that file to ONNX.",
+            ),
+            (
+                self.calibration_images and onnx,
+                "--calibration-images goes with --format gguf.",
             ),
             (
                 self.calibration_tokens and (onnx or not self.calibration),
@@ -172,6 +177,12 @@ class _Options:
     "broken off, it goes on. Or a file from `bezel calibrate`: faster, a little less good.",
 )
 @click.option(
+    "--calibration-images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Round the vision tower's weights for what these pictures send through them.",
+)
+@click.option(
     "--calibration-tokens",
     type=click.IntRange(min=1),
     help="How much of the text is used, spread evenly over it; more takes longer and is a little better.  "
@@ -232,6 +243,7 @@ def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
       bezel export gemma-2-2b-it/ . --quant q4_0
       bezel export gemma-2-2b-it/ small.gguf --quant q4_0 --embedding q4_0
       bezel export gemma-2-2b-it/ better.gguf --quant q4_0 --calibration text.txt
+      bezel export gemma-3-4b-it/ sees.gguf --quant q4_0 --vision q4_0 --calibration-images photos/
       bezel export gemma-3-270m/ best.gguf --quant q4_0 --calibration text.txt --tune
       bezel export gemma-2-2b-it/ mine.gguf --quant recipe.json
       bezel export gemma-2-2b-it/ best.gguf --size 4.55bpw --sensitivity sens.json
@@ -297,10 +309,12 @@ def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int
     with open_checkpoint(path, asked.requantize) as source:
         recipe = asked.recipe(source)
         vision = vision_recipe(source, asked.vision, recipe)
+        if vision is None and asked.calibration_images:
+            raise InvalidRequest(f"--calibration-images: {path} has no vision tower")
         if out.is_dir():
             name, suffix = (re.sub(r"[^\w.-]+", "-", text).strip("-.") for text in (source.name, recipe.name))
             out = out / f"{name or 'model'}-{suffix or 'recipe'}.gguf"
-        with export_vision(source, out, vision, progress, asked.force) as seen:
+        with export_vision(source, out, vision, progress, asked.force, asked.calibration_images) as seen:
             if asked.calibration is None:
                 summary = export_gguf(source, out, recipe, progress=progress, force=asked.force)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ...quant.recipes import Recipe
@@ -12,6 +12,9 @@ from ...runtime.errors import InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.files.models import eye_path
 from ...runtime.model.families.sight import write_gguf_vision
+from ..calibration.eye import CalibratedEye, read_pictures
+from ..kept import work_on
+from ..metadata import CALIBRATION
 from ..recipe import find_recipe_of
 from ..sources.checkpoint import Checkpoint
 from ..summary import ExportSummary
@@ -42,11 +45,13 @@ def export_vision(
     recipe: Recipe | None,
     progress: Callable[[int, int], None] | None = None,
     force: bool = False,
+    pictures: Path | None = None,
 ) -> Iterator[ExportSummary | None]:
     """Write the eye of a checkpoint, if it has one, for the text model in the file `out`, which is written inside.
 
-    The eye's file appears once the block is left; nothing is left of it where that raises. `recipe` says its formats.
-    Raises InvalidRequest and InvalidCheckpoint.
+    The eye's file appears once the block is left; nothing is left of it where that raises. `recipe` says its formats;
+    with a folder of `pictures` its matrices are rounded for what those send through them: broken off after that, the
+    same call need not do it again. Raises InvalidRequest and InvalidCheckpoint.
     """
     eye = checkpoint.vision
     if eye is None:
@@ -65,8 +70,19 @@ def export_vision(
         "general.name": checkpoint.name,
         **provenance(eye, recipe),
     }
-    layout = Layout(plan, metadata)
-    check_room(layout, out)
-    with atomic(out) as file:
-        vanished, _ = fill(file, eye, layout, progress)
-        yield summary_of(layout, out, vanished, start)
+    with ExitStack() as stack:
+        calibrated = None
+        if pictures is not None:
+            shown, formats = read_pictures(eye.config, pictures), {p.spec.gguf: p.format for p in plan}
+            kept = stack.enter_context(work_on(out, CalibratedEye.key(eye, shown, formats)))
+            calibrated, progress = CalibratedEye(eye, shown, formats, kept, progress), None
+            metadata |= {
+                CALIBRATION: CalibratedEye.method,
+                f"{CALIBRATION}_pictures_sha256": shown.sha256,
+                f"{CALIBRATION}_pictures": shown.count,
+            }
+        layout = Layout(plan, metadata)
+        check_room(layout, out)
+        with atomic(out) as file:
+            vanished, _ = fill(file, eye, layout, progress, calibrated)
+            yield summary_of(layout, out, vanished, start)

@@ -108,15 +108,19 @@ class Layout:
         return sum(p.n_rows * p.row_bytes for p in self.plan) * 8 / self.n_weights
 
 
-class Calibrated(Protocol):
-    """Blocks that a calibration text has shaped. `calibrated.py` has two ways of making them."""
+class Shaped(Protocol):
+    """Blocks that a calibration has shaped."""
+
+    def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
+        """The whole tensor (rows, row_bytes); None leaves it to the writer. Called in the order of the tensors."""
+
+
+class Calibrated(Shaped, Protocol):
+    """Those that a text has shaped."""
 
     method: str
     text_sha256: str
     tokens: int
-
-    def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
-        """The whole tensor (rows, row_bytes); None leaves it to the writer. Called in the order of the tensors."""
 
 
 def export_gguf(
@@ -186,7 +190,7 @@ def fill(
     source: TensorSource,
     layout: Layout,
     progress: Callable[[int, int], None] | None = None,
-    calibrated: Calibrated | None = None,
+    calibrated: Shaped | None = None,
 ) -> tuple[Counter[str], int]:
     """Write a whole GGUF file, with the hashes of the source's files where `provenance` left room for them.
 
@@ -262,7 +266,7 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _quantized(source: TensorSource, plan: Sequence[PlannedTensor], calibrated: Calibrated | None) -> Iterator[Piece]:
+def _quantized(source: TensorSource, plan: Sequence[PlannedTensor], calibrated: Shaped | None) -> Iterator[Piece]:
     """All rows, in the order of the plan."""
 
     def pieces() -> Iterator[tuple[PlannedTensor, slice, NDArray[np.uint8] | None]]:

@@ -13,7 +13,7 @@ from ..arrays import Floats
 from ..errors import InvalidModelFile
 from ..model.forward import Weights
 from ..model.tensors import TensorSpec
-from ..model.vision import GEMMA3, VisionConfig, VisionOps, patches_of, see, vision_specs
+from ..model.vision import VisionConfig, VisionOps, as_multiplied, is_multiplied, patches_of, see, vision_specs
 
 
 class VisionTensors(Protocol):
@@ -48,7 +48,7 @@ class Tower:
         layers: list[dict[str, Any]] = [{} for _ in range(self.config.n_layers)]
         for spec in vision_specs(self.config):
             home = shared if spec.layer is None else layers[spec.layer]
-            home[spec.role] = self._matrix(file, spec) if _is_multiplied(spec) else file.tensor(spec.gguf)
+            home[spec.role] = self._matrix(file, spec) if is_multiplied(spec) else file.tensor(spec.gguf)
         return Weights(shared, layers)
 
     def rows(self, pixels: Floats) -> Floats:
@@ -72,19 +72,6 @@ def sound(path: Path, rows: Floats) -> Floats:
     return rows
 
 
-def _is_multiplied(spec: TensorSpec) -> bool:
-    return spec.is_matrix or spec.role in ("v_patch", "v_projection")
-
-
 def float_matrix(file: VisionTensors, spec: TensorSpec) -> Floats:
     """A matrix (outputs, inputs) of the tower in float32."""
     return as_multiplied(file.config, spec, file.tensor(spec.gguf))
-
-
-def as_multiplied(config: VisionConfig, spec: TensorSpec, weights: Floats) -> Floats:
-    """A tensor as (outputs, inputs): patches in a row, and Gemma 3's projection turned."""
-    if spec.role == "v_patch":
-        return weights.reshape(len(weights), -1)
-    if spec.role == "v_projection" and config.projector == GEMMA3:
-        return np.ascontiguousarray(weights.T)
-    return weights

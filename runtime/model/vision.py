@@ -190,3 +190,17 @@ def _in_layer(c: VisionConfig) -> Iterator[tuple[str, str, str, int, int]]:
     yield "v_norm2", "ln2", "layer_norm2", hidden, 0
     yield "v_ffn_up", "ffn_up", "mlp.fc1", wide, hidden
     yield "v_ffn_down", "ffn_down", "mlp.fc2", hidden, wide
+
+
+def is_multiplied(spec: TensorSpec) -> bool:
+    """Whether a tensor of the tower is a factor of a product: the matrices, and two that are never quantized."""
+    return spec.is_matrix or spec.role in ("v_patch", "v_projection")
+
+
+def as_multiplied(config: VisionConfig, spec: TensorSpec, weights: Floats) -> Floats:
+    """A tensor as (outputs, inputs): patches in a row, and Gemma 3's projection turned."""
+    if spec.role == "v_patch":
+        return weights.reshape(len(weights), -1)
+    if spec.role == "v_projection" and config.projector == GEMMA3:
+        return np.ascontiguousarray(weights.T)
+    return weights

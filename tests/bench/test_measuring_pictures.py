@@ -69,6 +69,14 @@ def test_the_part_of_the_eye(run: Callable[..., Measurement], shapes_of: ShapesO
     assert alone.candidates[0].metrics.kld_mean.value == part["eye"]
 
 
+def test_a_folder_sees_with_what_is_in_it(run: Callable[..., Measurement], seeing_onnx_of: Callable[..., Path]) -> None:
+    found = run(str(seeing_onnx_of("shapes")), PICTURES, effects=True)
+    assert found.candidates[0].metrics.kld_max.value < 1e-6
+    assert [effect.effect for effect in found.effects] == ["weights"]
+    with pytest.raises(InvalidRequest, match="has no vision tower, and there are pictures"):
+        run(str(seeing_onnx_of("shapes", sees=False)), PICTURES)
+
+
 def test_other_pictures_are_measured_anew(
     run: Callable[..., Measurement], shapes_of: ShapesOf, pictures: list[Path]
 ) -> None:

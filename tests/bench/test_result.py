@@ -40,15 +40,17 @@ def test_the_json_of_a_measurement() -> None:
         "protocol": "str",
         "chunk": "int",
         "texts": [{"path": "str", "sha256": "str", "tokens": "int"}],
+        "pictures": [{"path": "str", "sha256": "str"}],
         "chunks": "int",
         "scored": "int",
         "confidence": "float",
         "warnings": [],
-        "reference": MODEL | {"formats": {"bf16": "int"}, "perplexity": INTERVAL},
+        "reference": MODEL | {"formats": {"bf16": "int"}, "vision": "NoneType", "perplexity": INTERVAL},
         "candidates": [
             MODEL
             | {
                 "formats": {"q4_0": "int", "q6_k": "int"},
+                "vision": "str",
                 "metrics": metrics,
                 "by_text": [{"text": "str", "scored": "int", **dict.fromkeys(of_texts, INTERVAL)}],
                 "by_position": {

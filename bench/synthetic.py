@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.gguf.header import TensorRecord, aligned, encode_header
-from ..export.gguf.writer import plan_tensors
+from ..export.gguf.writer import PlannedTensor, plan_tensors
 from ..export.recipe import find_recipe
+from ..quant import recipes
 from ..quant.formats import Format
 from ..runtime.errors import InvalidRequest
 from ..runtime.files import safetensors
@@ -28,7 +29,9 @@ from ..runtime.files.strings import Strings
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.families.gguf import write_gguf_config
 from ..runtime.model.families.hf import read_hf_config
+from ..runtime.model.families.sight import write_gguf_vision
 from ..runtime.model.tensors import TensorSpec, tensor_specs
+from ..runtime.model.vision import VisionConfig, vision_specs
 from ..runtime.text.tokenizer import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, model_proto
 from . import DEMO
 
@@ -185,10 +188,19 @@ def write_gguf(
         "tokenizer.ggml.eot_token_id": vocab.pieces.index(END_OF_TURN),
         "tokenizer.chat_template": _chat_template(),
     }
+    return _write(Path(path), plan, metadata, seed)
+
+
+def write_eye(path: str | Path, config: VisionConfig, preset: str, seed: int = 0) -> Path:
+    """Write the file of an eye of random weights, as `write_gguf` does a model's."""
+    plan = plan_tensors(vision_specs(config), recipes.preset(preset, config.n_layers))
+    return _write(Path(path), plan, write_gguf_vision(config) | {"general.name": f"random eye {preset}"}, seed)
+
+
+def _write(out: Path, plan: Sequence[PlannedTensor], metadata: dict[str, Any], seed: int) -> Path:
     records = [TensorRecord(p.spec.gguf, p.spec.shape, p.format.gguf_type, p.offset) for p in plan]
     rng = np.random.Generator(np.random.SFC64(seed))
     pools: dict[type[Format], NDArray[np.uint8]] = {}
-    out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as file:
         file.write(encode_header(metadata, records))

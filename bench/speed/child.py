@@ -57,6 +57,8 @@ def _answer(runner: Runner, what: str, n: int) -> dict[str, Any]:
     elif what == "decode":
         for token in ids:
             runner.step(token)
+    elif what == "see":
+        return {"positions": runner.see(n), "seconds": time.perf_counter() - start}
     elif what == "reset":
         runner.reset()
     elif what == "memory":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .runner import NotMeasured, Runner
+from ...runtime.files.models import eye_path
+from .runner import NotMeasured, Runner, noise
 
 
-class LlamaCpp:
+class LlamaCpp(Runner):
     """llama.cpp's own C functions as llama-cpp-python has them, without what its Python class adds to each token.
 
     Keys and values are float16, its default and on processors its fastest.
@@ -41,7 +43,7 @@ class LlamaCpp:
             raise NotMeasured(f"llama.cpp {self.version} cannot make a context of {context} tokens")
         self._memory = lib.llama_get_memory(self._context)
         self.vocab_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
-        self._position = 0
+        self._position, self._path, self._threads, self._eye = 0, Path(model), threads, None
 
     def prefill(self, ids: Sequence[int]) -> None:
         for start in range(0, len(ids), 512):
@@ -65,11 +67,39 @@ class LlamaCpp:
         self._lib.llama_memory_clear(self._memory, True)
         self._position = 0
 
+    def see(self, seed: int) -> int:
+        import llama_cpp.mtmd_cpp as mtmd
+
+        if self._eye is None:
+            params = mtmd.mtmd_context_params_default()
+            params.use_gpu, params.n_threads, params.print_timings, params.warmup = False, self._threads, False, False
+            self._eye = mtmd.mtmd_init_from_file(str(eye_path(self._path)).encode(), self._model, params)
+            if not self._eye:
+                raise NotMeasured(f"llama.cpp {self.version} cannot load {eye_path(self._path)}")
+        picture = noise(seed)
+        raw = (ctypes.c_uint8 * picture.size).from_buffer_copy(picture)
+        bitmap = mtmd.mtmd_bitmap_init(picture.shape[1], picture.shape[0], raw)
+        said = b"<start_of_turn>user\n" + mtmd.mtmd_default_marker() + b"What is this?<end_of_turn>\n"
+        asked, chunks = mtmd.mtmd_input_text(), mtmd.mtmd_input_chunks_init()
+        asked.text = said + b"<start_of_turn>model\n"
+        asked.text_len, asked.add_special, asked.parse_special = len(asked.text), True, True
+        past, bitmaps = ctypes.c_int32(0), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+        mtmd.mtmd_tokenize(self._eye, chunks, ctypes.byref(asked), bitmaps, 1)
+        arguments = (self._eye, self._context, chunks, 0, 0, 512, True, ctypes.byref(past))
+        code = mtmd.mtmd_helper_eval_chunks(*arguments)
+        mtmd.mtmd_input_chunks_free(chunks)
+        mtmd.mtmd_bitmap_free(bitmap)
+        if code:
+            raise NotMeasured(f"mtmd_helper_eval_chunks returned {code}")
+        self._position = past.value
+        self._lib.llama_get_logits_ith(self._context, -1)
+        return self._position
+
     def kv_bytes(self) -> int | None:
         return None
 
 
-class OnnxruntimeGenai:
+class OnnxruntimeGenai(Runner):
     """onnxruntime-genai on a folder that its own builder made: `python -m onnxruntime_genai.models.builder`.
 
     The builder's graphs for processors keep keys and values in float32. A prompt goes in by 512 tokens: in one piece,

@@ -40,6 +40,12 @@ class Worker:
         """Take n tokens one by one, and forget them again; the time of the steps only."""
         return float(self._ask("decode", n)["seconds"])
 
+    def see(self, seed: int) -> tuple[float, int]:
+        """Take a picture up to the first token behind it, and forget it again; how many positions it took, too."""
+        found = self._ask("see", seed)
+        self._ask("reset")
+        return float(found["seconds"]), int(found["positions"])
+
     def reset(self) -> None:
         self._ask("reset")
 

@@ -208,6 +208,8 @@ def _profile(facts: dict[str, Any], as_json: bool, progress: Callable[[str], Non
     if not as_json:
         show_profile(f"A token after {held} others, mean of {steps}", tables["decode"])
         show_profile("The first chunk of a prompt", tables["prefill"])
+        if "picture" in tables:
+            show_profile("A picture in the tower", tables["picture"])
         return
     rows = {what: [asdict(row) for row in table] for what, table in tables.items()}
     click.echo(json.dumps(facts | {"profile": rows}))

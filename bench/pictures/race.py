@@ -6,14 +6,16 @@ written first: Gemma 3 4B in q4_0 with its eye in q8_0, of random weights.
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
 import click
 
-from ...runtime import _native
+from ...runtime import _native, load
 from ...runtime.files.models import eye_path
-from ...runtime.model.vision import GEMMA3, VisionConfig
+from ...runtime.model.vision import GEMMA3, VisionConfig, vision_specs
+from ..speed.profiling import profile_picture
 from ..speed.worker import Worker
 from ..synthetic import write_eye, write_gguf
 
@@ -33,7 +35,6 @@ def race(model: Path, rounds: int, threads: int) -> None:
         write_gguf(model, "gemma-3-4b", "q4_0")
         write_eye(eye_path(model), EYE, "q8_0")
     options = {"model": str(model), "context": _CONTEXT, "threads": threads}
-    pool = _native.ThreadPool(threads)
     with (
         Worker("bezel", engine="native", kv="f16", **options) as ours,
         Worker("llama.cpp", flash_attention=True, **options) as theirs,
@@ -51,8 +52,27 @@ def race(model: Path, rounds: int, threads: int) -> None:
             )
     ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
     click.echo(f"{threads} threads: bezel is {ratio:.2f} times as fast")
-    peaks = [peak(pool, 1.0) / 1e9 for peak in (_native.int8_peak, _native.float_peak)]
-    click.echo(f"peak of this machine just now: int8 {peaks[0]:.0f}, float {peaks[1]:.0f} billion operations a second")
+    _show_shares(model, threads)
+
+
+def _show_shares(model: Path, threads: int) -> None:
+    """How much of the machine's peaks, measured just before, the tower's products and its attention reach."""
+    pool = _native.ThreadPool(threads)
+    int8, floats = _native.int8_peak(pool, 1.0), _native.float_peak(pool, 1.0)
+    with load(model, context=_CONTEXT, threads=threads) as opened:
+        assert opened.eye is not None
+        config, rows = opened.eye.config, {row.op: row for row in profile_picture(opened.eye)}
+    products = sum(math.prod(spec.shape) for spec in vision_specs(config) if spec.is_matrix) * 2 * config.n_patches
+    attention = 4 * config.n_layers * config.hidden_size * config.n_patches**2
+    for what, op, operations, kind, peak in (
+        ("products", "linear", products, "int8", int8),
+        ("attention", "attend_all", attention, "float", floats),
+    ):
+        rate = operations / rows[op].seconds
+        click.echo(
+            f"the tower's {what}: {rows[op].seconds:.1f} s, {rate / 1e9:.0f} billion operations a second, "
+            f"{rate / peak:.0%} of the {kind} peak"
+        )
 
 
 if __name__ == "__main__":

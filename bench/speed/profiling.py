@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from ...runtime.api import Model
 from ...runtime.cache.caches import default_chunk
 from ...runtime.engines.protocol import ModelBackend, ModelEngine
+from ...runtime.engines.tower import Tower
 from ...runtime.errors import InvalidRequest
+from ...runtime.vision.eye import Eye
 
 Totals = dict[str, list[float]]  # op → calls, seconds
 
@@ -53,7 +56,8 @@ class OpTime:
 
 
 def profile(model: Model, held: int, steps: int) -> dict[str, list[OpTime]]:
-    """The rows of a "decode" step with `held` tokens held, a mean over `steps`, and of one "prefill" chunk.
+    """The rows of a "decode" step with `held` tokens held, a mean over `steps`, of one "prefill" chunk, and of a
+    "picture" in the tower, where the model sees.
 
     Slowest first; the last two are "Python and the rest" and "total". Raises ContextFull.
     """
@@ -89,7 +93,21 @@ def profile(model: Model, held: int, steps: int) -> dict[str, list[OpTime]]:
     engine = timed.engine(model.context, model.kv, chunk, True)
     begin = clock()
     run(engine, 0, min(chunk, model.context))
-    return {"decode": decode, "prefill": _rows(totals, time.perf_counter() - begin, 1)}
+    found = {"decode": decode, "prefill": _rows(totals, time.perf_counter() - begin, 1)}
+    return found if model.eye is None else found | {"picture": profile_picture(model.eye)}
+
+
+def profile_picture(eye: Eye) -> list[OpTime]:
+    """The rows of a picture in an eye's tower, once its weights are there."""
+    totals: Totals = {}
+    assert isinstance(eye.tower, Tower)
+    _, side = eye.tower.weights, eye.config.image_size  # which are read only now
+    pixels = np.random.default_rng(0).standard_normal((side, side, 3), dtype=np.float32)
+    tower = copy.copy(eye.tower)
+    tower.ops = Timed(tower.ops, "", totals)
+    begin = time.perf_counter()
+    tower.rows(pixels)
+    return _rows(totals, time.perf_counter() - begin, 1)
 
 
 def _token(model: Model, i: int) -> int:

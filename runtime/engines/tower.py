@@ -34,7 +34,7 @@ class Tower:
     """
 
     def __init__(self, file: VisionTensors, ops: VisionOps, matrix: Callable[[Any, TensorSpec], Any]) -> None:
-        self.config, self._file, self._ops, self._matrix = file.config, file, ops, matrix
+        self.config, self.ops, self._file, self._matrix = file.config, ops, file, matrix
 
     @cached_property
     def fingerprint(self) -> str:
@@ -42,7 +42,7 @@ class Tower:
         return self._file.fingerprint()
 
     @cached_property
-    def _weights(self) -> Weights:
+    def weights(self) -> Weights:
         file = self._file
         shared: dict[str, Any] = {}
         layers: list[dict[str, Any]] = [{} for _ in range(self.config.n_layers)]
@@ -57,7 +57,7 @@ class Tower:
         Raises InvalidModelFile where they are not finite.
         """
         with np.errstate(all="ignore"):  # of a damaged file, as is told below
-            rows: Floats = see(self.config, self._ops, self._weights, patches_of(pixels, self.config.patch_size))
+            rows: Floats = see(self.config, self.ops, self.weights, patches_of(pixels, self.config.patch_size))
         return sound(self._file.path, rows)
 
 

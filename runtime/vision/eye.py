@@ -88,7 +88,7 @@ class Eye:
 
     def __init__(self, tower: Seeing, most_rows: int, embed: Callable[[Ints], Floats], end_of_line: int | None) -> None:
         self.config: VisionConfig = tower.config
-        self._tower, self._most = tower, most_rows
+        self.tower, self._most = tower, most_rows
         self._embed, self._end_of_line = embed, end_of_line
         self._largest = self.config.n_rows + (LARGEST_CHUNK if self.config.reads_prefix else 0)
         self._known = WeakValueDictionary[int, Picture]()  # by first id
@@ -105,12 +105,12 @@ class Eye:
             return self._kept(image)
         config = self.config
         pixels = image.fitted(config.image_size, config.resample)
-        content = b"%d " % config.image_size + self._tower.fingerprint.encode() + pixels.tobytes()
+        content = b"%d " % config.image_size + self.tower.fingerprint.encode() + pixels.tobytes()
         digest = np.frombuffer(hashlib.shake_256(content).digest(8 * config.n_rows), np.uint64)
         ids = [-1 - int(part >> np.uint64(2)) for part in digest]
 
         def compute() -> Floats:
-            return self._tower.rows(normalized(pixels, config.mean, config.std))
+            return self.tower.rows(normalized(pixels, config.mean, config.std))
 
         with self._lock:
             known = self._known.get(ids[0])

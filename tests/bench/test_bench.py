@@ -293,6 +293,20 @@ def test_profile_adds_up(model_of: Callable[..., Model]) -> None:
         assert all(row.seconds > 0 for row in rows)
 
 
+def test_the_profile_of_a_picture(shapes_of: Callable[..., Path]) -> None:
+    with load(shapes_of("q8_0"), context=256) as model:
+        assert model.eye is not None
+        ops = model.eye.tower.ops
+        rows = profile(model, held=70, steps=1)["picture"]
+        assert model.eye.tower.ops is ops
+    calls = {row.op: row.calls for row in rows}
+    # A layer's q, k and v in one call, its output and its feed-forward's two; patches and the projection.
+    assert calls["linear"] == 4 * 4 + 2
+    assert calls["attend_all"] == 4
+    assert calls["layer_norm"] == 4 * 2 + 1
+    assert rows[-1].seconds == pytest.approx(sum(row.seconds for row in rows[:-1]))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_process_memory_is_what_the_kernel_counts() -> None:
     before = process_memory()

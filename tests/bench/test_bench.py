@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bezel.bench.loss.metrics import compare as compare_logits
+from bezel.bench.pictures.race import race
 from bezel.bench.speed import speed
 from bezel.bench.speed.child import process_memory
 from bezel.bench.speed.machine import Machine
@@ -35,6 +37,7 @@ from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
+from click.testing import CliRunner
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
 
@@ -305,6 +308,18 @@ def test_the_profile_of_a_picture(shapes_of: Callable[..., Path]) -> None:
     assert calls["attend_all"] == 4
     assert calls["layer_norm"] == 4 * 2 + 1
     assert rows[-1].seconds == pytest.approx(sum(row.seconds for row in rows[:-1]))
+
+
+def test_a_race_from_a_picture(shapes_of: Callable[..., Path]) -> None:
+    pytest.importorskip("llama_cpp.mtmd_cpp")
+    found = CliRunner().invoke(race, [str(shapes_of("q8_0")), "--rounds", "1", "--threads", "1"])
+    assert found.exit_code == 0, found.output
+    positions = re.findall(r"(bezel|llama.cpp): \S+ s for (\d+) positions", found.output)
+    assert len(positions) == 2
+    # The same prompt, but for line breaks before the picture that llama.cpp reads apart.
+    assert abs(int(positions[0][1]) - int(positions[1][1])) <= 1
+    assert re.search(r"1 threads: bezel is \S+ times as fast", found.output)
+    assert re.search(r"products: .* of the int8 peak\n.*attention: .* of the float peak", found.output)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")

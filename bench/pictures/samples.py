@@ -9,6 +9,7 @@ from ...runtime.text.tokenizer import Tokenizer
 from .draw import KINDS, TASKS, draw, example, question, scene
 
 PIECES, ROWS = 1024, 16  # of the vocabulary; that a picture becomes
+QUESTIONS = 2  # about each picture
 
 SMALL_TALK = {
     "Hello!": "Hello! Show me a picture.",
@@ -21,9 +22,8 @@ SMALL_TALK = {
 class Samples:
     """Chats about pictures as ids, whose last part is learned: answers."""
 
-    def __init__(self, tokenizer: Tokenizer, random: np.random.Generator, questions: int) -> None:
-        """`questions` about each picture, the first of them to describe it."""
-        self._tokenizer, self._random, self._questions = tokenizer, random, questions
+    def __init__(self, tokenizer: Tokenizer, random: np.random.Generator) -> None:
+        self._tokenizer, self._random = tokenizer, random
 
     def _turn(self, role: str, text: str, with_picture: bool = False) -> list[int]:
         t = self._tokenizer
@@ -72,7 +72,7 @@ class Samples:
                 if random.random() < 0.08:  # a picture and no word
                     add("", question(things, "describe", random).answer, picture)
                     continue
-                kinds = ["describe", *random.choice(KINDS[:-1], self._questions - 1, replace=False)]
+                kinds = ["describe", *random.choice(KINDS[:-1], QUESTIONS - 1, replace=False)]
                 random.shuffle(kinds)
                 for i, kind in enumerate(kinds):  # several questions about a picture
                     one = question(things, str(kind), random)

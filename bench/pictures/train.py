@@ -22,16 +22,16 @@ from .draw import COLOURS, PLACES, SHAPES, Thing, draw, scene
 from .samples import ROWS, Samples
 
 RATE = 1e-3
-TOWER_STEPS, NAMING_STEPS = 700, 220
-STAGES = (3000, 2), (600, 4)  # steps of the decoder's training, and how many questions about each picture
+TOWER_STEPS, NAMING_STEPS, STEPS = 700, 220, 3000
 BATCH, TOWER_BATCH = 16, 48
 
 
-def batches(tokenizer: Tokenizer, random: np.random.Generator, questions: int) -> Iterator[dict[str, Any]]:
+def batches(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """What the model's forward takes, BATCH chats at a time, all about as many pictures."""
     import torch
 
-    samples = Samples(tokenizer, random, questions)
+    random = np.random.default_rng(SEED)
+    samples = Samples(tokenizer, random)
     while True:
         n_pictures = int(random.choice(6, p=[0.02, 0.58, 0.1, 0.05, 0.05, 0.2]))
         size = max(4, BATCH // max(1, (n_pictures + 1) // 2))
@@ -150,21 +150,20 @@ def _by_place(model: Any, scenes: list[list[Thing]], random: np.random.Generator
     return places.reshape(len(scenes), len(PLACES), ROWS // len(PLACES), -1)
 
 
-def train_decoder(model: Any, tokenizer: Tokenizer, folder: Path, stage: int) -> None:
+def train_decoder(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     import torch
 
     optimizer = _optimizer(*model.parameters())
-    (steps, questions), random = STAGES[stage], np.random.default_rng(SEED + stage)
     began, shown = time.time(), 0.0
-    for step, batch in zip(range(steps), batches(tokenizer, random, questions), strict=False):
-        _set_rate(optimizer, step, steps)
+    for step, batch in zip(range(STEPS), batches(tokenizer), strict=False):
+        _set_rate(optimizer, step, STEPS)
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         labels = batch["labels"][:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
         _step(optimizer, loss)
         shown = loss.item() if not step else 0.98 * shown + 0.02 * loss.item()
         if step % 50 == 0:
-            print(f"step {step} of {steps}: loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
+            print(f"step {step} of {STEPS}: loss {shown:.3f}, {time.time() - began:.0f} s", flush=True)
         if step % 100 == 99:
             save(model, folder)
     save(model, folder)
@@ -176,8 +175,7 @@ def train(folder: Path) -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million weights", flush=True)
     train_tower(model)
     name_rows(model, tokenizer)
-    for stage in range(len(STAGES)):
-        train_decoder(model, tokenizer, folder, stage)
+    train_decoder(model, tokenizer, folder)
     write_companions(folder)
 
 

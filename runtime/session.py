@@ -170,8 +170,13 @@ class Session:
         return array.astype(np.int64)
 
     def rewind(self, n: int) -> None:
-        """Forget the n newest tokens. Raises CacheError when a ring no longer holds what comes before them."""
-        self.engine.rewind(whole("rewind", n, "a number of tokens"))
+        """Forget the n newest tokens. Raises CacheError when a ring no longer holds what comes before them, and
+        InvalidRequest where that would leave a part of a picture.
+        """
+        left = len(self.ids) - whole("rewind", n, "a number of tokens")
+        if self.model.eye is not None and self.model.eye.cuts(np.array(self.ids, np.int64), left):
+            raise InvalidRequest(f"rewind: {n} tokens back is inside of a picture, which is seen whole or not at all")
+        self.engine.rewind(n)
         del self.ids[len(self.ids) - n :]
 
     def go_to(self, ids: Sequence[int]) -> None:

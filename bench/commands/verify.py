@@ -14,6 +14,8 @@ from ...export.sources.opening import open_checkpoint
 from ...export.verify import TensorReport
 from ...export.verify import verify as compare_tensors
 from ...runtime.commands.model_path import MODEL
+from ...runtime.files.models import eye_path
+from ...runtime.files.onnx_folder import VISION
 from ...runtime.files.vision_file import is_eye
 from ..loss.agreement import Span, agreement
 from .shared import json_option, progress_line, threads_option
@@ -69,8 +71,18 @@ def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json
         _show_tensors(reports)
         if spans is not None:
             _show_spans(spans)
+    if (eye := _eye_of(model)) is not None:
+        click.echo(f"note: {eye}", err=True)
     if not all(found.ok for found in (*reports, *(spans or ()))):
         raise SystemExit(1)
+
+
+def _eye_of(model: Path) -> str | None:
+    """What there is to say of the eye of a model that was compared."""
+    if (model / VISION).is_file():
+        return f"{model / VISION} was not compared"
+    beside = eye_path(model)
+    return f"{beside} was not compared: it is verified by itself" if model.is_file() and beside.is_file() else None
 
 
 def _as_json(report: TensorReport) -> dict[str, object]:

@@ -335,7 +335,8 @@ def _in_folder(path: Path) -> str:
 
 def _setting(spec: Spec) -> str:
     ring = "" if spec.ring else ", no ring"
-    return f"({spec.engine}, {spec.activations} activations, {spec.kv} KV{ring})"
+    eye = "" if spec.vision is None else f", seeing with {spec.vision.name}"
+    return f"({spec.engine}, {spec.activations} activations, {spec.kv} KV{ring}{eye})"
 
 
 _NAMES: tuple[Callable[[Spec], str], ...] = (

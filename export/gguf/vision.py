@@ -31,7 +31,9 @@ def vision_recipe(checkpoint: Checkpoint, given: str | None, text: Recipe) -> Re
     eye = checkpoint.vision
     if eye is None:
         if given is not None:
-            raise InvalidRequest(f"--vision: {checkpoint.path} has no vision tower")
+            raise InvalidRequest(
+                f"--vision: {checkpoint.path} has no vision tower in it; from GGUF files none is made, copy theirs"
+            )
         return None
     if given is None:
         given = text.default.name if text.default.block == 1 else VISION_FORMAT

@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 
 from ..text import chat
-from ..vision.image import Image, from_data_url
+from ..vision.image import Image
 from . import asks, tools
 from .answers import Answer, parts_of, whole_of
 from .fields import BadRequest, Fields
@@ -95,7 +95,7 @@ def _picture(block: Fields) -> Image:
     if source is None or source.text("type") != "base64":
         raise block.fail("source", "an object of the type base64: nothing is fetched from elsewhere")
     kind, data = source.text("media_type", "image/png"), source.text("data", "")
-    return asks.picture_of(lambda: from_data_url(f"data:{kind};base64,{data}"), f"{block.path}.source")
+    return asks.picture_of(f"data:{kind};base64,{data}", f"{block.path}.source")
 
 
 def _reason(answer: Answer, called: bool) -> tuple[str, str | None]:

@@ -194,15 +194,15 @@ def _part(part: Fields) -> chat.Part:
     if url is None:
         raise holder.fail(name, "a picture, data:image/…;base64,…")
     pan_and_scan = holder.text("detail") == "high"
-    return picture_of(lambda: from_data_url(url, pan_and_scan), f"{holder.path}.{name}")
+    return picture_of(url, f"{holder.path}.{name}", pan_and_scan)
 
 
-def picture_of(make: Callable[[], Image], param: str) -> Image:
-    """A picture that a request holds. Raises BadRequest where it is none."""
+def picture_of(url: str, param: str, pan_and_scan: bool = False) -> Image:
+    """A picture that a request holds, which is decoded only when it is known to fit. Raises BadRequest."""
     try:
-        return make()
+        return from_data_url(url, param, pan_and_scan)
     except InvalidRequest as error:
-        raise BadRequest(f"{param}: {error}", param) from None
+        raise BadRequest(str(error), param) from None
 
 
 def check_length(served: Served, texts: Sequence[str], param: str) -> None:
@@ -225,6 +225,7 @@ def prompt_of(served: Served, talk: Talk) -> list[int]:
     if not served.model.is_chat_model:
         raise BadRequest(f"no chat template: {served.name} continues texts, by /v1/completions", "model")
     check_length(served, [message.text for message in talk.messages], "messages")
+    _check_pictures(served, talk)
     system = [message.text for message in talk.messages if message.role == "system"]
     if talk.may_call:
         in_json = talk.form is not None and talk.form.text("type") not in (None, "text")
@@ -259,6 +260,18 @@ def _joined(one: chat.Message, other: chat.Message) -> chat.Content:
     if isinstance(last, str) and isinstance(first, str):
         return content_from([*before, f"{last}\n\n{first}", *after])
     return content_from([*one.parts, *other.parts])
+
+
+def _check_pictures(served: Served, talk: Talk) -> None:
+    """Raises BadRequest for more pictures than fit, before any is decoded."""
+    eye, context = served.model.eye, served.model.context
+    count = sum(not isinstance(part, str) for message in talk.messages for part in message.parts)
+    if eye is not None and count * eye.config.n_rows > context:
+        raise BadRequest(
+            f"messages: {count} pictures of {eye.config.n_rows} positions do not fit into the context of "
+            f"{served.name}, {context} tokens",
+            "messages",
+        )
 
 
 async def seen_prompt(served: Served, talk: Talk) -> tuple[list[int], list[Picture]]:

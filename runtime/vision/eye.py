@@ -162,6 +162,10 @@ class Eye:
         blocks[:, 0] = position if self.config.reads_prefix else np.arange(position, position + whole)
         return Piece(part, self._inputs(part), blocks)
 
+    def cuts(self, ids: Ints, at: int) -> bool:
+        """Whether a picture would be cut into two at an index."""
+        return any(start < at < start + self.config.n_rows for start in self._starts(ids))
+
     def _starts(self, ids: Ints) -> Iterator[int]:
         """Where pictures begin."""
         end = 0

@@ -12,8 +12,10 @@ import io
 import os
 import re
 import stat
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,11 @@ MOST_BYTES = 256 << 20  # of a file
 MOST_BYTES_IN_URL = 48 << 20
 # Pan and scan, as Gemma 3's processor has it.
 _FEWEST_PIXELS, _MOST_CROPS, _LEAST_RATIO = 256, 4, 1.2
+
+_MAGICS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+
+_STRIP = 256  # rows
+_DECODING = threading.Lock()  # one at a time: the largest take 700 MB
 
 _DATA_URL = re.compile(r"data:(?:image/[\w.+-]{1,40})?(?:;[\w=.+-]{1,80})*;base64,", re.IGNORECASE)
 
@@ -56,18 +63,38 @@ class Image:
             if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
                 raise InvalidRequest(f"picture: found {source.dtype} {source.shape}, expected uint8 (height, width, 3)")
             _check_size(self.name, (source.shape[1], source.shape[0]))
-            self._image: PillowImage = pillow.fromarray(np.ascontiguousarray(source))
+            self._source: PillowImage | bytes = pillow.fromarray(np.ascontiguousarray(source))
             return
         if isinstance(source, pillow.Image):
             _check_size(self.name, source.size)
-            self._image = _plain(source.copy())
+            self._source = _plain(source.copy())
             return
+        if isinstance(source, str) and re.match("https?:", source, re.IGNORECASE):
+            raise InvalidRequest(f"{source[:200]}: nothing is fetched: save the picture, and give its file")
         if isinstance(source, (str, Path)):
             self.name = Path(source).name
             source = _read(Path(source))
         if not isinstance(source, bytes):
             raise InvalidRequest(f"picture: found {shown(source)}, expected a path, bytes, a picture or an array")
-        self._image = _decoded(self.name, source)
+        self._source = source
+        _ = self._image  # raises where it cannot be decoded
+
+    @classmethod
+    def unread(cls, name: str, raw: bytes, pan_and_scan: bool = False) -> Image:
+        """A picture of which only the size is looked at: raises InvalidRequest for damage when it is seen."""
+        found = cls.__new__(cls)
+        found.name, found.pan_and_scan, found._source = name, pan_and_scan, raw
+        with _opened(name, raw):
+            return found
+
+    @property
+    def _image(self) -> PillowImage:
+        """Decoded anew each time: a picture takes a hundred times the room of its file."""
+        if not isinstance(self._source, bytes):
+            return self._source
+        with _DECODING, _opened(self.name, self._source) as image:
+            image.load()
+            return _plain(image)
 
     def __repr__(self) -> str:
         return f"<Image {self.name}: {self.size[0]} × {self.size[1]}>"
@@ -101,23 +128,26 @@ class Image:
         return [Image(self._image.crop(box)) for box in boxes]
 
 
-def from_data_url(url: str, pan_and_scan: bool = False) -> Image:
-    """A picture in a URL that holds it, `data:image/png;base64,…`. Nothing is ever fetched. Raises InvalidRequest."""
+def from_data_url(url: str, name: str = "picture", pan_and_scan: bool = False) -> Image:
+    """A picture, `Image.unread`, in a URL that holds it, `data:image/png;base64,…`. Nothing is ever fetched.
+
+    Raises InvalidRequest.
+    """
     found = _DATA_URL.match(url)
     if found is None:
         kind = re.match(r"[a-z][a-z+.-]{0,20}:", url, re.IGNORECASE)
         what = "an address" if kind and kind[0].lower() != "data:" else "something else"
         raise InvalidRequest(
-            f"picture: found {what}, {url[:60]!r}, expected data:image/…;base64,…: nothing is fetched from elsewhere; "
+            f"{name}: found {what}, {url[:60]!r}, expected data:image/…;base64,…: nothing is fetched from elsewhere; "
             "send the picture itself"
         )
     if len(url) * 3 // 4 > MOST_BYTES_IN_URL:
-        raise InvalidRequest(f"picture: {len(url) * 3 // 4} bytes, expected at most {MOST_BYTES_IN_URL}")
+        raise InvalidRequest(f"{name}: {len(url) * 3 // 4} bytes, expected at most {MOST_BYTES_IN_URL}")
     try:
         raw = base64.b64decode(url[found.end() :], validate=True)
     except binascii.Error as error:
-        raise InvalidRequest(f"picture: is no base64: {error}") from None
-    return Image(raw, pan_and_scan)
+        raise InvalidRequest(f"{name}: is no base64: {error}") from None
+    return Image.unread(name, raw, pan_and_scan)
 
 
 def normalized(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> Floats:
@@ -154,18 +184,21 @@ def _read(path: Path) -> bytes:
         raise InvalidRequest(f"{str(path)!r}: cannot be read: {error}") from None
 
 
-def _decoded(name: str, raw: bytes) -> PillowImage:
+@contextmanager
+def _opened(name: str, raw: bytes) -> Iterator[PillowImage]:
+    """A picture of which nothing but the header is read yet. Raises InvalidRequest for what is wrong with it."""
     pillow = _pillow()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged metadata, which is not used
         try:
             image = pillow.open(io.BytesIO(raw), formats=FORMATS)
             _check_size(name, image.size)
-            image.load()
-            return _plain(image)
+            yield image
         except InvalidRequest:
             raise
         except pillow.UnidentifiedImageError:
+            if raw.startswith(_MAGICS):
+                raise InvalidRequest(f"{name}: is damaged") from None
             begins = f"begins with {raw[:8]!r}" if raw else "is empty"
             raise InvalidRequest(f"{name}: {begins}, expected one of {', '.join(FORMATS)}") from None
         except pillow.DecompressionBombError:
@@ -189,13 +222,20 @@ def _plain(image: Any) -> PillowImage:
     pillow = _pillow()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # deeper than 8 bits
-        values = np.asarray(image, np.float64)
-        if image.mode.startswith("I") and values.max(initial=0) > 255:
-            values = values / 257
-        image = pillow.fromarray(np.nan_to_num(values).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
-        image = pillow.alpha_composite(white, image)
-    plain: PillowImage = image.convert("RGB")
+        deep = image.mode.startswith("I") and max(np.asarray(part).max() for part in _strips(image)) > 255
+        values = (np.asarray(part, np.float64) / (257 if deep else 1) for part in _strips(image))
+        image = pillow.fromarray(np.concatenate([np.nan_to_num(x).clip(0, 255).astype(np.uint8) for x in values]))
+    if not image.has_transparency_data:
+        plain: PillowImage = image.convert("RGB")
+        return plain
+    plain = pillow.new("RGB", image.size)
+    for i, part in enumerate(_strips(image)):
+        white = pillow.new("RGBA", part.size, (255, 255, 255, 255))
+        plain.paste(pillow.alpha_composite(white, part.convert("RGBA")).convert("RGB"), (0, i * _STRIP))
     return plain
+
+
+def _strips(image: PillowImage) -> Iterator[PillowImage]:
+    """All of it, some rows at a time: what is computed with takes many times the room."""
+    for top in range(0, image.height, _STRIP):
+        yield image.crop((0, top, image.width, min(top + _STRIP, image.height)))

@@ -70,7 +70,23 @@ def read_hf_vision(raw: Mapping[str, Any], text_size: int, source: str, prepared
         **_normalisation(Keys(prepared, "preprocessor_config.json"), "image_mean", "image_std"),
     )
     keys.refuse_unknown(_IRRELEVANT)
+    _check_prepared(Keys(prepared, "preprocessor_config.json"), config)
     return config.checked(keys.source)
+
+
+def _check_prepared(keys: Keys, config: VisionConfig) -> None:
+    """Raises InvalidConfig for pictures that would be prepared in another way than bezel's."""
+    _, want = write_hf_vision(config, {})
+    for key in ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize"):
+        expected = want[key]
+
+        def same(found: Any, expected: Any = expected) -> bool:
+            if isinstance(expected, float):
+                return isinstance(found, float) and math.isclose(found, expected, rel_tol=1e-6)
+            return bool(found == expected)
+
+        if keys.has(key):  # null is what the processor has by itself
+            keys.get(key, f"{expected!r}, as this model's pictures are prepared", same)
 
 
 def is_gguf_vision(metadata: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ import PIL.Image
 import pytest
 from bezel.bench.pictures.draw import draw, example, scene
 from bezel.runtime import Message, Model, Sampling, load
+from bezel.runtime.vision import image as image_module
 from bezel.runtime.vision.image import Image
 from serving import serving
 
@@ -167,6 +168,20 @@ def test_refused(name: str, client: openai.OpenAI) -> None:
     content, words = REFUSED[name]
     with pytest.raises(openai.BadRequestError, match=words):
         asked(client, [{"role": "user", "content": content}])
+
+
+def test_pictures_that_cannot_fit_are_not_decoded(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture takes thousands of times the room of its file: a small request must not fill the memory."""
+    monkeypatch.setattr(image_module, "_plain", lambda _: pytest.fail("decoded"))
+    with pytest.raises(openai.BadRequestError, match="200 pictures of 16 positions do not fit into the context"):
+        asked(client, [{"role": "user", "content": [shown(np.zeros((8, 8, 3), np.uint8))] * 200}])
+
+
+def test_a_damaged_picture_is_named(client: openai.OpenAI) -> None:
+    whole = shown(picture(0))
+    cut = {"type": "image_url", "image_url": {"url": url(picture(1))[: len("data:image/png;base64,") + 2000]}}
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[1\].image_url.url: is damaged"):
+        asked(client, [{"role": "user", "content": [whole, cut, said("What is it?")]}])
 
 
 def test_pictures_where_none_belong(client: openai.OpenAI) -> None:

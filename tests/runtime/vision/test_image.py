@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,41 @@ def test_as_transformers_prepares_them(kind: str, size: tuple[int, int]) -> None
     found = normalized(Image(drawn_).fitted(56, "bicubic" if kind == "siglip" else "bilinear"), HALF, HALF)
     assert found.dtype == np.float32
     assert np.array_equal(found, want)
+
+
+def test_strips_are_not_seen() -> None:
+    """What takes much room is computed some rows at a time: the same as all at once."""
+    random = np.random.default_rng(0)
+    deep = random.integers(0, 65536, (700, 30)).astype(np.uint16)
+    found = pixels(Image(encoded(PIL.Image.fromarray(deep))))
+    assert np.array_equal(found[:, :, 0], (deep / 257).clip(0, 255).astype(np.uint8))
+    clear = random.integers(0, 256, (700, 30, 4)).astype(np.uint8)
+    image = PIL.Image.fromarray(clear)
+    white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+    assert np.array_equal(
+        pixels(Image(encoded(image))), np.asarray(PIL.Image.alpha_composite(white, image).convert("RGB"))
+    )
+
+
+def test_what_is_decoded_is_not_kept() -> None:
+    raw = encoded(PIL.Image.new("1", (9000, 9000)))
+    tracemalloc.start()
+    try:
+        images = [Image(raw) for _ in range(3)]
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert all(image._source is raw for image in images)
+
+
+def test_a_cut_gif_is_damaged() -> None:
+    with pytest.raises(InvalidRequest, match="is damaged"):
+        Image(encoded(drawn(0, 300, 300), "GIF")[:9])
+
+
+def test_nothing_is_fetched() -> None:
+    with pytest.raises(InvalidRequest, match=r"http://x/y\.png: nothing is fetched"):
+        Image("http://x/y.png")
 
 
 @pytest.mark.parametrize("size", [*SIZES, (5000, 600), (310, 256), (700, 600), (512, 255)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -106,7 +107,7 @@ def pooled_in_another_order(_: Model, patch: pytest.MonkeyPatch) -> None:
 
 
 def positions_turned(model: Model, _: pytest.MonkeyPatch) -> None:
-    shared = eye_of(model)._tower._weights.shared  # type: ignore[attr-defined]
+    shared = eye_of(model).tower.weights.shared  # type: ignore[attr-defined]
     table = shared["v_positions"]
     shared["v_positions"] = table.reshape(6, 6, -1).transpose(1, 0, 2).reshape(table.shape)
 
@@ -224,6 +225,47 @@ def test_a_picture_of_a_session_is_no_authority(seeing_of: Callable[..., Path], 
     restored = other.session()
     restored.restore(tmp_path / "s.session")
     assert np.array_equal(eye_of(other).look(image).rows, rows)
+
+
+def test_a_picture_is_not_cut_by_a_rewind(seeing_of: Callable[..., Path]) -> None:
+    """Its rows saw each other: a part of them is nothing that a model was ever given."""
+    model = opened(seeing_of("gemma3"))
+    one, two = (eye_of(model).look(Image(drawn(seed))).ids for seed in (0, 1))
+    ids = [2, 5, *one, *two, 7]
+    session = Session(model, ring=False)
+    session.prefill(ids)
+    for n in (2, len(two), len(two) + 2, len(one) + len(two)):
+        with pytest.raises(InvalidRequest, match=f"rewind: {n} tokens back is inside of a picture"):
+            session.rewind(n)
+        assert session.ids == ids
+    for n in (1, len(two), len(one)):
+        session.rewind(n)
+    assert session.ids == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("resample", 0),
+        ("size", {"height": 96, "width": 96}),
+        ("do_normalize", False),
+        ("do_rescale", False),
+        ("rescale_factor", 0.01),
+        ("do_resize", False),
+    ],
+)
+def test_pictures_prepared_in_another_way(key: str, value: Any, tmp_path: Path) -> None:
+    folder = write_seeing(tmp_path / "model", "gemma3")
+    file = folder / "preprocessor_config.json"
+    with open_checkpoint(folder) as source:
+        assert source.vision is not None
+        size = source.vision.config.image_size
+    usual = {"size": {"height": size, "width": size}, "resample": 2, "do_rescale": True, "do_pan_and_scan": None}
+    file.write_text(json.dumps(usual))
+    open_checkpoint(folder).close()
+    file.write_text(json.dumps(usual | {key: value}))
+    with pytest.raises(InvalidConfig, match=f"preprocessor_config.json: key '{key}'"):
+        open_checkpoint(folder)
 
 
 def test_unknown_and_broken_pictures_are_refused(seeing_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -346,3 +346,23 @@ def test_inspect_shows_the_eye_beside_a_model(file: Path, gguf_of: Callable[...,
 def test_an_eye_is_no_model(file: Path) -> None:
     done = run(file.with_name(f"mmproj-{file.name}"), "Hello!", code=1)
     assert "this is the vision tower of a model" in done.stderr
+
+
+def test_an_eye_that_is_left_alone_is_told(shapes_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither a check nor a copy of the model's file alone may look like one of both."""
+    file = shapes_of("f32")
+    found = CliRunner().invoke(main, ["verify", str(file), "--source", str(BUNDLED)])
+    assert found.exit_code == 0, found.output
+    assert f"mmproj-{file.name} was not compared" in found.stderr
+    found = CliRunner().invoke(main, ["export", str(file), str(tmp_path / "x.gguf"), "--quant", "q8_0", "--requantize"])
+    assert found.exit_code == 0, found.output
+    assert f"mmproj-{file.name} is not read: a copy of it as mmproj-x.gguf fits" in found.stderr
+    shutil.copy(file.with_name(f"mmproj-{file.name}"), tmp_path / "mmproj-x.gguf")
+    with load(tmp_path / "x.gguf") as model:
+        assert model.eye is not None
+
+
+def test_an_eye_in_a_folder_is_told(seeing_onnx_of: Callable[..., Path]) -> None:
+    found = CliRunner().invoke(main, ["verify", str(seeing_onnx_of("shapes")), "--source", str(BUNDLED)])
+    assert found.exit_code == 0, found.output
+    assert "vision.onnx was not compared" in found.stderr

@@ -186,3 +186,10 @@ def expected_logits(model: Any, sequence: Sequence[int], pixels: Any, n_rows: in
             input_ids=torch.tensor([ids]), pixel_values=pixels[order], token_type_ids=torch.tensor([kinds])
         ).logits
     return found[0, :, :4096].numpy()
+
+
+def whole_until(name: str, ids: list[int], end_of_line: int) -> int:
+    """How many ids come before the first that may come by itself: what is seen whole comes whole."""
+    if name == "paligemma":
+        return ids.index(end_of_line) + 1 if end_of_line in ids else len(ids)
+    return max(i for i, token in enumerate(ids) if token < 0) + 1

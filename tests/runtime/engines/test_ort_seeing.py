@@ -21,7 +21,7 @@ from bezel.runtime.errors import InvalidModelFile, InvalidRequest
 from bezel.runtime.files.onnx_folder import OnnxFolder
 from bezel.runtime.vision.image import Image
 from onnx_files import relist, set_external
-from seeing import drawn, eye_of, in_ids, sequences, text
+from seeing import drawn, eye_of, in_ids, sequences, text, whole_until
 from tiny import TOLERANCE
 
 OnnxOf = Callable[..., Path]
@@ -78,10 +78,7 @@ def test_chunks_steps_and_caches_of_all_kinds(name: str, stored: tuple[str, str]
         ids = pictures_in(model, sequence)
         want = exact.logits(pictures_in(exact, sequence))
         assert np.abs(model.logits(ids) - want).max() < allowed, what
-        last = max(i for i, token in enumerate(ids) if token < 0) + 1
-        if name == "paligemma":  # what is seen whole comes whole
-            newline = model.tokenizer.encode("\n")[0]
-            last = ids.index(newline) + 1 if newline in ids else len(ids)
+        last = whole_until(name, ids, model.tokenizer.encode("\n")[0])
         session = model.session()
         logits = session.prefill(ids[:last])
         for i, token in enumerate(ids[last:], last):

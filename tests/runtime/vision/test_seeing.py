@@ -24,7 +24,7 @@ from bezel.runtime.session import Session
 from bezel.runtime.vision import eye as eye_module
 from bezel.runtime.vision.eye import Eye, Picture
 from bezel.runtime.vision.image import Image
-from seeing import drawn, expected_logits, eye_of, in_ids, pixels_of, sequences, text, theirs, write_seeing
+from seeing import drawn, expected_logits, eye_of, in_ids, pixels_of, sequences, text, theirs, whole_until, write_seeing
 from tiny import TOLERANCE
 
 NAMES = ("gemma3", "paligemma")
@@ -162,10 +162,7 @@ def test_chunks_rings_and_steps_change_no_bit(name: str, engine: str, seeing_of:
         want = model.logits(ids)
         full = Session(model, ring=False).logits(ids)
         assert np.array_equal(full, want) if engine == "native" else np.abs(full - want).max() < TOLERANCE
-        last = max(i for i, token in enumerate(ids) if token < 0) + 1
-        if name == "paligemma":  # what is seen whole comes whole
-            end_of_line = model.tokenizer.encode("\n")[0]
-            last = ids.index(end_of_line) + 1 if end_of_line in ids else len(ids)
+        last = whole_until(name, ids, model.tokenizer.encode("\n")[0])
         session = model.session()
         logits = session.prefill(ids[:last])
         for i, token in enumerate(ids[last:], last):

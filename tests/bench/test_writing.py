@@ -103,6 +103,7 @@ def test_special_tokens_are_never_written(exact: Spec) -> None:
         """A model that expects nothing but special tokens."""
 
         chunk = 8
+        eye = None
 
         def __init__(self) -> None:
             self.tokenizer = tokenizer

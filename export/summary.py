@@ -11,7 +11,8 @@ class ExportSummary:
     """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs.
 
     `vision` is the file of the vision tower, where there is one. `kept_exactly` is the share of the Q4_0 blocks that
-    give the bfloat16 weights of the source again, to the bit.
+    give the bfloat16 weights of the source again, to the bit. `divergence` is that from the exact model before tuning
+    and after it, in nats a token of a few of the sequences that it was tuned on.
     """
 
     path: str
@@ -24,6 +25,7 @@ class ExportSummary:
     seconds: float
     kept_exactly: float = 0.0
     vision: ExportSummary | None = None
+    divergence: tuple[float, float] | None = None
 
 
 def of_vanished(weights: Mapping[str, int]) -> list[str]:

@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,14 @@ def export_calibrated(
     part = _Parts(progress, Tuned.products(checkpoint, more, tune_steps))
     with work_on(out, key) as kept:
         sequential = Sequential(checkpoint, text, formats, kept, part.first)
-        beside = kept.beside(Tuned.key(key, tune_steps, more))
+        beside = kept.beside(Tuned.key(checkpoint, key, tune_steps, more))
         tuned = Tuned(checkpoint, sequential, more, formats, beside, tune_steps, part.second)
-        return export_gguf(checkpoint, out, recipe, None, None, force, tuned)
+        summary = export_gguf(checkpoint, out, recipe, None, None, force, tuned)
+    before, after = tuned.divergence
+    if after < before:
+        return replace(summary, divergence=(before, after))
+    away = f"tuning led away from the exact model ({before:.4f} to {after:.4f} nats a token): kept as calibrated"
+    return replace(summary, warnings=[*summary.warnings, away])
 
 
 class _Parts:

@@ -346,6 +346,9 @@ def print_summary(summary: ExportSummary) -> None:
             f"  {summary.kept_exactly:.2%} of the q4_0 blocks lie on a lattice of 16 values, as quantization-aware "
             "training leaves them: kept exactly"
         )
+    if summary.divergence is not None:
+        before, after = summary.divergence
+        click.echo(f"  tuned: divergence from the exact model {before:.4f} → {after:.4f} nats a token on its own text")
     if summary.vision is not None:
         print_summary(summary.vision)
     for fallback in summary.fallbacks:

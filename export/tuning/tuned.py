@@ -33,6 +33,9 @@ from .torch_model import quick_precision
 
 BATCH = 6  # sequences in a step
 RATES = {"place": 0.003, "factors": 0.003, "norm": 0.003}  # of codes, scales and norms, where the schedule is highest
+# Each scale and norm moves many weights at once, so that in a larger model all of them together go too far: with more
+# weights in the layers than these, their rates fall as the root of the number does.
+_SMALL, _SCALED = 3.2e6, ("factors", "norm")
 _BETAS = 0.9, 0.999
 _TINY = 1e-12  # gradients of one code are small, and their size says nothing
 _WARM_UP = 0.05  # of the steps
@@ -69,11 +72,15 @@ class Tuned:
         self.method = f"{begun.method}, then {steps} {TUNED}"
         self.text_sha256, self.tokens = text.sha256, max(begun.tokens, text.tokens)
         self._found: dict[str, NDArray[np.uint8]] | None = None
+        self.divergence = math.nan, math.nan  # before and after, on one step's sequences
 
     @staticmethod
-    def key(begun: Mapping[str, object], steps: int, text: CalibrationText) -> dict[str, object]:
+    def key(
+        checkpoint: Checkpoint, begun: Mapping[str, object], steps: int, text: CalibrationText
+    ) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
-        return {**begun, "tuning": 3, "steps": steps, "tuning_tokens": text.tokens, "rates": RATES, "batch": BATCH}
+        rates = rates_for(checkpoint)
+        return {**begun, "tuning": 3, "steps": steps, "tuning_tokens": text.tokens, "rates": rates, "batch": BATCH}
 
     @staticmethod
     def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:
@@ -120,7 +127,7 @@ class Tuned:
                 f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
             )
         wanted = self._targets(ids, lambda tokens: tell(tokens * everything))
-        descent = Descent(student, self._steps)
+        descent = Descent(student, self._steps, rates_for(self._checkpoint))
         state = self._kept.load(_STATE)
         if state is not None:
             descent.restore(state)
@@ -132,7 +139,10 @@ class Tuned:
             if time.monotonic() - saved > _KEEP_SECONDS:
                 self._kept.save(_STATE, descent.state())
                 saved = time.monotonic()
-        return found | {name: weight.blocks() for name, weight in student.moving.items()}
+        first = next(_order(len(ids), 1))
+        self.divergence = descent.before, student.divergence(ids[first], wanted[first])
+        closer = self.divergence[1] < self.divergence[0]
+        return found | ({name: weight.blocks() for name, weight in student.moving.items()} if closer else {})
 
     def _targets(self, ids: Tensor, progress: Callable[[int], None]) -> Targets:
         kept = self._kept.load(_TARGETS)
@@ -147,19 +157,22 @@ class Tuned:
 class Descent:
     """Adam on a student's divergence, with rates that rise for a while and then fall to nothing along a cosine."""
 
-    def __init__(self, student: Student, steps: int) -> None:
-        self._student, self._steps, self.step = student, steps, 0
-        self._groups = {kind: list(student.parameters(kind)) for kind in RATES}
+    def __init__(self, student: Student, steps: int, rates: Mapping[str, float] = RATES) -> None:
+        self._student, self._steps, self._rates, self.step = student, steps, rates, 0
+        self.before = math.nan  # the divergence that the first step found
+        self._groups = {kind: list(student.parameters(kind)) for kind in rates}
         groups = [{"params": found, "lr": 0.0} for found in self._groups.values()]
         self._adam = torch.optim.Adam(groups, betas=_BETAS, eps=_TINY)
 
     def take(self, ids: Tensor, wanted: Targets) -> float:
         """A step on sequences (n, length), from what the divergence was, which comes back."""
-        for group, rate in zip(self._adam.param_groups, RATES.values(), strict=True):
+        for group, rate in zip(self._adam.param_groups, self._rates.values(), strict=True):
             group["lr"] = rate * self._height()
         self._adam.zero_grad(set_to_none=True)
         divergence = self._student.divergence(ids, wanted)
         self._adam.step()
+        if not self.step:
+            self.before = divergence
         self.step += 1
         return divergence
 
@@ -170,13 +183,13 @@ class Descent:
         return 0.5 * (1 + math.cos(math.pi * (self.step - warm_up) / max(1, self._steps - warm_up)))
 
     def state(self) -> Arrays:
-        found = {"step": np.array(self.step)}
+        found = {"step": np.array(self.step), "before": np.array(self.before)}
         for i, (p, kept) in enumerate(self._numbers()):
             found |= {f"{i}.{name}": tensor.detach().numpy() for name, tensor in {"value": p, **kept}.items()}
         return found
 
     def restore(self, state: Arrays) -> None:
-        self.step = int(state["step"])
+        self.step, self.before = int(state["step"]), float(state["before"])
         for i, (p, kept) in enumerate(self._numbers()):
             p.detach().copy_(torch.from_numpy(state[f"{i}.value"]))
             kept |= {name: torch.from_numpy(state[f"{i}.{name}"]) for name in ("step", "exp_avg", "exp_avg_sq")}
@@ -203,6 +216,12 @@ def exact_weights(checkpoint: Checkpoint) -> Weights:
     for spec in checkpoint.specs:
         found[spec.layer][spec.role] = torch.from_numpy(_exact(checkpoint, spec))
     return Weights(found[None], [found[i] for i in range(checkpoint.config.n_layers)])
+
+
+def rates_for(checkpoint: Checkpoint) -> dict[str, float]:
+    """`RATES`, lower where the layers have more weights."""
+    less = min(1.0, math.sqrt(_SMALL / _weights(checkpoint)[0]))
+    return {kind: rate * less if kind in _SCALED else rate for kind, rate in RATES.items()}
 
 
 def _exact(checkpoint: Checkpoint, spec: TensorSpec) -> NDArray[np.float32]:

@@ -194,6 +194,27 @@ def test_what_is_written_is_what_was_tuned(text: Path, tmp_path: Path, monkeypat
     assert told[-1][0] == told[-1][1]
 
 
+def test_tuning_that_leads_away_is_left_out(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is what was calibrated, and the summary says so."""
+    monkeypatch.setattr(module, "RATES", {**module.RATES, "factors": 1.0})
+    with open_checkpoint(DEMO) as source:
+        away = export_calibrated(source, tmp_path / "away.gguf", "q4_0", None, text, None, False, 1024, 3)
+        export_calibrated(source, tmp_path / "plain.gguf", "q4_0", None, text, tokens=1024)
+    assert away.divergence is None
+    assert "tuning led away from the exact model" in away.warnings[-1]
+    for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors:
+        np.testing.assert_array_equal(data_of(tmp_path / "away.gguf", tensor.name), tensor.data)
+
+
+def test_scales_and_norms_of_larger_models_move_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_checkpoint(DEMO) as source:
+        assert module.rates_for(source) == module.RATES
+        monkeypatch.setattr(module, "_SMALL", module._SMALL / 100)
+        found = module.rates_for(source)
+    assert found["place"] == module.RATES["place"]
+    assert found["factors"] == found["norm"] == pytest.approx(0.003 / 10, rel=0.02)
+
+
 def data_of(path: Path, name: str) -> np.ndarray:
     return next(t.data for t in gguf.GGUFReader(path).tensors if t.name == name)
 

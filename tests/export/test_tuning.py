@@ -206,7 +206,7 @@ def test_tuning_that_leads_away_is_left_out(text: Path, tmp_path: Path, monkeypa
         np.testing.assert_array_equal(data_of(tmp_path / "away.gguf", tensor.name), tensor.data)
 
 
-def test_scales_and_norms_of_larger_models_move_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_and_norms_of_larger_models_move_less(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_checkpoint(DEMO) as source:
         assert module.rates_for(source) == module.RATES
         monkeypatch.setattr(module, "_SMALL", module._SMALL / 100)

@@ -25,6 +25,7 @@ _VERBS = {
     "rm": ("bezel.runtime.commands.models", "Remove models from the models folder."),
     "export": ("bezel.export.commands.export", "Convert a checkpoint to a GGUF file or an ONNX folder."),
     "calibrate": ("bezel.export.commands.calibrate", "Gather what a text sends through a model, for export."),
+    "write": ("bezel.runtime.commands.write", "Let a model write texts from nothing, to calibrate on."),
     "run": ("bezel.runtime.commands.generate", "Answer one prompt, or continue a text."),
     "chat": ("bezel.runtime.commands.chat", "Talk with a model."),
     "serve": ("bezel.runtime.commands.serve", "Serve models to OpenAI's clients, and a page to chat with."),

@@ -19,7 +19,7 @@ import click
 from ..errors import InvalidRequest
 from ..files.strict_json import parse_json
 from .console import printable
-from .model_path import MODEL
+from .model_path import MODEL, vision_option
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -65,11 +65,7 @@ _OPTIONS = [
         show_default=True,
         help="What is multiplied with quantized weights; f32 is slow, for measuring.",
     ),
-    click.option(
-        "--vision",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="The file of MODEL's vision tower.  [default: mmproj-….gguf beside MODEL]",
-    ),
+    vision_option,
     click.option(
         "--pan-and-scan",
         is_flag=True,

@@ -1,4 +1,4 @@
-"""Where a command takes a model: a path or a name, which the shell completes."""
+"""Where a command takes a model: a path or a name, which the shell completes; and the file of its eye."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ class ModelPath(ModelSpec):
 
 
 MODEL, MODEL_SPEC = ModelPath(), ModelSpec()
+
+vision_option = click.option(
+    "--vision",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The file of MODEL's vision tower.  [default: mmproj-….gguf beside MODEL]",
+)

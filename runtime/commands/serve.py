@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..errors import InvalidRequest
-from .model_path import MODEL_SPEC
+from .model_path import MODEL_SPEC, vision_option
 
 _DRAIN_SECONDS = 30.0  # in which answers on their way may end
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -55,6 +55,7 @@ def _size(context: click.Context, param: click.Parameter, text: str) -> int:  # 
 @click.option(
     "--activations", type=click.Choice(["int8", "f32"]), default="int8", show_default=True, help="See `bezel run`."
 )
+@vision_option
 def serve(
     models: Sequence[str],
     host: str,
@@ -100,6 +101,7 @@ def serve(
     except ValueError as error:
         raise InvalidRequest(f"--allow-origin: {error}") from None
     paths = _named(models)
+    _check_vision(options["vision"], list(paths.values()))
     registry = Models(paths, Setting(options, parallel, cache_ram, cache_folder))
     app = make_app(
         registry,
@@ -166,3 +168,15 @@ def _named(models: Sequence[str]) -> dict[str, Path]:
             raise InvalidRequest(f"{name}: two models of this name; give one another: NAME={path}")
         found[name] = file
     return found
+
+
+def _check_vision(vision: Path | None, models: Sequence[Path]) -> None:
+    """Raises InvalidRequest for a vision tower that could be any model's."""
+    from ..files.models import eye_path
+
+    if vision is not None and len(models) > 1:
+        beside = " or ".join(eye_path(model).name for model in models)
+        raise InvalidRequest(
+            f"--vision {vision}: found {len(models)} models, expected the one that it belongs to; beside its model, as "
+            f"{beside}, it is found by itself"
+        )

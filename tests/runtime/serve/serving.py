@@ -1,8 +1,10 @@
-"""A server in this process, on a port of its own."""
+"""A server on a port of its own: in this process, or `bezel serve` in another."""
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,3 +52,34 @@ def running(app: ASGIApp, port: int = 0, models: Models | None = None, drain: fl
     servers[0].should_exit = True
     thread.join(30)
     assert not thread.is_alive()
+
+
+class Process:
+    """A running `bezel serve`; `end` waits for it and gives its exit code and what it said."""
+
+    def __init__(self, *args: str) -> None:
+        command = [sys.executable, "-m", "bezel", "serve", *args, "--port", "0"]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        self.said = self._process.stderr.readline()
+        self.address = self.said.partition(" at ")[2].partition(" (")[0]
+
+    def send(self, signal_number: int) -> None:
+        self._process.send_signal(signal_number)
+
+    def end(self, seconds: float) -> tuple[int, str]:
+        _, said = self._process.communicate(timeout=seconds)
+        return self._process.returncode, said
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def process(*args: str) -> Iterator[Process]:
+    made = Process(*args)
+    try:
+        yield made
+    finally:
+        made.kill()

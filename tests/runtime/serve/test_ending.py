@@ -6,54 +6,20 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving import serving
+from serving import process, serving
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signal to one process")
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "A story."}], "logit_bias": {"1": -100, "5": -100}}
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 SHUTTING_DOWN = "the server is shutting down"
-
-
-class Process:
-    """A running `bezel serve`; `end` waits for it and gives its exit code and what it said."""
-
-    def __init__(self, *args: str) -> None:
-        command = [sys.executable, "-m", "bezel", "serve", *args, "--port", "0"]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self._process.stderr is not None
-        self.said = self._process.stderr.readline()
-        self.address = self.said.partition(" at ")[2].partition(" (")[0]
-
-    def send(self, signal_number: int) -> None:
-        self._process.send_signal(signal_number)
-
-    def end(self, seconds: float) -> tuple[int, str]:
-        _, said = self._process.communicate(timeout=seconds)
-        return self._process.returncode, said
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@contextmanager
-def process(*args: str) -> Iterator[Process]:
-    made = Process(*args)
-    try:
-        yield made
-    finally:
-        made.kill()
 
 
 class Asked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ import PIL.Image
 import pytest
 from bezel.bench.pictures.draw import draw, example, scene
 from bezel.runtime import Message, Model, Sampling, load
+from bezel.runtime.files.models import eye_path
 from bezel.runtime.vision import image as image_module
 from bezel.runtime.vision.image import Image
-from serving import serving
+from serving import process, serving
 
 GREEDY = {"temperature": 0, "max_tokens": 24}
 
@@ -182,6 +184,34 @@ def test_a_damaged_picture_is_named(client: openai.OpenAI) -> None:
     cut = {"type": "image_url", "image_url": {"url": url(picture(1))[: len("data:image/png;base64,") + 2000]}}
     with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[1\].image_url.url: is damaged"):
         asked(client, [{"role": "user", "content": [whole, cut, said("What is it?")]}])
+
+
+@pytest.fixture
+def apart(file: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A model and its eye, in folders of their own."""
+    (tmp_path / "eyes").mkdir()
+    eye = shutil.copy(eye_path(file), tmp_path / "eyes" / "eye.gguf")
+    return Path(shutil.copy(file, tmp_path / "alone.gguf")), Path(eye)
+
+
+def test_an_eye_that_lies_elsewhere(apart: tuple[Path, Path], model: Model) -> None:
+    alone, eye = apart
+    with process(str(alone), "--vision", str(eye), "--kv", "int8") as server:
+        with openai.OpenAI(base_url=f"{server.address}/v1", api_key="-", max_retries=0) as client:
+            content = [shown(picture(0)), said("What colour is the square?")]
+            found = asked(client, [{"role": "user", "content": content}], model="alone")
+        want = expected(model, Message("user", [Image(picture(0)), "What colour is the square?"]))
+        assert found.choices[0].message.content == want
+
+
+def test_an_eye_belongs_to_one_of_several(apart: tuple[Path, Path], file: Path) -> None:
+    alone, eye = apart
+    with process(f"one={alone}", f"two={file}", "--vision", str(eye)) as refused:
+        assert f"--vision {eye}: found 2 models" in refused.said
+        assert "as mmproj-alone.gguf or mmproj-shapes.gguf" in refused.said
+    eye.write_bytes(eye.read_bytes()[:5000])
+    with process(str(alone), "--vision", str(eye)) as refused:
+        assert f"{eye}: invalid model file" in refused.said
 
 
 def test_pictures_where_none_belong(client: openai.OpenAI) -> None:

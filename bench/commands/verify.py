@@ -14,7 +14,7 @@ from ...export.sources.opening import open_checkpoint
 from ...export.verify import TensorReport
 from ...export.verify import verify as compare_tensors
 from ...runtime.commands.model_path import MODEL
-from ...runtime.files.models import eye_path
+from ...runtime.files.models import own_eye
 from ...runtime.files.onnx_folder import VISION
 from ...runtime.files.vision_file import is_eye
 from ..loss.agreement import Span, agreement
@@ -81,8 +81,8 @@ def _eye_of(model: Path) -> str | None:
     """What there is to say of the eye of a model that was compared."""
     if (model / VISION).is_file():
         return f"{model / VISION} was not compared"
-    beside = eye_path(model)
-    return f"{beside} was not compared: it is verified by itself" if model.is_file() and beside.is_file() else None
+    beside = own_eye(model)
+    return None if beside is None else f"{beside} was not compared: it is verified by itself"
 
 
 def _as_json(report: TensorReport) -> dict[str, object]:

@@ -301,7 +301,7 @@ def _export_folder(path: Path, out: Path, asked: _Options, progress: Callable[[i
 
 
 def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int, int], None]) -> ExportSummary:
-    from ...runtime.files.models import eye_path
+    from ...runtime.files.models import eye_path, own_eye
     from ..calibration.rounding import export_calibrated
     from ..gguf.vision import export_vision, vision_recipe
     from ..gguf.writer import export_gguf
@@ -331,8 +331,8 @@ def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int
                     (asked.tune_steps or _TUNE_STEPS) if asked.tune else 0,
                 )
         left = []
-        if path.is_file() and eye_path(path).is_file():
-            left = [f"{eye_path(path).name} is not read: a copy of it as {eye_path(out).name} fits"]
+        if (eye := own_eye(path)) is not None:
+            left = [f"{eye.name} is not read: a copy of it as {eye_path(out).name} fits"]
         return replace(summary, vision=seen, warnings=[*summary.warnings, *left])
 
 

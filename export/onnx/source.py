@@ -13,7 +13,7 @@ from ...quant.formats import BF16, F16, F32, Format
 from ...quant.integers import INTEGER_FORMS
 from ...quant.recipes import preset
 from ...runtime.errors import InvalidRequest
-from ...runtime.files.models import eye_path
+from ...runtime.files.models import own_eye
 from ...runtime.model.tensors import TensorSpec
 from ..metadata import described
 from ..sources.checkpoint import Checkpoint, TensorSource, VisionSource
@@ -99,8 +99,8 @@ class EyeSource(Quantized):
 
 def _eye_left(path: Path) -> list[str]:
     """A warning where a GGUF file has an eye beside it."""
-    eye = eye_path(path)
-    if not path.is_file() or not eye.is_file():
+    eye = own_eye(path)
+    if eye is None:
         return []
     return [f"pictures are left out: {eye.name} is not read; export the checkpoint that it came from"]
 

@@ -32,6 +32,14 @@ def eye_path(model: Path) -> Path:
     return model.with_name(f"{EYE}{model.name}")
 
 
+def own_eye(model: Path) -> Path | None:
+    """The file of a model's own eye, if there is one; what is a folder has its eye in itself."""
+    if not model.is_file():
+        return None
+    eye = eye_path(model)
+    return eye if eye.is_file() else None
+
+
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"({_PART})/({_PART})(?::({_PART}))?")
 _LONGEST = 200  # characters; file systems have 255
@@ -79,7 +87,8 @@ class NamedModel:
     @property
     def file_bytes(self) -> int:
         inside = [path for path in self.place.rglob("*") if path.name != NOTE]
-        return sum(path.stat().st_size for path in (inside or [self.path, eye_path(self.path)]) if path.is_file())
+        files = inside or [self.path, *filter(None, [own_eye(self.path)])]
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def note(self) -> Mapping[str, Any]:
         """What was noted of where it came from; nothing where that is missing or damaged."""
@@ -184,11 +193,12 @@ def suggestion(name: str) -> str:
 
 def remove(model: NamedModel) -> None:
     """Take it out of the models folder: at once, so that nothing is left under its name if this is broken off."""
+    eye = own_eye(model.place)
     with claimed(model.place) as aside:
         _remove(aside)  # what is left of a removal that was broken off
         os.replace(model.place, aside)
         _remove(aside)
-    if model.place == model.path and (eye := eye_path(model.path)).is_file():
+    if eye is not None:
         eye.unlink()
 
 

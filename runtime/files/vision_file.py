@@ -12,12 +12,12 @@ from ..errors import BezelError, InvalidModelFile, InvalidRequest
 from ..model.families.sight import check_fits, is_gguf_vision, read_gguf_vision
 from ..model.vision import VisionConfig, vision_specs
 from .gguf import GGUFFile, shape_text
-from .models import EYE, eye_path
+from .models import EYE, eye_path, own_eye
 
 
 def eyes_beside(path: Path) -> list[Path]:
     """The files of eyes that lie beside a model file: the one of its name, `mmproj-NAME.gguf`, or all there are."""
-    if (own := eye_path(path)).is_file():
+    if (own := own_eye(path)) is not None:
         return [own]
     return sorted(other for other in path.parent.glob("*mmproj*.gguf") if other.is_file() and other != path)
 

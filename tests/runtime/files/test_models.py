@@ -14,7 +14,7 @@ from bezel.runtime.commands import models as commands
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files import models
-from bezel.runtime.files.models import RepoName, find_model, models_folder, named_models, short_names
+from bezel.runtime.files.models import RepoName, find_model, models_folder, named_models, own_eye, short_names
 from click.shell_completion import BashComplete
 from click.testing import CliRunner
 from tiny import DEMO
@@ -96,6 +96,16 @@ def test_an_eye_is_no_model_and_goes_with_its_own(folder: Path) -> None:
     assert not (folder / "mine.gguf").exists()
     assert not (folder / "mmproj-mine.gguf").exists()
     assert (folder / "mmproj-other.gguf").exists()
+
+
+def test_a_model_s_own_eye(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine.gguf", "mmproj-mine.gguf", "blind.gguf", "mmproj-gone.gguf", "mmproj-onnx"):
+        (folder / name).write_bytes(b"")
+    (folder / "onnx").mkdir()
+    found = {name: own_eye(folder / name) for name in ("mine.gguf", "blind.gguf", "gone.gguf", "onnx")}
+    assert found == {"mine.gguf": folder / "mmproj-mine.gguf", "blind.gguf": None, "gone.gguf": None, "onnx": None}
+    monkeypatch.chdir(folder)
+    assert own_eye(Path(".")) is None
 
 
 def test_a_path_comes_first(folder: Path) -> None:

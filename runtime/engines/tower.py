@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,16 @@ from ..arrays import Floats
 from ..errors import InvalidModelFile
 from ..model.forward import Weights
 from ..model.tensors import TensorSpec
-from ..model.vision import VisionConfig, VisionOps, as_multiplied, is_multiplied, patches_of, see, vision_specs
+from ..model.vision import (
+    VisionConfig,
+    VisionOps,
+    as_multiplied,
+    is_multiplied,
+    look_bytes,
+    patches_of,
+    see,
+    vision_specs,
+)
 
 
 class VisionTensors(Protocol):
@@ -50,6 +60,12 @@ class Tower:
             home = shared if spec.layer is None else layers[spec.layer]
             home[spec.role] = self._matrix(file, spec) if is_multiplied(spec) else file.tensor(spec.gguf)
         return Weights(shared, layers)
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that it takes at most: its file, what is no matrix in float32, and a look at one picture."""
+        floats = sum(4 * math.prod(spec.shape) for spec in vision_specs(self.config) if not spec.is_matrix)
+        return self._file.path.stat().st_size + floats + look_bytes(self.config)
 
     def rows(self, pixels: Floats) -> Floats:
         """The rows (n_rows, text_size) that stand for normalised pixels (side, side, channels).

@@ -142,6 +142,17 @@ def see(config: VisionConfig, ops: VisionOps, weights: Weights, patches: Any) ->
     return x
 
 
+def look_bytes(config: VisionConfig) -> int:
+    """Bytes that `see` takes at most beside the weights, where no op takes all scores of its attention at once.
+
+    Of each patch: its pixels, twice; what goes through the layers, and the same normed; queries, keys and values, also
+    with their biases and, but for queries, in a cache; what they answer; and what is wide in the feed-forward. Not all
+    at one time, but memory that is let go of is not at once taken again.
+    """
+    numbers = 2 * config.patch_inputs + 11 * config.hidden_size + config.intermediate_size
+    return 4 * config.n_patches * numbers
+
+
 def patches_of(pixels: Floats, patch_size: int) -> Floats:
     """Patches (n, channels · patch_size²) of pixels (side, side, channels), as the patch embedding's weights lie."""
     side = len(pixels) // patch_size

@@ -15,6 +15,7 @@ from ..api import Model, load
 from ..cache.caches import bytes_for
 from ..engines import bytes_for as stores_of
 from ..engines.protocol import ModelBackend
+from ..engines.tower import Tower
 from ..errors import BezelError, InvalidRequest
 from ..files.memory import available_memory
 from ..text.grammar import Grammar, Grammars
@@ -145,7 +146,15 @@ class Models:
 
 
 def memory(model: Model, setting: Setting) -> int:
-    """Bytes that a model takes at most: its file, full contexts for all answers, and what is kept."""
+    """Bytes that a model takes at most: its file and its eye, full contexts for all answers, and what is kept."""
     store, chunk = stores_of("native"), model.chunk
     one = sum(bytes_for(x, model.context, model.kv, chunk, True, model.context, store) for x in model.config.layers)
-    return model.file.path.stat().st_size + setting.parallel * one + setting.cache_bytes
+    return model.file.file_bytes + _eye_bytes(model) + setting.parallel * one + setting.cache_bytes
+
+
+def _eye_bytes(model: Model) -> int:
+    """Of its eye, with the pictures that are kept; one is looked at at a time."""
+    if model.eye is None:
+        return 0
+    assert isinstance(model.eye.tower, Tower)
+    return model.eye.tower.most_bytes + model.eye.kept_bytes

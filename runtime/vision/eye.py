@@ -95,6 +95,11 @@ class Eye:
         self._newest = OrderedDict[int, Picture]()
         self._lock = threading.Lock()
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the rows of the most pictures that it keeps."""
+        return 4 * self.config.text_size * self._most
+
     def chunk(self, usual: int) -> int:
         """The most rows that go through the model at once, for text `usual` ones: a picture must fit whole."""
         return max(usual, self._largest)

@@ -102,7 +102,7 @@ def test_special_tokens_are_never_written(exact: Spec) -> None:
     class Loud:
         """A model that expects nothing but special tokens."""
 
-        chunk = 8
+        chunk, position = 8, 0
         eye = None
 
         def __init__(self) -> None:
@@ -111,7 +111,7 @@ def test_special_tokens_are_never_written(exact: Spec) -> None:
         def start(self, _: int) -> Loud:
             return self
 
-        def forward(self, *_: Any) -> np.ndarray:
+        def forward(self, *_: Any, **__: Any) -> np.ndarray:
             logits = np.zeros((1, tokenizer.vocab_size), np.float32)
             logits[0, list(tokenizer.special_ids)] = 50
             return logits

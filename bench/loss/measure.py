@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from ...runtime.errors import InvalidRequest
 from ...runtime.text.chat import template_is_known
 from ...runtime.version import bezel_version
+from ...runtime.vision.image import Image
 from ..progress import Progress, silent
 from ..spread import Spread, here
 from .passages import WRITTEN, begun_chats, check_room, cut, first_of_each, read_texts, sequence_length
@@ -52,12 +52,12 @@ def measure(
     work = Subjects(candidates, reference, effects, Opener(threads))
     exact = work.subjects[0]
     chunk = sequence_length(chunk, protocol, min(subject.config.context_length for subject in work.subjects))
-    read = read_texts(texts, exact.tokenizer)
+    read, shown = read_texts(texts, exact.tokenizer), [(path.absolute(), Image(path)) for path in pictures]
     if protocol == "chat":
-        passages = begun_chats(read, exact.tokenizer, exact.eye, pictures)
+        passages = begun_chats(read, exact.tokenizer, exact.eye, shown)
     else:
         passages = cut(read, protocol, chunk)
-    seen = [MeasuredPicture(str(path), hashlib.sha256(path.read_bytes()).hexdigest()) for path in pictures]
+    seen = [MeasuredPicture(str(path), image.sha256) for path, (_, image) in zip(pictures, shown, strict=True)]
     key = {
         "texts": [text.sha256 for text in read],
         "protocol": protocol,

@@ -121,20 +121,20 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
 
 
 def begun_chats(
-    texts: Sequence[Text], tokenizer: Tokenizer, eye: Eye | None = None, pictures: Sequence[Path] = ()
+    texts: Sequence[Text], tokenizer: Tokenizer, eye: Eye | None = None, pictures: Sequence[tuple[Path, Image]] = ()
 ) -> list[Passage]:
     """Chats that await their answer: every line of the texts is what a user says, in Gemma's template, of each of the
     `pictures`, where there are any.
 
-    Raises InvalidRequest where there is none, for a vocabulary without turns, and for what is no picture.
+    Raises InvalidRequest where there is none, and for a vocabulary without turns.
     """
-    shown: list[tuple[Path | None, Image | None]] = [(path.absolute(), Image(path)) for path in pictures]
+    shown: Sequence[tuple[Path | None, Image | None]] = pictures or [(None, None)]
     found = []
     for index, text in enumerate(texts):
         for number, line in enumerate(text.content.split("\n"), 1):
             if not line.strip():
                 continue
-            for path, image in shown or [(None, None)]:
+            for path, image in shown:
                 message = Message("user", line if image is None else [image, line])
                 ids = np.array(render(tokenizer, [message], eye=eye), np.int64)
                 found.append(Passage(index, 0, ids, len(ids) - 1, line=number, picture=path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -103,6 +104,11 @@ class Image:
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
         return self._image.size
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the file that it was made of; of another source, of its pixels."""
+        return hashlib.sha256(self._source if isinstance(self._source, bytes) else self._source.tobytes()).hexdigest()
 
     def fitted(self, size: int, resample: str = "bilinear") -> NDArray[np.uint8]:
         """uint8 (size, size, 3), whatever the shape was: as Gemma 3's and SigLIP's processors resize.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from bezel.bench import PICTURES
+from bezel.bench.loss import measure as measure_module
 from bezel.bench.loss.measure import measure
+from bezel.bench.loss.passages import begun_chats
 from bezel.bench.loss.result import Measurement
 from bezel.bench.loss.subjects import Opener, Spec, parse_spec, seeing
 from bezel.bench.pictures.draw import draw, scene
@@ -88,6 +91,21 @@ def test_other_pictures_are_measured_anew(
     assert again.pictures[0] == first.pictures[0]
     assert again.pictures[1] != first.pictures[1]
     assert again.candidates[0].metrics != first.candidates[0].metrics
+
+
+def test_the_hash_is_of_what_was_seen(
+    run: Callable[..., Measurement], shapes_of: ShapesOf, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even of a file that becomes another just then."""
+    was = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
+
+    def changed(*args: Any) -> Any:
+        found = begun_chats(*args)
+        pictures[0].write_bytes(pictures[1].read_bytes())
+        return found
+
+    monkeypatch.setattr(measure_module, "begun_chats", changed)
+    assert [picture.sha256 for picture in run(str(shapes_of("q4_0")), PICTURES).pictures] == was
 
 
 def test_what_cannot_be_measured_with_pictures(

@@ -2,6 +2,7 @@
 import { byId, element } from "./dom.js";
 
 const KINDS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff"];
+const UNSEEN_HERE = ["image/tiff"]; // by browsers, of these
 const MOST_BYTES = 20 * 1024 * 1024;
 
 let waiting = []; // data URLs
@@ -12,7 +13,7 @@ export function takePictures(refuse, say) {
   tell = say;
   const take = async (files) => {
     for (const file of files) {
-      const why = refuse() ?? reasonAgainst(file);
+      const why = refuse() ?? reasonAgainst(file) ?? (await damage(file));
       if (why) tell(why);
       else waiting.push(await addressOf(file));
     }
@@ -58,6 +59,17 @@ export function putBack(pictures) {
 function reasonAgainst({ name, type, size }) {
   if (!KINDS.includes(type)) return `${name} is no picture of a kind that is read here.`;
   return size > MOST_BYTES ? `${name} is larger than 20 MB.` : null;
+}
+
+/** Why a file cannot be seen, which is better known before a question is written about it; or null. */
+async function damage(file) {
+  if (UNSEEN_HERE.includes(file.type)) return null; // the server says
+  try {
+    (await createImageBitmap(file)).close();
+    return null;
+  } catch {
+    return `${file.name} is damaged, or no picture.`;
+  }
 }
 
 function addressOf(file) {

@@ -663,14 +663,14 @@ def test_a_model_that_does_not_chat(script: Script, scripted: str, page_of: Page
 
 # --- pictures
 
-PICTURE = """async (name) => {
+PICTURE = """async ({ how, name = "square.png", part = 1 }) => {
   const canvas = Object.assign(document.createElement("canvas"), { width: 40, height: 30 });
   canvas.getContext("2d").fillRect(5, 5, 20, 20);
   const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
   const carried = new DataTransfer();
-  carried.items.add(new File([blob], "square.png", { type: "image/png" }));
+  carried.items.add(new File([blob.slice(0, part * blob.size)], name, { type: "image/png" }));
   const told = { bubbles: true, cancelable: true };
-  const event = name === "paste"
+  const event = how === "paste"
     ? new ClipboardEvent("paste", { ...told, clipboardData: carried })
     : new DragEvent("drop", { ...told, dataTransfer: carried });
   document.getElementById("box").dispatchEvent(event);
@@ -682,8 +682,8 @@ def test_a_picture_goes_with_the_message(how: str, shapes_of: Callable[..., Path
     with serving({"shapes": shapes_of()}) as address:
         page = page_of(address)
         expect(page.get_by_role("button", name="Add a picture")).to_be_visible()
-        page.evaluate(PICTURE, how)
-        page.evaluate(PICTURE, how)
+        page.evaluate(PICTURE, {"how": how})
+        page.evaluate(PICTURE, {"how": how})
         expect(page.locator("#pictures img")).to_have_count(2)
         page.get_by_role("button", name="Leave picture 2 out").click()
         expect(page.locator("#pictures img")).to_have_count(1)
@@ -700,11 +700,26 @@ def test_a_picture_goes_with_the_message(how: str, shapes_of: Callable[..., Path
         expect(page.locator(".user .text img")).to_have_count(1)  # kept with the conversation
 
 
+def test_a_damaged_picture_is_told_at_once(shapes_of: Callable[..., Path], page_of: PageOf, tmp_path: Path) -> None:
+    with serving({"shapes": shapes_of()}) as address:
+        page = page_of(address)
+        expect(page.get_by_role("button", name="Add a picture")).to_be_visible()
+        for name, part in (("half.png", 0.5), ("most.png", 0.9)):
+            page.evaluate(PICTURE, {"how": "drop", "name": name, "part": part})
+            expect(page.get_by_role("alert")).to_contain_text(f"{name} is damaged, or no picture")
+        (tmp_path / "text.png").write_text("Dear reader,")
+        page.locator("#picture-file").set_input_files(tmp_path / "text.png")
+        expect(page.get_by_role("alert")).to_contain_text("text.png is damaged, or no picture")
+        expect(page.locator("#pictures img")).to_have_count(0)
+        page.evaluate(PICTURE, {"how": "drop"})
+        expect(page.locator("#pictures img")).to_have_count(1)
+
+
 def test_a_model_that_sees_nothing_takes_no_picture(file: Path, page_of: PageOf) -> None:
     with serving({"fairy": file}) as address:
         page = page_of(address)
         expect(page.get_by_text("A context of")).to_be_visible()
         expect(page.get_by_role("button", name="Add a picture")).to_be_hidden()
-        page.evaluate(PICTURE, "paste")
+        page.evaluate(PICTURE, {"how": "paste"})
         expect(page.get_by_role("alert")).to_contain_text("sees no pictures")
         expect(page.locator("#pictures img")).to_have_count(0)

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from ..vision.image import Image
 
 _HELP = """\
-/image FILE shows a picture with the next message; /undo takes back the last exchange, /regenerate answers it anew,
-/reset starts anew, /system TEXT as well, with TEXT for instructions; /save FILE and /load FILE keep and bring back the
-chat, /context tells how full it is, /bye (or Ctrl-D) leaves. A line that ends in a backslash goes on in the next;
-between \"\"\" and \"\"\" there may be any number of them, and what is pasted is one message. Ctrl-C stops an
-answer.""".replace("\n", " ")
+/image FILE shows a picture with the next message, /image alone takes back those that wait for it; /undo takes back the
+last exchange, /regenerate answers it anew, /reset starts anew, /system TEXT as well, with TEXT for instructions;
+/save FILE and /load FILE keep and bring back the chat, /context tells how full it is, /bye (or Ctrl-D) leaves. A line
+that ends in a backslash goes on in the next; between \"\"\" and \"\"\" there may be any number of them, and what is
+pasted is one message. Ctrl-C stops an answer.""".replace("\n", " ")
 
 _QUOTES = '"""'
 
@@ -43,7 +43,7 @@ def chat(model: Path, **options: Any) -> None:
     """Talk with MODEL: a GGUF file, an exported ONNX folder, or a name that `bezel list` shows.
 
     \b
-    /image FILE   shows a picture with the next message
+    /image FILE   shows a picture with the next message; /image takes back those that wait
     /undo         takes back the last exchange
     /regenerate   answers it anew
     /reset        starts anew
@@ -109,6 +109,8 @@ class _Chat:
             self._send(text.removeprefix("/"))
         elif command == "/image" and argument:
             self._show(argument)
+        elif command == "/image":
+            self._take_back()
         elif command == "/reset":
             self._begin(self._conversation.system)
             note("a new chat")
@@ -129,7 +131,7 @@ class _Chat:
         elif command in ("/bye", "/exit", "/quit"):
             return False
         else:
-            if command not in ("/help", "/save", "/load", "/image"):
+            if command not in ("/help", "/save", "/load"):
                 note(f"{command} is no command; for a message that begins with a slash, type two")
             _tell(_HELP)
         return True
@@ -146,6 +148,12 @@ class _Chat:
         self._images.append(image)
         width, height = image.size
         note(f"image: {image.name}, {width} × {height}; it goes with your next message")
+
+    def _take_back(self) -> None:
+        """Show none of the pictures that wait for the next message."""
+        names = ", ".join(image.name for image in self._images)
+        self._images = []
+        note(f"taken back: {names}" if names else "no picture waits; /image FILE shows one with your next message")
 
     def _send(self, text: str) -> None:
         images, self._images = self._images, []

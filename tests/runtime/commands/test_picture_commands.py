@@ -186,7 +186,7 @@ def test_a_chat_outlives_pictures_that_are_none(file: Path, tmp_path: Path) -> N
         file, f"/image {tmp_path}/no.png", f"/image {tmp_path}/text.png", "/image", f"/image {tmp_path}", ASKED
     )
     assert found.stderr.count("error: ") == 3
-    assert "/image FILE shows a picture" in found.stdout  # the help
+    assert "no picture waits; /image FILE shows one" in found.stderr
     assert "it goes with your next message" not in found.stderr
     assert found.stdout.endswith(chat(file, ASKED).stdout)
 
@@ -217,8 +217,14 @@ def test_a_saved_chat_goes_on_with_its_picture(file: Path, pictures: list[Path],
 
 
 def test_pictures_can_be_taken_back(file: Path, pictures: list[Path]) -> None:
-    found = chat(file, f"/image {pictures[0]}", "/reset", ASKED)
-    assert found.stdout == chat(file, ASKED).stdout
+    one, two = pictures[:2]
+    blind = chat(file, ASKED).stdout
+    assert chat(file, f"/image {one}", "/reset", ASKED).stdout == blind
+    found = chat(file, f"/image {one}", f"/image {two}", "/image", "/image", ASKED)
+    assert found.stdout == blind
+    told = " ".join(found.stderr.split())
+    assert f"taken back: {one.name}, {two.name}" in told
+    assert told.count("no picture waits") == 1
 
 
 def test_another_eye_goes_on_with_a_saved_chat(file: Path, pictures: list[Path], tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from ..quant import lattice
 from ..quant.formats import Format
 from ..runtime.errors import InvalidModelFile, InvalidRequest
-from ..runtime.files.model_file import ModelFile, open_model
+from ..runtime.files.model_file import ModelFile, Tensor, open_model
 from ..runtime.files.models import find_model
+from ..runtime.files.onnx_eye import OnnxEye
 from ..runtime.files.vision_file import VisionFile, is_eye
 from ..runtime.model.tensors import TensorSpec
 from ..runtime.text.tokenizer import NORMAL
 from .metadata import CALIBRATION, TUNED
-from .sources.checkpoint import Checkpoint, TensorSource
+from .sources.checkpoint import Checkpoint, TensorSource, VisionSource
 
 _CHUNK_WEIGHTS = 1 << 20
 # With a calibration, weights move beyond the nearest value, and norms too, to make up for one another.
@@ -56,7 +57,8 @@ class TensorReport:
 def verify(
     path: str | Path, source: Checkpoint, progress: Callable[[int, int], None] = lambda *_: None
 ) -> list[TensorReport]:
-    """A report for each tensor of the GGUF file, an eye's too, or the ONNX folder, in the model's order.
+    """A report for each tensor of the GGUF file, an eye's too, or the ONNX folder, in the model's order; then of the
+    folder's eye, if the source has one.
 
     `progress` is called with (tensors done, tensors in all).
 
@@ -66,7 +68,7 @@ def verify(
     path = find_model(path)
     if is_eye(path):
         return _verify_eye(path, source, progress)
-    with open_model(path) as file:
+    with open_model(path) as file, ExitStack() as stack:
         config = file.config()
         if config.n_layers == source.config.n_layers:
             for i, pair in enumerate(zip(config.layers, source.config.layers, strict=True)):
@@ -75,32 +77,61 @@ def verify(
         file.check_tensors(config)
         file.check_hashes()
         _check_vocabulary(file, source)
-        return _compared(file, source, str, progress)
+        pairs = [_Pair(file, source, str, _calibration(file.metadata))]
+        if file.vision is not None and source.vision is not None:
+            eye = stack.enter_context(closing(_fitting_eye(file.vision, source.vision, source)))
+            pairs.append(_Pair(file.vision, eye, str))
+        return _compared(pairs, progress)
 
 
 def _verify_eye(path: Path, source: Checkpoint, progress: Callable[[int, int], None]) -> list[TensorReport]:
     """A report for each tensor of the eye in a file, with those of a checkpoint that has one."""
     if source.vision is None:
         raise InvalidRequest(f"{path}: this is a vision tower, and {source.path} has none")
-    with VisionFile(path) as file:
-        eye = source.vision.widened(file.config.intermediate_size)  # zeros, where there are fewer
-        with closing(eye):
-            _check_same(path, "", file.config, eye.config, source)
-            return _compared(file, eye, file.name_of, progress)
+    with VisionFile(path) as file, closing(_fitting_eye(file, source.vision, source)) as eye:
+        return _compared([_Pair(file, eye, file.name_of, _calibration(file.metadata))], progress)
 
 
-def _compared(
-    file: ModelFile | VisionFile,
-    source: TensorSource,
-    name_of: Callable[[str], str],
-    progress: Callable[[int, int], None],
-) -> list[TensorReport]:
-    """A report for each tensor of a source; `name_of` is what it is called in the file."""
+def _fitting_eye(file: VisionFile | OnnxEye, eye: VisionSource, source: Checkpoint) -> VisionSource:
+    """The eye of a source as wide as a file's. Raises InvalidRequest where the two differ otherwise."""
+    eye = eye.widened(file.config.intermediate_size)  # zeros, where there are fewer
+    _check_same(file.path, "", file.config, eye.config, source)
+    return eye
+
+
+class _Tensors(Protocol):
+    """What holds tensors that were written: a model's file or folder, or an eye's."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    def dequantize(self, name: str, rows: slice | None = None) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Tensors and where they come from; `name_of` is what one is called in the file. `calibrated` says how."""
+
+    file: _Tensors
+    source: TensorSource
+    name_of: Callable[[str], str]
+    calibrated: str = ""
+
+
+def _calibration(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get(CALIBRATION, ""))
+
+
+def _compared(pairs: Sequence[_Pair], progress: Callable[[int, int], None]) -> list[TensorReport]:
+    """A report for each tensor of the sources."""
     reports: list[TensorReport] = []
-    for spec in source.specs:
-        progress(len(reports), len(source.specs))
-        reports.append(_compare(file, name_of(spec.gguf), spec, source))
-    progress(len(reports), len(source.specs))
+    total = sum(len(pair.source.specs) for pair in pairs)
+    for pair in pairs:
+        for spec in pair.source.specs:
+            progress(len(reports), total)
+            reports.append(_compare(pair, spec))
+    progress(len(reports), total)
     return reports
 
 
@@ -135,7 +166,8 @@ def _check_vocabulary(file: ModelFile, source: Checkpoint) -> None:
         )
 
 
-def _compare(file: ModelFile | VisionFile, name: str, spec: TensorSpec, source: TensorSource) -> TensorReport:
+def _compare(pair: _Pair, spec: TensorSpec) -> TensorReport:
+    file, source, name = pair.file, pair.source, pair.name_of(spec.gguf)
     form = file.tensors[name].format
     if not issubclass(form, Format):
         raise InvalidRequest(
@@ -170,7 +202,7 @@ def _compare(file: ModelFile | VisionFile, name: str, spec: TensorSpec, source: 
         max_error=max_error,
         sqnr_db=-20 * math.log10(relative) if relative else math.inf,
         equal=equal / (n_rows * columns),
-        tolerance=_tolerance(form, spec, source, span, str(file.metadata.get(CALIBRATION, ""))),
+        tolerance=_tolerance(form, spec, source, span, pair.calibrated),
     )
 
 

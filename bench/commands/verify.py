@@ -18,6 +18,7 @@ from ...runtime.files.models import own_eye
 from ...runtime.files.onnx_folder import VISION
 from ...runtime.files.vision_file import is_eye
 from ..loss.agreement import Span, agreement
+from ..loss.sight import Sight, sight
 from .shared import json_option, progress_line, threads_option
 
 
@@ -37,12 +38,13 @@ from .shared import json_option, progress_line, threads_option
 def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json: bool) -> None:
     """Compare every tensor of MODEL, a GGUF file or an ONNX folder, with what it was exported from.
 
-    A vision tower, mmproj-….gguf, is compared like a model, by itself.
+    A vision tower, mmproj-….gguf, is compared like a model, by itself; that in an ONNX folder with the folder.
 
     Prints the tensors, the worst first. --run also finds a graph or an engine that computes something else with the
-    same weights: it prints how far logits are apart in each window, everything computed with float32 activations. The
-    reference engine stands in for a checkpoint, which is not run itself; it takes 4 bytes of memory a weight, and its
-    time. Exits with 1 if a tensor is further off than its format explains, or a window than the order of sums does.
+    same weights: it prints how far logits are apart in each window, and what a folder's vision tower makes of a drawn
+    picture, everything computed with float32 activations. The reference engine stands in for a checkpoint, which is not
+    run itself; it takes 4 bytes of memory a weight, and its time. Exits with 1 if a tensor is further off than its
+    format explains, or a window or the picture than the order of sums does.
 
     \b
     Examples:
@@ -56,31 +58,37 @@ def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json
         line = progress_line("tensors")
         with open_checkpoint(source, quantized=True) as opened:
             reports = compare_tensors(model, opened, lambda done, total: line(done, total, ""))
-        spans = None
+            blind = opened.vision is None
+        spans = seen = None
         if as_run:
             exact = all(report.error == 0 for report in reports)
             spans = agreement(model, source, exact, threads, progress_line("positions"))
+            seen = sight(model, threads)
     except KeyboardInterrupt:
         click.echo("\ncancelled", err=True)
         raise SystemExit(130) from None
     reports.sort(key=lambda report: (report.ok, -report.error))
     if as_json:
         logits = None if spans is None else [asdict(span) | {"ok": span.ok} for span in spans]
-        click.echo(json.dumps({"tensors": [_as_json(report) for report in reports], "logits": logits}, indent=2))
+        picture = None if seen is None else asdict(seen) | {"ok": seen.ok}
+        tensors = [_as_json(report) for report in reports]
+        click.echo(json.dumps({"tensors": tensors, "logits": logits, "picture": picture}, indent=2))
     else:
         _show_tensors(reports)
         if spans is not None:
             _show_spans(spans)
-    if (eye := _eye_of(model)) is not None:
+        if seen is not None:
+            _show_sight(seen)
+    if (eye := _eye_left(model, source if blind else None)) is not None:
         click.echo(f"note: {eye}", err=True)
-    if not all(found.ok for found in (*reports, *(spans or ()))):
+    if not all(found.ok for found in (*reports, *(spans or ()), *filter(None, [seen]))):
         raise SystemExit(1)
 
 
-def _eye_of(model: Path) -> str | None:
-    """What there is to say of the eye of a model that was compared."""
-    if (model / VISION).is_file():
-        return f"{model / VISION} was not compared"
+def _eye_left(model: Path, blind: Path | None) -> str | None:
+    """What there is to say of the eye of a model that was compared without it, with a source that may be `blind`."""
+    if blind is not None and (model / VISION).is_file():
+        return f"{model / VISION} was not compared: {blind} has no vision tower"
     beside = own_eye(model)
     return None if beside is None else f"{beside} was not compared: it is verified by itself"
 
@@ -113,3 +121,10 @@ def _show_spans(spans: Sequence[Span]) -> None:
     off = sum(not span.ok for span in spans)
     what = f"{off} off" if off else "all as expected"
     click.echo(f"{len(spans)} windows, {what}; a mean KLD of {spans[0].allowed:.0e} is allowed")
+
+
+def _show_sight(seen: Sight) -> None:
+    click.echo(
+        f"\na drawn picture: its {seen.rows} rows are up to {seen.difference:.1e} of their length apart; "
+        f"{seen.allowed:.0e} is allowed{'' if seen.ok else '  OFF'}"
+    )

@@ -40,8 +40,11 @@ class OnnxEye:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A tensor as float32 in its own shape."""
-        found = self.tensors[name]
-        return dequantize(found, self._read).reshape(found.shape)
+        return self.dequantize(name)
+
+    def dequantize(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """The same, or some rows of it, float32 (rows, inputs)."""
+        return dequantize(self.tensors[name], self._read, rows)
 
     def fingerprint(self) -> str:
         """Which eye this is: SHA-256 (hex) of its graph, of its config and of the first 4 KiB of each tensor."""

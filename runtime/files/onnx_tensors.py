@@ -9,6 +9,7 @@ integer times the scale of its block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,22 +91,20 @@ def _tensor(spec: TensorSpec, found: list[Initializer], name: Any) -> OnnxTensor
 
 def dequantize(tensor: OnnxTensor, read: Read, rows: slice | None = None) -> Floats:
     """The tensor as float32 in its own shape, or some rows of it, float32 (rows, inputs)."""
-    if len(tensor.shape) == 1:
-        whole = _floats(read(tensor.codes.name), tensor.codes)
-        return whole if rows is None else whole.reshape(1, -1)[rows]
-    start, stop, _ = (rows or slice(None)).indices(tensor.shape[0])
+    n, block = math.prod(tensor.shape[:-1]), tensor.block
+    start, stop, _ = (rows or slice(None)).indices(n)
     stop = max(start, stop)
-    n, block = tensor.shape[0], tensor.block
+    shape = tensor.shape if rows is None else (stop - start, tensor.shape[-1])
     codes = read(tensor.codes.name).reshape(n, -1)[start:stop]
     if tensor.scales is None:
-        return _floats(codes, tensor.codes)
+        return _floats(codes, tensor.codes).reshape(shape)
     raw = np.stack([codes & 15, codes >> 4], -1) if tensor.bits == 4 else codes
     numbers = raw.reshape(stop - start, -1, block).astype(np.float32) - np.float32(1 << (tensor.bits - 1))
     with np.errstate(
         over="ignore", invalid="ignore"
     ):  # any bytes may be there, and logits that are not finite are seen
         numbers *= _floats(read(tensor.scales.name).reshape(n, -1)[start:stop], tensor.scales)[..., None]
-    return numbers.reshape(stop - start, -1)
+    return numbers.reshape(shape)
 
 
 def _floats(raw: Raw, stored: Initializer) -> Floats:

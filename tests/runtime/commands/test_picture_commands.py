@@ -368,7 +368,7 @@ def test_an_eye_that_is_left_alone_is_told(shapes_of: Callable[..., Path], tmp_p
         assert model.eye is not None
 
 
-def test_an_eye_in_a_folder_is_told(seeing_onnx_of: Callable[..., Path]) -> None:
-    found = CliRunner().invoke(main, ["verify", str(seeing_onnx_of("shapes")), "--source", str(BUNDLED)])
+def test_an_eye_in_a_folder_is_told(seeing_onnx_of: Callable[..., Path], shapes_of: Callable[..., Path]) -> None:
+    found = CliRunner().invoke(main, ["verify", str(seeing_onnx_of("shapes")), "--source", str(shapes_of("f32"))])
     assert found.exit_code == 0, found.output
-    assert "vision.onnx was not compared" in found.stderr
+    assert f"vision.onnx was not compared: {shapes_of('f32')} has no vision tower" in found.stderr

@@ -9,38 +9,44 @@ from collections.abc import AsyncIterator, Sequence
 
 from ..text import chat
 from ..vision.image import Image
-from . import asks, tools
+from . import tools
 from .answers import Answer, parts_of, whole_of
+from .asks import Ask
+from .contents import picture_of, text_of
 from .fields import BadRequest, Fields
+from .forms import constraint_of
+from .functions import call_of, check_choice, functions_of
+from .limits import MOST_STOPS, MOST_TOKENS, sampling_of
 from .models import Served
 from .shapes import Json, event, new_id
+from .talks import Talk, seen_prompt
 
 
-async def messages_ask(fields: Fields, served: Served) -> asks.Ask:
+async def messages_ask(fields: Fields, served: Served) -> Ask:
     """What a message asks for."""
     talk = await asyncio.to_thread(talk_of, fields)
-    max_tokens = fields.whole("max_tokens", 1, asks.MOST_TOKENS)
+    max_tokens = fields.whole("max_tokens", 1, MOST_TOKENS)
     if max_tokens is None:
         raise fields.fail("max_tokens", "a whole number")
-    prompt, pictures = await asks.seen_prompt(served, talk)
-    return asks.Ask(
+    prompt, pictures = await seen_prompt(served, talk)
+    return Ask(
         prompt=prompt,
         pictures=pictures,
-        sampling=asks.sampling_of(fields, served),
+        sampling=sampling_of(fields, served),
         max_tokens=max_tokens,
-        stop=fields.texts("stop_sequences", asks.MOST_STOPS),
-        constraint=await asks.constraint_of(served, talk),
+        stop=fields.texts("stop_sequences", MOST_STOPS),
+        constraint=await constraint_of(served, talk),
         talk=talk,
     )
 
 
-def talk_of(fields: Fields) -> asks.Talk:
+def talk_of(fields: Fields) -> Talk:
     described = fields.objects("tools")
     for tool in described:
         if "input_schema" not in tool:
             raise tool.fail("input_schema", "a JSON schema, an object")
-    functions = asks.functions_of(described, "input_schema")
-    messages = [chat.Message("system", asks.text_of(fields, "system"))] if "system" in fields else []
+    functions = functions_of(described, "input_schema")
+    messages = [chat.Message("system", text_of(fields, "system"))] if "system" in fields else []
     names: dict[str, str] = {}
     for entry in fields.objects("messages"):
         role = entry.choice("role", ("user", "assistant"))
@@ -53,10 +59,10 @@ def talk_of(fields: Fields) -> asks.Talk:
     kind = choice.choice("type", ("auto", "any", "tool", "none")) if choice else "auto"
     wanted = {"any": "required", "none": "none", "tool": f"call {choice.text('name') if choice else ''}"}
     parallel = not (choice and choice.flag("disable_parallel_tool_use"))
-    choice_of = asks.check_choice(wanted.get(kind or "", "auto"), functions)
+    choice_of = check_choice(wanted.get(kind or "", "auto"), functions)
     output = fields.object("output_config")
     form = output.object("format") if output is not None else fields.object("output_format")
-    return asks.Talk(messages, functions, choice_of, parallel, form)
+    return Talk(messages, functions, choice_of, parallel, form)
 
 
 def _content(entry: Fields, names: dict[str, str]) -> chat.Content:
@@ -79,8 +85,8 @@ def _content(entry: Fields, names: dict[str, str]) -> chat.Content:
             names[block.text("id", "") or ""] = name
             calls.append(tools.Call(name, json.dumps(block.get("input") or {}, ensure_ascii=False)))
         elif kind == "tool_result":
-            name = asks.call_of(block, "tool_use_id", names)
-            parts.append(tools.told_result(name, asks.text_of(block, "content", optional=True)))
+            name = call_of(block, "tool_use_id", names)
+            parts.append(tools.told_result(name, text_of(block, "content", optional=True)))
         elif kind not in ("thinking", "redacted_thinking"):  # of earlier turns: Anthropic does not read them either
             what = "this model reads texts and pictures"
             raise BadRequest(f"content: found a block of the type {kind!r:.60}: {what}", "content")
@@ -95,7 +101,7 @@ def _picture(block: Fields) -> Image:
     if source is None or source.text("type") != "base64":
         raise block.fail("source", "an object of the type base64: nothing is fetched from elsewhere")
     kind, data = source.text("media_type", "image/png"), source.text("data", "")
-    return asks.picture_of(f"data:{kind};base64,{data}", f"{block.path}.source")
+    return picture_of(f"data:{kind};base64,{data}", f"{block.path}.source")
 
 
 def _reason(answer: Answer, called: bool) -> tuple[str, str | None]:

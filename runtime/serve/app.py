@@ -19,12 +19,15 @@ from starlette.routing import Route
 
 from ..errors import BezelError, InvalidRequest
 from ..version import bezel_version
-from . import anthropic, asks, openai, responses
+from . import anthropic, openai, responses
 from .answers import Answer
+from .asks import Ask, start
+from .completions import completion_asks
 from .fields import BadRequest, Fields
 from .guard import Guard, problem
 from .models import Models, Served
 from .shapes import Json, dumps, error_of, told, told_in_stream
+from .talks import check_length, prompt_of
 from .web import page_routes
 
 _PING_SECONDS = 15  # without a word a stream sends a comment, so that nobody takes it for dead
@@ -75,7 +78,7 @@ class Server:
 
     async def completions(self, request: Request) -> Response:
         fields, served = await self._read(request)
-        found = await asks.completion_asks(fields, served)
+        found = await completion_asks(fields, served)
         form = openai.Form(served, fields, is_chat=False)
         return await self._answer(request, fields.flag("stream"), served, found, form)
 
@@ -96,7 +99,7 @@ class Server:
     async def count_tokens(self, request: Request) -> Response:
         fields, served = await self._read(request)
         talk = await asyncio.to_thread(anthropic.talk_of, fields)
-        ids = await asyncio.to_thread(asks.prompt_of, served, talk)
+        ids = await asyncio.to_thread(prompt_of, served, talk)
         return JSONResponse({"input_tokens": len(ids)})
 
     async def _read(self, request: Request) -> tuple[Fields, Served]:
@@ -108,7 +111,7 @@ class Server:
         request: Request,
         streamed: bool,
         served: Served,
-        found: Sequence[asks.Ask],
+        found: Sequence[Ask],
         form: Form,
         done: bool = True,
     ) -> Response:
@@ -117,14 +120,14 @@ class Server:
             return events(request.url.path, answers, form.parts(answers), done)
         return JSONResponse(await attended(request, answers, form.whole(answers)))
 
-    def _start(self, served: Served, found: Sequence[asks.Ask]) -> list[Answer]:
+    def _start(self, served: Served, found: Sequence[Ask]) -> list[Answer]:
         begun = sum(served.scheduler.load)
         if begun >= self._most_begun:
             raise BadRequest(f"{begun} answers are being written or wait already; try again later", status=503)
         answers: list[Answer] = []
         try:
             for ask in found:
-                answers += asks.start(served, ask)
+                answers += start(served, ask)
         except BaseException:
             for answer in answers:
                 answer.cancel()
@@ -141,7 +144,7 @@ class Server:
         tokenizer, text = served.model.tokenizer, fields.text("content")
         if text is None:
             raise fields.fail("content", "a text")
-        asks.check_length(served, [text], "content")
+        check_length(served, [text], "content")
         ids = await asyncio.to_thread(tokenizer.encode, text, fields.flag("add_special"))
         if fields.flag("with_pieces"):
             return JSONResponse({"tokens": [{"id": i, "piece": tokenizer.piece(i)} for i in ids]})

@@ -9,39 +9,45 @@ from collections.abc import AsyncIterator, Sequence
 from ..text import chat
 from ..text.generation import Chance
 from ..text.tokenizer import Tokenizer
-from . import asks, tools
+from . import tools
 from .answers import Answer, together, whole_of
+from .asks import Ask
+from .contents import content_of, text_of
 from .fields import BadRequest, Fields
+from .forms import constraint_of
+from .functions import call_of, check_choice, functions_of, json_text
+from .limits import MOST_LOGPROBS, MOST_TOKENS, limits_of, sampling_of
 from .models import Served
 from .shapes import Json, new_id
+from .talks import Talk, seen_prompt
 
 
-async def chat_ask(fields: Fields, served: Served) -> asks.Ask:
+async def chat_ask(fields: Fields, served: Served) -> Ask:
     """What a chat completion asks for."""
     for name in ("functions", "function_call"):
         if name in fields:
             raise BadRequest(f"{name}: is of an older API: describe functions in tools", name)
-    functions = asks.functions_of([_function(tool) for tool in fields.objects("tools")])
-    talk = asks.Talk(
+    functions = functions_of([_function(tool) for tool in fields.objects("tools")])
+    talk = Talk(
         await asyncio.to_thread(_messages, fields.objects("messages")),
         functions,
-        asks.check_choice(_choice(fields), functions),
+        check_choice(_choice(fields), functions),
         parallel=fields.get("parallel_tool_calls") is not False,
         form=fields.object("response_format"),
     )
-    limits = asks.limits_of(fields)
+    limits = limits_of(fields)
     if "max_completion_tokens" in fields:
-        limits["max_tokens"] = fields.whole("max_completion_tokens", 0, asks.MOST_TOKENS)
-    top, wanted = fields.whole("top_logprobs", 0, asks.MOST_LOGPROBS), fields.flag("logprobs")
+        limits["max_tokens"] = fields.whole("max_completion_tokens", 0, MOST_TOKENS)
+    top, wanted = fields.whole("top_logprobs", 0, MOST_LOGPROBS), fields.flag("logprobs")
     if top is not None and not wanted:
         raise BadRequest("top_logprobs: needs logprobs to be true", "top_logprobs")
-    prompt, pictures = await asks.seen_prompt(served, talk)
-    return asks.Ask(
+    prompt, pictures = await seen_prompt(served, talk)
+    return Ask(
         prompt=prompt,
         pictures=pictures,
-        sampling=asks.sampling_of(fields, served),
+        sampling=sampling_of(fields, served),
         logprobs=(top or 0) if wanted else None,
-        constraint=await asks.constraint_of(served, talk),
+        constraint=await constraint_of(served, talk),
         talk=talk,
         **limits,
     )
@@ -75,19 +81,19 @@ def _messages(entries: Sequence[Fields]) -> list[chat.Message]:
         if role is None:
             raise entry.fail("role", "system, developer, user, assistant or tool")
         if role == "user":
-            found.append(chat.Message(role, asks.content_of(entry, "content")))
+            found.append(chat.Message(role, content_of(entry, "content")))
             continue
-        text = asks.text_of(entry, "content", optional=role == "assistant")
+        text = text_of(entry, "content", optional=role == "assistant")
         if role == "assistant":
             calls = []
             for call in entry.objects("tool_calls"):
                 function = _function(call)
                 name, arguments = function.text("name", "") or "", function.text("arguments", "{}") or "{}"
                 names[call.text("id", "") or ""] = name
-                calls.append(tools.Call(name, asks.json_text(function, "arguments", arguments)))
+                calls.append(tools.Call(name, json_text(function, "arguments", arguments)))
             text = tools.told_calls(calls) if calls else text
         elif role == "tool":
-            text = tools.told_result(asks.call_of(entry, "tool_call_id", names), text)
+            text = tools.told_result(call_of(entry, "tool_call_id", names), text)
         found.append(chat.Message({"assistant": "model", "tool": "user"}.get(role, "system"), text))
     return found
 

@@ -7,39 +7,45 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from ..text import chat
-from . import asks, tools
+from . import tools
 from .answers import Answer, parts_of, whole_of
+from .asks import Ask
+from .contents import content_of, text_of
 from .fields import BadRequest, Fields
+from .forms import constraint_of
+from .functions import call_of, check_choice, functions_of, json_text
+from .limits import MOST_STOPS, MOST_TOKENS, sampling_of
 from .models import Served
 from .shapes import Json, event, new_id
+from .talks import Talk, seen_prompt
 
 
-async def responses_ask(fields: Fields, served: Served) -> asks.Ask:
+async def responses_ask(fields: Fields, served: Served) -> Ask:
     """What a response asks for."""
     for name in ("previous_response_id", "conversation"):
         if name in fields:
             raise BadRequest(f"{name}: nothing of earlier responses is kept: send the whole conversation", name)
-    include = fields.texts("include", asks.MOST_STOPS)
+    include = fields.texts("include", MOST_STOPS)
     if fields.get("top_logprobs") or "message.output_text.logprobs" in include:
         raise BadRequest("logprobs: only /v1/chat/completions and /v1/completions tell them", "include")
     if fields.flag("background"):
         raise BadRequest("background: nothing of responses is kept: ask without it, or stream", "background")
-    functions = asks.functions_of([tool for tool in fields.objects("tools") if _is_function(tool)])
+    functions = functions_of([tool for tool in fields.objects("tools") if _is_function(tool)])
     text = fields.object("text")
-    talk = asks.Talk(
+    talk = Talk(
         await asyncio.to_thread(_messages, fields),
         functions,
-        asks.check_choice(_choice(fields), functions),
+        check_choice(_choice(fields), functions),
         parallel=fields.get("parallel_tool_calls") is not False,
         form=text.object("format") if text is not None else None,
     )
-    prompt, pictures = await asks.seen_prompt(served, talk)
-    return asks.Ask(
+    prompt, pictures = await seen_prompt(served, talk)
+    return Ask(
         prompt=prompt,
         pictures=pictures,
-        sampling=asks.sampling_of(fields, served),
-        max_tokens=fields.whole("max_output_tokens", 1, asks.MOST_TOKENS),
-        constraint=await asks.constraint_of(served, talk),
+        sampling=sampling_of(fields, served),
+        max_tokens=fields.whole("max_output_tokens", 1, MOST_TOKENS),
+        constraint=await constraint_of(served, talk),
         talk=talk,
     )
 
@@ -73,16 +79,16 @@ def _messages(fields: Fields) -> list[chat.Message]:
         if kind == "message":
             role = item.choice("role", ("system", "developer", "user", "assistant")) or "user"
             role = {"developer": "system", "assistant": "model"}.get(role, role)
-            told = asks.content_of if role == "user" else asks.text_of
+            told = content_of if role == "user" else text_of
             found.append(chat.Message(role, told(item, "content")))
         elif kind == "function_call":
             name = item.text("name", "") or ""
             names[item.text("call_id", "") or ""] = name
-            arguments = asks.json_text(item, "arguments", item.text("arguments", "{}") or "{}")
+            arguments = json_text(item, "arguments", item.text("arguments", "{}") or "{}")
             found.append(chat.Message("model", tools.told_calls([tools.Call(name, arguments)])))
         elif kind == "function_call_output":
-            name = asks.call_of(item, "call_id", names)
-            found.append(chat.Message("user", tools.told_result(name, asks.text_of(item, "output"))))
+            name = call_of(item, "call_id", names)
+            found.append(chat.Message("user", tools.told_result(name, text_of(item, "output"))))
         elif kind != "reasoning":
             raise BadRequest(f"input: found an item of the type {kind!r:.60}", "input")
     return found

@@ -16,7 +16,7 @@ from bezel.bench import PICTURES
 from bezel.runtime import Message, Model, load
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest
-from bezel.runtime.serve.asks import _part
+from bezel.runtime.serve.contents import _part
 from bezel.runtime.serve.fields import Fields
 from bezel.runtime.text import chat
 from bezel.runtime.vision.eye import Eye, Picture, Scanned

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -148,33 +149,51 @@ def run(
       bezel run gemma-3-4b-it.gguf "What is this?" --image cat.jpg
       bezel run gemma-3-4b-it.gguf "First {}, then {}: what changed?" --image before.png --image after.png
     """
-    from ..text.chat import Message
+    text = _prompt(words, prompt, prompt_file)
+    loaded = load_model(model, options)
+    ids = _prompt_ids(loaded, text, images, raw, options)
+    show_prompt(loaded, ids, options)
+    form = _form(loaded, json_schema, regex)
+    answer = _answer(loaded, ids, form, stop, options, silent=as_json)
+    if as_json:
+        click.echo(json.dumps(asdict(answer), ensure_ascii=False))
+    elif form and answer.finish == "length":
+        note(f"cut off after {answer.tokens} tokens, before the form was complete: --max-tokens or --context")
+    if answer.finish == "cancelled":
+        raise SystemExit(130)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What `--json` prints."""
+
+    text: str
+    finish: str | None
+    prompt_tokens: int
+    tokens: int
+    seconds_to_first_token: float
+    seconds: float
+
+
+def _answer(
+    model: Model, ids: list[int], form: Grammar | None, stop: tuple[str, ...], options: dict[str, Any], silent: bool
+) -> _Answer:
+    """Answer a prompt, and unless `silent` print the answer as it is written."""
     from ..text.conversation import keep_prompt
     from ..text.generation import Generation
 
-    text = _prompt(words, prompt, prompt_file)
-    loaded = load_model(model, options)
-    system = options["system"]
-    if system and (raw or not loaded.is_chat_model):
-        raise InvalidRequest("--system needs a chat, and this is plain text; put it into the prompt")
-    content = _with_images(text, images, options["pan_and_scan"])
-    messages = [Message("system", system), Message("user", content)] if system else content
-    ids = loaded.prompt_ids(messages, raw or None)
-    show_prompt(loaded, ids, options)
-
-    form = _form(loaded, json_schema, regex)
-    session = loaded.session()
-    make_room = keep_prompt(len(ids), loaded, note) if options["on_full"] == "slide" else None
+    session = model.session()
+    make_room = keep_prompt(len(ids), model, note) if options["on_full"] == "slide" else None
     started, first, pieces = time.perf_counter(), None, []
     try:
-        look_at_pictures(loaded, ids)
+        look_at_pictures(model, ids)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     with interruptible(session, len(ids)) as cancel:
         generation = Generation(
             session,
             ids,
-            sampling_of(loaded, options),
+            sampling_of(model, options),
             max_tokens=options["max_tokens"],
             stop=stop,
             make_room=make_room,
@@ -185,26 +204,31 @@ def run(
             for piece in generation:
                 first = first or time.perf_counter()
                 pieces.append(piece)
-                if not as_json:
+                if not silent:
                     click.echo(piece, nl=False)
         finally:
-            if not as_json:
+            if not silent:
                 click.echo()
-    if as_json:
-        ended = time.perf_counter()
-        figures = {
-            "text": "".join(pieces),
-            "finish": generation.finish,
-            "prompt_tokens": len(ids),
-            "tokens": len(generation.ids),
-            "seconds_to_first_token": (first or ended) - started,
-            "seconds": ended - started,
-        }
-        click.echo(json.dumps(figures, ensure_ascii=False))
-    elif form and generation.finish == "length":
-        note(f"cut off after {len(generation.ids)} tokens, before the form was complete: --max-tokens or --context")
-    if generation.finish == "cancelled":
-        raise SystemExit(130)
+    ended = time.perf_counter()
+    return _Answer(
+        text="".join(pieces),
+        finish=generation.finish,
+        prompt_tokens=len(ids),
+        tokens=len(generation.ids),
+        seconds_to_first_token=(first or ended) - started,
+        seconds=ended - started,
+    )
+
+
+def _prompt_ids(model: Model, text: str, images: tuple[Path, ...], raw: bool, options: dict[str, Any]) -> list[int]:
+    """What the model sees of a prompt, its pictures and the system text."""
+    from ..text.chat import Message
+
+    system = options["system"]
+    if system and (raw or not model.is_chat_model):
+        raise InvalidRequest("--system needs a chat, and this is plain text; put it into the prompt")
+    content = _with_images(text, images, options["pan_and_scan"])
+    return model.prompt_ids([Message("system", system), Message("user", content)] if system else content, raw or None)
 
 
 def _form(model: Model, schema: Path | None, regex: str | None) -> Grammar | None:

@@ -19,10 +19,11 @@ from ...runtime.text.sampling import read_sampling
 from ...runtime.text.tokenizer import END_OF_TURN, START_OF_TURN
 from ..summary import ExportSummary
 from .companions import stop_ids
+from .earlier import check_target
 from .npm import PACKAGES, package_files
 from .source import OnnxSource
 from .weights import Storage
-from .writer import check_target, export_onnx, graph_of, storages, write_files
+from .writer import export_onnx, graph_of, storages, write_files
 
 _CHAT_PAGE = "bezel.runtime.serve"
 _NO_FETCHING = (

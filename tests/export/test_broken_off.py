@@ -46,9 +46,9 @@ main(arguments)
 """
 # In the middle of the weights; with those on the disk; with a page around the model.
 PLACES = {
-    "transformers, weights": ("transformers", "writer", "_converted"),
-    "transformers, end": ("transformers", "writer", "_write_data"),
-    "web, weights": ("web", "writer", "_converted"),
+    "transformers, weights": ("transformers", "external_data", "_converted"),
+    "transformers, end": ("transformers", "writer", "write_data"),
+    "web, weights": ("web", "external_data", "_converted"),
     "web, page": ("web", "page_writer", "write_files"),
 }
 

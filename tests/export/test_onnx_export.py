@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from bezel.export.onnx import external_data
 from bezel.export.onnx import writer as onnx_writer
 from bezel.export.onnx.export import export_folder
 from bezel.export.onnx.graph import build_model
@@ -274,7 +275,7 @@ def test_another_target_takes_the_place_of_one_and_says_so(tmp_path: Path) -> No
 
 
 def test_large_tensors_can_be_mapped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(onnx_writer, "_SMALL", 1 << 14)
+    monkeypatch.setattr(external_data, "_SMALL", 1 << 14)
     with OnnxFolder(write(DEMO, tmp_path / "out", "int8")) as folder:
         places = sorted((t.offset, t.nbytes) for t in folder.initializers.values() if t.location)
     assert all(offset % (1 << 16 if size >= 1 << 14 else 64) == 0 for offset, size in places)

@@ -14,7 +14,16 @@ import sentencepiece
 from bezel.runtime.errors import InvalidCheckpoint, InvalidModelFile, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.files.strings import Strings
-from bezel.runtime.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
+from bezel.runtime.text.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Tokenizer,
+    Vocabulary,
+    _read_piece,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import DEMO, TEXT
@@ -404,3 +413,20 @@ def test_a_model_file_with_other_options(tmp_path: Path, options: dict[str, Any]
     path.write_bytes(train(options))
     with pytest.raises(InvalidCheckpoint, match=message):
         Vocabulary.from_model_file(path)
+
+
+def test_pieces_are_read_alike_however_they_are_written() -> None:
+    """What is usual is read in one go, anything else field by field: the same of both, and no cut one passes."""
+    text, score, kind = b"\n\x03abc", b"\x15\x00\x00\x80\xc0", b"\x18\x06"
+    other, long, far = b"\x22\x00", b"\n\x80\x01" + b"x" * 128, b"\x18\x80\x01"
+    written = [text + score + kind, text + score, score + kind + text, text + kind, text + score + kind + other, b""]
+    written += [text + score + kind + b"\x18\x03", long + score + kind, text + score + far, b"\n\x00" + score]
+    found = [_read_piece(message) for message in written]
+    assert found[0] == found[2] == found[4] == ("abc", -4.0, 6)
+    assert found[1] == ("abc", -4.0, NORMAL)
+    assert found[3] == ("abc", 0.0, 6)
+    assert found[5:7] == [("", 0.0, NORMAL), ("abc", -4.0, 3)]
+    assert found[7:] == [("x" * 128, -4.0, 6), ("abc", -4.0, 128), ("", -4.0, NORMAL)]
+    for end in set(range(len(text + score + kind))) - {0, len(text), len(text + score)}:
+        with pytest.raises(ValueError, match="byte"):
+            _read_piece((text + score + kind)[:end])

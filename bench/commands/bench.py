@@ -172,7 +172,7 @@ def _measure(
     for name, options in settings.items():
         starts[name] = partial(Worker, str(vs), model=str(peer_model or path), **options, **common)
     progress("reading the file")
-    probes = machine.Machine(_largest_file(Path(path)), threads)
+    probes = machine.Machine(machine.largest_file(Path(path)), threads)
     samples = Race(starts, context, probe=probes.probe, progress=progress).run(repeats)
     peaks = {name: median(values) for name, values in probes.samples.items()}
     bandwidth = max(peaks["memory_read_bytes_per_s"], peaks["file_read_bytes_per_s"])
@@ -185,11 +185,6 @@ def _measure(
             "compared": comparisons(samples["bezel"], {s: samples[s] for s in settings}),
         }
     return result
-
-
-def _largest_file(path: Path) -> Path:
-    """The file that a model's weights are read from."""
-    return max(path.iterdir(), key=lambda file: file.stat().st_size) if path.is_dir() else path
 
 
 def _profile(facts: dict[str, Any], as_json: bool, progress: Callable[[str], None]) -> None:

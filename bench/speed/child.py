@@ -1,6 +1,6 @@
-"""The process that holds one model in one program, and does what it is told by lines of JSON.
+"""The process that holds one model in one program, and answers what it is told with lines of JSON.
 
-`python -m bezel.bench.speed.child PROGRAM OPTIONS`; `worker.Worker` is the other end.
+`python -m bezel.bench.speed.child PROGRAM OPTIONS`; `worker.Worker` is the other end. `rings.mjs` is the same in Node.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from ...runtime.errors import BezelError
-from .peers import RUNNERS
+from .graphs import GRAPH_MODULES, GRAPH_RUNNERS
+from .peers import MODULES, RUNNERS
 from .runner import BezelRunner, Runner
 
-_PROGRAMS: dict[str, Callable[..., Runner]] = {"bezel": BezelRunner, **RUNNERS}
+_PROGRAMS: dict[str, Callable[..., Runner]] = {"bezel": BezelRunner, **RUNNERS, **GRAPH_RUNNERS}
+_MODULES = {"bezel": "onnxruntime", **MODULES, **GRAPH_MODULES}
 
 
 def process_memory() -> dict[str, int | None]:
@@ -75,13 +79,18 @@ def _main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, and it kills this process
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not look like an answer
+    program, options = sys.argv[1], json.loads(sys.argv[2])
+    with suppress(ImportError):  # the runner says what is missing
+        import_module(_MODULES[program])  # which is no part of opening the model
     runner: Runner | None = None
     for line in sys.stdin:
         what, n = line.split()
         try:
+            start = time.perf_counter()
             if runner is None:
-                runner = _PROGRAMS[sys.argv[1]](**json.loads(sys.argv[2]))
-            answer = _answer(runner, what, int(n))
+                runner = _PROGRAMS[program](**options)
+            opened = {"seconds": time.perf_counter() - start}
+            answer = opened if what == "open" else _answer(runner, what, int(n))
         except Exception as error:
             known = isinstance(error, BezelError)
             answer = {"error": str(error) if known else f"{type(error).__name__}: {error}"}

@@ -57,6 +57,13 @@ class Machine:
             samples.append(value)
 
 
+def largest_file(model: Path) -> Path:
+    """The file that a model's weights are read from."""
+    if not model.is_dir():
+        return model
+    return max((file for file in model.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
 def describe() -> dict[str, Any]:
     """Processor, system and versions, for the record."""
     return {

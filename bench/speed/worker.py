@@ -10,27 +10,38 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from .runner import NotMeasured
 
 
-class Worker:
-    """A process with a runner for `program` ("bezel" or a peer), made with `options`.
+def in_python(python: str) -> list[str]:
+    """What starts a child in an environment that has bezel, by the path of its Python."""
+    return [python, "-m", f"{__package__}.child"]
 
-    Every method raises NotMeasured when the process failed. Times are seconds, taken inside the process.
+
+class Worker:
+    """A process with a runner for `program` ("bezel" or another), made with `options`.
+
+    `command` starts one; by default the module `child` in this Python. Every method raises NotMeasured when the process
+    failed. Times are seconds, taken inside the process.
     """
 
-    def __init__(self, program: str, **options: Any) -> None:
+    def __init__(self, program: str, command: Sequence[str] = (), /, **options: Any) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.child", program, json.dumps(options)],
+            [*(command or in_python(sys.executable)), program, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
+
+    def open(self) -> float:
+        """Open the model, which otherwise the first method does that needs it; without the imports before."""
+        return float(self._ask("open")["seconds"])
 
     def prefill(self, n: int) -> float:
         """Take n more tokens."""

@@ -33,15 +33,20 @@ import numpy as np
 from bezel.bench.speed.graphs import GRAPH_RUNNERS
 runtime, folder, ids, out = sys.argv[1:]
 ids = json.loads(ids)
+if runtime == "openvino":  # which computes in bfloat16 where the processor has it
+    import openvino
+    compiled, exact = openvino.Core.compile_model, {"INFERENCE_PRECISION_HINT": "f32"}
+    openvino.Core.compile_model = lambda core, graph, device, config: compiled(core, graph, device, config | exact)
 runner = GRAPH_RUNNERS[runtime](folder, len(ids), 1)
 runner.prefill(ids[:50])
 runner.reset()
-runner.prefill(ids[:-3])
+runner.prefill(ids[:-6])
 for token in (5, 6, 7):
     runner.step(token)
 runner.rewind(3)
-for token in ids[-3:]:
+for token in ids[-6:-3]:
     runner.step(token)
+runner.prefill(ids[-3:])
 np.save(out, runner.logits)
 """
 
@@ -72,7 +77,8 @@ def test_each_is_fed_right(runtime: str, target: str, onnx_of: OnnxOf, tmp_path:
     folder, out = onnx_of("demo", "f32", target), tmp_path / "logits.npy"
     subprocess.run([python, "-c", FEED, runtime, folder, json.dumps(IDS), out], check=True)
     expected = load(folder, engine="reference", kv="f32").logits(IDS)[-1]
-    assert np.abs(np.load(out) - expected).max() < TOLERANCE
+    # Rounding makes 1e-5, a ring with a slot too few 2e-4: only the first row of a chunk misses a position then.
+    assert np.abs(np.load(out) - expected).max() < TOLERANCE / 4
 
 
 class Fake:

@@ -58,7 +58,10 @@ def take(worker: Worker) -> Figures:
 def measure(
     starts: Mapping[str, Callable[[], Worker]], rounds: int, between: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Medians of each model, or why there are none. `between` is called with a line to show before each is opened."""
+    """Medians of each model and what they are made of, or why there are none.
+
+    `between` is called with a line to show before each is opened.
+    """
     taken: dict[str, list[Figures]] = {name: [] for name in starts}
     runs: dict[str, dict[str, Any]] = {name: {} for name in starts}
     for turn in range(rounds):
@@ -73,6 +76,7 @@ def measure(
     for name, run in runs.items():
         if "not_measured" not in run:
             run |= {figure: median(found[figure] for found in taken[name]) for figure in taken[name][0]}
+            run["each_round"] = taken[name]
     return runs
 
 

@@ -43,7 +43,7 @@ def workers() -> Iterator[Any]:
 
 @pytest.fixture
 def cluster(workers: Any) -> Iterator[Cluster]:
-    workers.wait_for_workers(2)
+    workers.wait_for_workers(2, timeout=120)  # where a nanny was too slow to start one again, it never comes
     with Cluster(workers.scheduler_address, warn) as cluster:
         yield cluster
 
@@ -161,7 +161,7 @@ def test_what_a_killed_worker_had_is_done_by_another(workers: Any, cluster: Clus
     found |= dict(results)
     assert found == {f"item {i}": i * i for i in range(6)}
     assert len(work.begun()[item]) == 2
-    workers.wait_for_workers(2)
+    workers.wait_for_workers(2, timeout=120)  # where a nanny was too slow to start one again, it never comes
 
 
 def test_a_measurement_outlives_a_worker(run: Callable[..., Measurement], cluster: Cluster, tmp_path: Path) -> None:

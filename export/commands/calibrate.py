@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ...runtime.commands.model_path import MODEL
-from ...runtime.errors import InvalidRequest
+from ...runtime.files.atomic import check_new
 from .progress import progress_bar
 
 
@@ -41,8 +41,7 @@ def calibrate(checkpoint: Path, text: Path, tokens: int | None, out: Path, force
     from ..calibration.moments import read_text
     from ..sources.opening import open_checkpoint
 
-    if out.exists() and not force:
-        raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+    check_new(out, force)
     with open_checkpoint(checkpoint) as source, progress_bar(out.name) as progress:
         try:
             origin = gather(source, read_text(source, text, tokens), out, progress)

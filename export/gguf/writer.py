@@ -20,7 +20,7 @@ from ...quant.formats import F32, FORMATS, Q4_0, Format
 from ...quant.recipes import PRESETS, Choice, Recipe
 from ...runtime.cache.store import LARGEST_HEAD
 from ...runtime.errors import InvalidRequest
-from ...runtime.files.atomic import atomic, check_output
+from ...runtime.files.atomic import atomic, check_new, check_output
 from ...runtime.files.models import size_text
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.families import FAMILIES
@@ -255,8 +255,7 @@ def check_target(source: TensorSource, out: Path, force: bool) -> None:
     check_output(out)
     if out.exists() and any(out.samefile(file) for file in source.files):
         raise InvalidRequest(f"{out}: is part of the checkpoint that is exported; choose another name")
-    if out.exists() and not force:
-        raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+    check_new(out, force)
     if out.exists() and out.stat().st_size and not _is_gguf(out):
         raise InvalidRequest(f"{out}: is no GGUF file, which alone --force replaces; choose another name")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ...runtime.errors import InvalidRequest
+from ...runtime.files.atomic import check_new
 from ...runtime.files.onnx_folder import MANIFEST
 from .source import OnnxSource
 
@@ -30,8 +31,7 @@ def check_target(source: OnnxSource, out: Path, target: str, force: bool) -> lis
     foreign = sorted(name for path in out.rglob("*") if (name := path.relative_to(out).as_posix()) not in ours)
     if foreign:
         raise InvalidRequest(f"{out}: holds {foreign[0]!r}, which no export wrote; move it, or choose another name")
-    if not force:
-        raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+    check_new(out, force)
     if before in (target, None):
         return []
     return [f"{out}: held an export for the target {str(before)[:40]}, whose place one for {target} has taken"]

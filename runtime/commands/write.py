@@ -8,8 +8,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import InvalidRequest
-from ..files.atomic import atomic
+from ..files.atomic import atomic, check_new
 from .model_path import MODEL
 
 
@@ -35,8 +34,7 @@ def write(model: Path, out: Path, tokens: int, seed: int, threads: int | None, f
     from ..api import load
     from ..unprompted import unprompted
 
-    if out.exists() and not force:
-        raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+    check_new(out, force)
     shown = click.progressbar(length=tokens, label=out.name, file=sys.stderr) if sys.stderr.isatty() else nullcontext()
     try:
         with load(model, threads=threads) as opened, atomic(out) as file, shown as bar:

@@ -85,6 +85,12 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_new(out: Path, force: bool) -> None:
+    """Raises InvalidRequest for what is there already, unless it is to be replaced by `force`."""
+    if out.exists() and not force:
+        raise InvalidRequest(f"{out}: exists already; choose another name, or replace it with --force")
+
+
 def check_output(out: Path, replaces: Callable[[Path], bool] = lambda _: True) -> Path:
     """The path that writing to `out` changes, behind all links. Raises InvalidRequest where that is to be refused."""
     out = Path(os.path.realpath(out))

@@ -80,7 +80,7 @@ class Tuned:
     ) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
         rates = rates_for(checkpoint)
-        return {**begun, "tuning": 3, "steps": steps, "tuning_tokens": text.tokens, "rates": rates, "batch": BATCH}
+        return {**begun, "tuning": 4, "steps": steps, "tuning_tokens": text.tokens, "rates": rates, "batch": BATCH}
 
     @staticmethod
     def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ...export.sources.checkpoint import Checkpoint
 from ...export.sources.opening import open_checkpoint
-from ...export.tuning.torch_model import TorchOps, hidden_of
-from ...export.tuning.tuned import exact_weights
+from ...export.tuning.targets import exact_weights
+from ...export.tuning.torch_model import TorchOps, hidden_of, in_memory
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.memory import available_memory
-from ...runtime.model.forward import head_of, logits
+from ...runtime.model.forward import Weights, head_of, logits
 from ...runtime.text.tokenizer import NORMAL, SPACE, Tokenizer
 from ...runtime.version import bezel_version
 from ..loss.intervals import FEW_UNITS, Bootstrap, Interval
@@ -190,7 +190,8 @@ class _Model:
     def __init__(self, spec: Spec) -> None:
         with open_checkpoint(spec.path, quantized=True) as checkpoint:
             _check_memory(checkpoint)
-            self.config, self.weights = checkpoint.config, exact_weights(checkpoint)
+            self.config, weights = checkpoint.config, exact_weights(checkpoint)
+            self.weights = Weights(in_memory(weights.shared), [in_memory(layer) for layer in weights.layers])
         self.embedding: Tensor = self.weights.shared["token_embd"]
 
     def embed(self, ids: Tensor) -> Tensor:

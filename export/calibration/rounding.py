@@ -57,12 +57,14 @@ def export_calibrated(
     force: bool = False,
     tokens: int | None = None,
     tune_steps: int = 0,
+    tune_codes: bool = True,
 ) -> ExportSummary:
     """As `export_gguf`, with matrices rounded for a `calibration`: a text, or a file that `calibrate` wrote.
 
     A text, of which `tokens` are used or `default_tokens`, takes longest and serves best; broken off, the same call
     goes on from the last whole layer. `tune_steps` of tuning follow, on as much of the text as they go through, which
-    takes the extra `tune`. Raises InvalidRequest for a calibration that does not fit, too.
+    takes the extra `tune`; without `tune_codes` scales and norms are all that they move. Raises InvalidRequest for a
+    calibration that does not fit, too.
     """
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
@@ -90,8 +92,8 @@ def export_calibrated(
     part = _Parts(progress, Tuned.products(checkpoint, more, tune_steps))
     with work_on(out, key) as kept:
         sequential = Sequential(checkpoint, text, formats, kept, part.first)
-        beside = kept.beside(Tuned.key(checkpoint, key, tune_steps, more))
-        tuned = Tuned(checkpoint, sequential, more, formats, beside, tune_steps, part.second)
+        beside = kept.beside(Tuned.key(checkpoint, key, tune_steps, tune_codes, more))
+        tuned = Tuned(checkpoint, sequential, more, formats, beside, tune_steps, tune_codes, part.second)
         summary = export_gguf(checkpoint, out, recipe, None, None, force, tuned)
     before, after = tuned.divergence
     if after < before:

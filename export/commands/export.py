@@ -64,6 +64,7 @@ class _Options:
     calibration_images: Path | None
     calibration_tokens: int | None
     tune: bool
+    tune_scales: bool
     tune_steps: int | None
     runtime: str | None
     kv: str | None
@@ -102,10 +103,11 @@ class _Options:
                 "--calibration-tokens goes with --calibration and --format gguf.",
             ),
             (
-                self.tune and (onnx or not self.calibration),
+                self.tuned and (onnx or not self.calibration),
                 "--tune goes with --calibration TEXT and --format gguf; for ONNX, export the GGUF file that was tuned.",
             ),
-            (self.tune_steps and not self.tune, "--tune-steps goes with --tune."),
+            (self.tune and self.tune_scales, "Give --tune or --tune-scales: scales and codes, or scales alone."),
+            (self.tune_steps and not self.tuned, "--tune-steps goes with --tune."),
             (onnx and mixed, "--size goes with --format gguf."),
             (
                 mixed and (self.quant or self.embedding),
@@ -121,6 +123,10 @@ class _Options:
         for found, words in wrong:
             if found:
                 raise click.UsageError(words)
+
+    @property
+    def tuned(self) -> bool:
+        return self.tune or self.tune_scales
 
     def recipe(self, source: Checkpoint) -> Recipe:
         """The formats of a GGUF file."""
@@ -196,6 +202,11 @@ class _Options:
     "as much of the text as the steps go through. Broken off, it goes on.",
 )
 @click.option(
+    "--tune-scales",
+    is_flag=True,
+    help="As --tune, but codes stay: less is gained, for 6 GB of memory where Gemma 2 2B's codes would take 45.",
+)
+@click.option(
     "--tune-steps",
     type=click.IntRange(min=1),
     help=f"How long --tune takes: so many steps of 3,072 tokens.  [default: {_TUNE_STEPS}]",
@@ -245,6 +256,7 @@ def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
       bezel export gemma-2-2b-it/ better.gguf --quant q4_0 --calibration text.txt
       bezel export gemma-3-4b-it/ sees.gguf --quant q4_0 --vision q4_0 --calibration-images photos/
       bezel export gemma-3-270m/ best.gguf --quant q4_0 --calibration text.txt --tune
+      bezel export gemma-2-2b-it/ best.gguf --quant q4_0 --calibration text.txt --tune-scales --tune-steps 100
       bezel export gemma-2-2b-it/ mine.gguf --quant recipe.json
       bezel export gemma-2-2b-it/ best.gguf --size 4.55bpw --sensitivity sens.json
       bezel export gemma-2-2b-it/ gemma-onnx/ --format onnx --quant int4
@@ -328,7 +340,8 @@ def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int
                     progress,
                     asked.force,
                     asked.calibration_tokens,
-                    (asked.tune_steps or _TUNE_STEPS) if asked.tune else 0,
+                    (asked.tune_steps or _TUNE_STEPS) if asked.tuned else 0,
+                    asked.tune,
                 )
         left = []
         if (eye := own_eye(path)) is not None:

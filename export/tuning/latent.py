@@ -1,4 +1,4 @@
-"""Blocks whose numbers can be moved a little: codes as real numbers, and factors of the scales."""
+"""Matrices in blocks, for tensors' sake: as they are, with scales that move a little, and with codes that do, too."""
 
 from __future__ import annotations
 
@@ -15,50 +15,62 @@ from ...runtime.arrays import Floats
 _REACH = 0.45  # of a code, that a weight may lie away from it at the start: what is at half changes at a touch
 
 
-class Latent:
-    """A matrix in blocks (rows, row_bytes), which come back changed from `blocks`.
+class Rounded:
+    """A matrix in blocks (rows, row_bytes), which stay; they are unpacked whenever its numbers are asked for."""
 
-    Each weight is a place in the codebook, and a code the nearest one. It begins as far from its code as the exact
-    weight (rows, inputs) lies, so that the codes about which rounding was least sure change first. The float16 scales
-    of blocks get factors; sub-scales stay.
+    def __init__(self, form: type[Format], blocks: NDArray[np.uint8]) -> None:
+        self._form, self._rows = form, blocks
+
+    def __call__(self) -> Tensor:
+        """(rows, inputs)."""
+        return torch.from_numpy(self._form.dequantize(self._rows))
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        """Rows by number (…), (…, inputs)."""
+        different, places = ids.unique(return_inverse=True)
+        rows: Tensor = torch.from_numpy(self._form.dequantize(self._rows[different.numpy()]))[places]
+        return rows
+
+
+class Scaled:
+    """A matrix in blocks (rows, row_bytes), which come back changed from `blocks`: their float16 scales have factors.
+
+    Codes and sub-scales stay. Calling it gives the matrix (rows, inputs), as its blocks would be read; gradients pass
+    through the rounding of scales.
     """
 
-    def __init__(self, form: type[Format], blocks: NDArray[np.uint8], exact: Floats) -> None:
-        self.form, self.shape = form, exact.shape
+    def __init__(self, form: type[Format], blocks: NDArray[np.uint8]) -> None:
+        self._form, self._rows = form, blocks
         self._blocks: Blocks = blocks.reshape(-1).view(form.layout)
-        scale, offset = (np.broadcast_to(x, (len(self._blocks), form.block)) for x in form.steps(self._blocks))
-        places = np.arange(len(form.codebook))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            chosen = (form.dequantize(blocks).reshape(scale.shape) - offset) / scale
-            near = (exact.reshape(scale.shape) - offset) / scale
-        codes = np.rint(np.interp(np.nan_to_num(chosen), form.codebook, places))
-        near = np.interp(np.nan_to_num(near), form.codebook, places)
-        self.place = _tensor(near.clip(codes - _REACH, codes + _REACH)).requires_grad_()
         self._names = [name for name in form.layout.names or () if form.layout[name] == np.dtype("<f2")]
         self.factors = torch.zeros(len(self._names), len(self._blocks), 1, requires_grad=True)  # logarithms
-        self.moving = {"place": self.place, "factors": self.factors}
+        self.moving = {"factors": self.factors}
         self._halves = torch.stack([_tensor(self._blocks[name]) for name in self._names])[..., None]
-        self._codebook = _tensor(form.codebook)
+        scale, offset = self._steps()
         parts = form.block // _run(scale, offset)
-        self._scale = _tensor(scale.reshape(len(scale), parts, -1)[..., :1])
+        self._scale = _tensor(scale.reshape(len(scale), parts, -1)[..., :1])  # (blocks, parts, 1)
         self._offset = _tensor(offset.reshape(len(scale), parts, -1)[..., :1]) if offset.any() else None
 
     def __call__(self) -> Tensor:
-        """The matrix (rows, inputs), as its blocks would be read; gradients pass through rounding."""
         new = self._new_halves()
         ratio = torch.where(self._halves == 0, 1, new / self._halves)
-        scale = self._scale * ratio[0][..., None]  # (blocks, parts, 1)
-        values = self._codebook[self._codes()] + (self.place - self.place.detach())
-        values = values.unflatten(1, (scale.shape[1], -1))
-        weights = values * scale
+        weights = self._scaled(ratio[0][..., None])
         if self._offset is not None:
             weights = weights + self._offset * ratio[-1][..., None]
-        matrix: Tensor = weights.reshape(self.shape)
+        matrix: Tensor = weights.reshape(len(self._rows), -1)
         return matrix
 
-    def _codes(self) -> Tensor:
-        codes: Tensor = self.place.detach().round().clamp(0, len(self._codebook) - 1).int()
-        return codes
+    def _scaled(self, ratio: Tensor) -> Tensor:
+        """Codes times scales (blocks, parts, weights of a part), where scales are `ratio` (blocks, 1, 1) of the old."""
+        weights = torch.from_numpy(self._form.dequantize(self._rows)).reshape(*self._scale.shape[:2], -1)
+        return (weights if self._offset is None else weights - self._offset) * ratio
+
+    def _steps(self) -> tuple[Floats, Floats]:
+        """Scale and offset of each weight, (blocks, block) both."""
+        scale, offset = (
+            np.broadcast_to(x, (len(self._blocks), self._form.block)) for x in self._form.steps(self._blocks)
+        )
+        return scale, offset
 
     def _new_halves(self) -> Tensor:
         exact: Tensor = self._halves * self.factors.exp()
@@ -69,8 +81,42 @@ class Latent:
         out = self._blocks.copy()
         for name, half in zip(self._names, self._new_halves(), strict=True):
             out[name] = half[:, 0].detach().numpy().astype(np.float16)
-        self.form.put_codes(self._codes().numpy().astype(np.uint8), out)
-        return out.view(np.uint8).reshape(self.shape[0], -1)
+        return out.view(np.uint8).reshape(self._rows.shape)
+
+
+class Latent(Scaled):
+    """As `Scaled`, and codes change, too.
+
+    Each weight is a place in the codebook, and a code the nearest one. It begins as far from its code as the exact
+    weight (rows, inputs) lies, so that the codes about which rounding was least sure change first. Gradients pass
+    through this rounding as well.
+    """
+
+    def __init__(self, form: type[Format], blocks: NDArray[np.uint8], exact: Floats) -> None:
+        super().__init__(form, blocks)
+        scale, offset = self._steps()
+        places = np.arange(len(form.codebook))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            chosen = (form.dequantize(blocks).reshape(scale.shape) - offset) / scale
+            near = (exact.reshape(scale.shape) - offset) / scale
+        codes = np.rint(np.interp(np.nan_to_num(chosen), form.codebook, places))
+        near = np.interp(np.nan_to_num(near), form.codebook, places)
+        self.place = _tensor(near.clip(codes - _REACH, codes + _REACH)).requires_grad_()
+        self.moving = {"place": self.place, "factors": self.factors}
+        self._codebook = _tensor(form.codebook)
+
+    def _scaled(self, ratio: Tensor) -> Tensor:
+        values = self._codebook[self._codes()] + (self.place - self.place.detach())
+        return values.unflatten(1, (self._scale.shape[1], -1)) * (self._scale * ratio)
+
+    def _codes(self) -> Tensor:
+        codes: Tensor = self.place.detach().round().clamp(0, len(self._codebook) - 1).int()
+        return codes
+
+    def blocks(self) -> NDArray[np.uint8]:
+        out = super().blocks()
+        self._form.put_codes(self._codes().numpy().astype(np.uint8), out.reshape(-1).view(self._form.layout))
+        return out
 
 
 def _tensor(x: NDArray[Any]) -> Tensor:

@@ -17,9 +17,9 @@ from ...runtime.arrays import Floats
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights, capped, head_of
 from ...runtime.model.tensors import TensorSpec, tensor_specs
-from .latent import Latent
+from .latent import Latent, Rounded, Scaled
 from .targets import Targets
-from .torch_model import TorchOps, hidden_of, value
+from .torch_model import TorchOps, through_layer
 
 _ROWS = 128  # positions whose wanted rows of the head are there at a time
 
@@ -44,9 +44,10 @@ class Student:
     """A rounded model that is to follow an exact one.
 
     `exact` gives a tensor's numbers, (rows, inputs) or those of a norm; `rounded` its format and blocks (rows,
-    row_bytes). Both are asked in the order of the model's tensors. What the format keeps exactly stays. So do
-    embedding and head, as they are rounded: what they learn from one text does not hold for another. The layers'
-    products are in `precision`, whose errors are a hundredth of what a code's step is.
+    row_bytes). Both are asked in the order of the model's tensors. What the format keeps exactly stays, and so do codes
+    unless they are to move, `codes`. So do embedding and head, as they are rounded: what they learn from one text does
+    not hold for another. The layers' products are in `precision`, whose errors are a hundredth of what a code's step
+    is.
     """
 
     def __init__(
@@ -55,21 +56,22 @@ class Student:
         exact: Callable[[TensorSpec], Floats],
         rounded: Callable[[TensorSpec], tuple[type[Format], NDArray[np.uint8]]],
         precision: torch.dtype = torch.float32,
+        codes: bool = True,
     ) -> None:
         self.config, self._precision = config, precision
-        self.moving: dict[str, Latent | Factors] = {}  # by GGUF name
-        weights = defaultdict[int | None, dict[str, Tensor | Latent | Factors]](dict)
+        self.moving: dict[str, Scaled | Factors] = {}  # by GGUF name
+        weights = defaultdict[int | None, dict[str, Rounded | Scaled | Factors]](dict)
         for spec in tensor_specs(config):
             form, blocks = rounded(spec)
-            weight: Tensor | Latent | Factors
+            weight: Rounded | Scaled | Factors
             if spec.is_norm:
                 weight = self.moving[spec.gguf] = Factors(form.dequantize(blocks)[0])
             elif (
                 form.block > 1 and spec.layer is not None and not lattice.is_kept(form, numbers := exact(spec), blocks)
             ):
-                weight = self.moving[spec.gguf] = Latent(form, blocks, numbers)
+                weight = self.moving[spec.gguf] = Latent(form, blocks, numbers) if codes else Scaled(form, blocks)
             else:
-                weight = torch.from_numpy(form.dequantize(blocks))
+                weight = Rounded(form, blocks)
             weights[spec.layer][spec.role] = weight
         self.weights = Weights(weights[None], [weights[i] for i in range(config.n_layers)])
 
@@ -80,8 +82,38 @@ class Student:
     def divergence(self, ids: Tensor, wanted: Targets) -> float:
         """Mean KL divergence from the exact model among the tokens that are `wanted`, in nats a token, over sequences
         (n, length). Its gradients are left in what moves.
+
+        Only what enters each layer is kept on the way forwards; on the way back each is gone through again, so that
+        the unpacked matrices of no more than one are in memory.
         """
-        hidden = hidden_of(self.config, self.weights, ids, self._precision)
+        before: list[Tensor | None] = [None]
+        with torch.no_grad():
+            for i in range(self.config.n_layers):
+                x, hidden = through_layer(self.config, self.weights, ids, i, before[i], self._precision)
+                before.append(x)
+        divergence, gradient = self._of_answers(hidden, wanted)
+        for i in reversed(range(self.config.n_layers)):
+            before.pop()
+            gradient = self._back(i, ids, before[i], gradient)
+        return divergence
+
+    def _back(self, index: int, ids: Tensor, x: Tensor | None, gradient: Tensor) -> Tensor | None:
+        """Through a layer that x enters, with the gradients of what is behind it, to those of x."""
+        layers = list(self.weights.layers)
+        moving = {role: weight() for role, weight in layers[index].items() if isinstance(weight, Scaled)}
+        moving = {role: matrix.detach().requires_grad_() for role, matrix in moving.items()}
+        layers[index] = {**layers[index], **moving}
+        if x is not None:
+            x.requires_grad_()
+        there = Weights(self.weights.shared, layers)
+        behind, hidden = through_layer(self.config, there, ids, index, x, self._precision)
+        (hidden if index == self.config.n_layers - 1 else behind).backward(gradient)
+        for role, matrix in moving.items():
+            self.weights.layers[index][role]().backward(matrix.grad)
+        return None if x is None else x.grad
+
+    def _of_answers(self, hidden: Tensor, wanted: Targets) -> tuple[float, Tensor]:
+        """The divergence of what the last norm made, (positions, hidden), and its gradients."""
         gradient, total = torch.empty_like(hidden), 0.0
         tokens, exact = (x.flatten(0, 1) for x in (wanted.tokens, wanted.logits))
         for start in range(0, len(hidden), _ROWS):
@@ -90,12 +122,11 @@ class Student:
             divergence = self._piece(found, tokens[rows], exact[rows]) / len(hidden)
             (gradient[rows],) = torch.autograd.grad(divergence, found)
             total += float(divergence.detach())
-        hidden.backward(gradient)
-        return total
+        return total, gradient
 
     def _piece(self, hidden: Tensor, tokens: Tensor, exact: Tensor) -> Tensor:
         """Of positions (n,), all together."""
-        rows = value(head_of(self.config, self.weights))[tokens]  # (n, k, hidden)
+        rows = head_of(self.config, self.weights)[tokens]  # (n, k, hidden)
         found = capped(self.config, TorchOps(), (rows @ hidden[..., None]).squeeze(-1))
         p, q = exact.log_softmax(-1), found.log_softmax(-1)
         return (p.exp() * (p - q)).sum()

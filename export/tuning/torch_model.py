@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...runtime.model.config import ModelConfig
-from ...runtime.model.forward import Ops, Weights, run_layers
+from ...runtime.model.forward import ByRole, Ops, Weights, run_layers
 
 
 def quick_precision() -> torch.dtype:
@@ -25,14 +26,23 @@ def value(weight: Any) -> Tensor:
     return made
 
 
+def in_memory(weights: ByRole) -> Mapping[str, Tensor]:
+    """All of them as tensors."""
+    return {role: value(weight) for role, weight in weights.items()}
+
+
 class TorchOps:
-    """`forward.Ops` on float32 tensors, as `ops.py` has them; `linear` multiplies numbers in `precision`."""
+    """`forward.Ops` on float32 tensors, as `ops.py` has them; `linear` multiplies numbers in `precision`.
+
+    Weights are what `value` takes, and for `embed` what has rows by number.
+    """
 
     def __init__(self, precision: torch.dtype = torch.float32) -> None:
         self._precision = precision
 
     def embed(self, weight: Any, ids: Tensor, scale: float) -> Tensor:
-        return value(weight)[ids] * scale
+        rows: Tensor = weight[ids]
+        return rows * scale
 
     def rms_norm(self, x: Tensor, weight: Any, eps: float) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * value(weight)
@@ -113,3 +123,17 @@ def hidden_of(
     [(_, hidden)] = deque(passes, maxlen=1)
     made: Tensor = hidden
     return made
+
+
+def through_layer(
+    config: ModelConfig,
+    weights: Weights,
+    ids: Tensor,
+    index: int,
+    x: Tensor | None,
+    precision: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream (n · length, hidden) of sequences (n, length) behind one layer, and what the next norm makes
+    of it; before the layer it is x, or None at the first.
+    """
+    return next(run_layers(config, TorchOps(precision), weights, Batch(config, ids), index, x))

@@ -18,20 +18,20 @@ from ...quant.formats import Format
 from ...runtime.arrays import Arrays
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.memory import available_memory
-from ...runtime.model.forward import Weights
 from ...runtime.model.tensors import TensorSpec
 from ..calibration.moments import CalibrationText
 from ..calibration.noting import site_of
+from ..calibration.sweep import Sweep
 from ..gguf.writer import Calibrated
 from ..kept import KeptWork
 from ..metadata import TUNED
 from ..sources.checkpoint import Checkpoint
-from .latent import Latent
+from .latent import Scaled
 from .student import Student
-from .targets import LIKELIEST, Targets, targets_of
+from .targets import LIKELIEST, TOGETHER, Targets, exact, exact_weights, passing_to_targets
 from .torch_model import quick_precision
 
-BATCH = 6  # sequences in a step
+BATCH = TOGETHER  # sequences in a step
 RATES = {"place": 0.003, "factors": 0.003, "norm": 0.003}  # of codes, scales and norms, where the schedule is highest
 # Each scale and norm moves many weights at once, so that in a larger model all of them together go too far: with more
 # weights in the layers than these, their rates fall as the root of the number does.
@@ -39,13 +39,14 @@ _SMALL, _SCALED = 3.2e6, ("factors", "norm")
 _BETAS = 0.9, 0.999
 _TINY = 1e-12  # gradients of one code are small, and their size says nothing
 _WARM_UP = 0.05  # of the steps
-_PASSES = 3  # through the layers in a step: forwards, and twice as long backwards
+_PASSES = 4  # through the layers in a step: forwards, and once more on the way back, which takes twice as long
 _TARGET_SHARE = 1 / 8  # of the work of the steps, that the exact model may take at most
+_STREAM_NUMBERS = 1 << 28  # of residual streams that are in memory while the exact model answers
 _KEEP_SECONDS = 300.0  # between states that an interrupted run goes on from
-_STATE, _TARGETS = range(2)  # their numbers among what is kept
-# Bytes of memory for each weight of a layer and of embedding and head, and of kept activations and scores how many
-# copies; 12.5 GB for Gemma 3 270M, of which 9.8 were measured.
-_LAYER_BYTES, _HEAD_BYTES, _COPIES, _OTHER_BYTES = 40, 10, 6, 1_000_000_000
+# Bytes of memory for each weight of the layers, where codes move and where they do not; for each of the matrix at hand;
+# and of activations and scores how many copies.
+_CODES_BYTES, _SCALES_BYTES, _MATRIX_BYTES, _COPIES, _OTHER_BYTES = 18, 2, 24, 6, 500_000_000
+_STATE = 1 << 20  # its number among what is kept, where the targets have those of layers
 
 
 class Tuned:
@@ -63,31 +64,34 @@ class Tuned:
         formats: Mapping[str, type[Format]],
         kept: KeptWork,
         steps: int,
+        codes: bool,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`progress` is called with (done, in all), in products of a weight and a token."""
-        _check_memory(checkpoint, text)
+        """`codes` are tuned as well as scales and norms. `progress` is called with (done, in all), in products of a
+        weight and a token.
+        """
+        _check_memory(checkpoint, text, codes)
         self._checkpoint, self._begun, self._text, self._formats = checkpoint, begun, text, formats
-        self._kept, self._steps, self._progress = kept, steps, progress
-        self.method = f"{begun.method}, then {steps} {TUNED}"
+        self._kept, self._steps, self._codes, self._progress = kept, steps, codes, progress
+        self.method = f"{begun.method}, then {steps} {TUNED}" + ("" if codes else " scales and norms")
         self.text_sha256, self.tokens = text.sha256, max(begun.tokens, text.tokens)
         self._found: dict[str, NDArray[np.uint8]] | None = None
         self.divergence = math.nan, math.nan  # before and after, on one step's sequences
 
     @staticmethod
     def key(
-        checkpoint: Checkpoint, begun: Mapping[str, object], steps: int, text: CalibrationText
+        checkpoint: Checkpoint, begun: Mapping[str, object], steps: int, codes: bool, text: CalibrationText
     ) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
-        rates = rates_for(checkpoint)
-        return {**begun, "tuning": 4, "steps": steps, "tuning_tokens": text.tokens, "rates": rates, "batch": BATCH}
+        own = {"steps": steps, "codes": codes, "tuning_tokens": text.tokens, "rates": rates_for(checkpoint)}
+        return {**begun, "tuning": 5, **own, "batch": BATCH}
 
     @staticmethod
     def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:
         """How many of a text so many steps can make use of."""
         layers, everything = _weights(checkpoint)
-        taken = steps * BATCH * length
-        return min(taken, max(BATCH * length, int(taken * _TARGET_SHARE * _PASSES * layers / everything)))
+        taken, held = steps * BATCH * length, _STREAM_NUMBERS // checkpoint.config.hidden_size
+        return min(taken, held, max(BATCH * length, int(taken * _TARGET_SHARE * _PASSES * layers / everything)))
 
     @staticmethod
     def products(checkpoint: Checkpoint, text: CalibrationText, steps: int) -> int:
@@ -105,14 +109,9 @@ class Tuned:
         return form, self._checkpoint.blocks(spec, 0, _rows(spec), form) if blocks is None else blocks
 
     def _tune(self) -> dict[str, NDArray[np.uint8]]:
-        found: dict[str, NDArray[np.uint8]] = {}
-
-        def rounded(spec: TensorSpec) -> tuple[type[Format], NDArray[np.uint8]]:
-            form, found[spec.gguf] = self._rounded(spec)
-            return form, found[spec.gguf]
-
+        rounded = {spec.gguf: self._rounded(spec) for spec in self._checkpoint.specs}
         ids = torch.from_numpy(np.stack(self._text.sequences))
-        layers, everything = _weights(self._checkpoint)
+        layers, _ = _weights(self._checkpoint)
         done, total = 0, self.products(self._checkpoint, self._text, self._steps)
 
         def tell(more: int) -> None:
@@ -121,12 +120,18 @@ class Tuned:
             if self._progress:
                 self._progress(done, total)
 
-        student = Student(self._checkpoint.config, partial(_exact, self._checkpoint), rounded, quick_precision())
-        if not any(isinstance(weight, Latent) for weight in student.moving.values()):
+        wanted = self._targets(ids, tell)
+        student = Student(
+            self._checkpoint.config,
+            partial(exact, self._checkpoint),
+            lambda spec: rounded[spec.gguf],
+            quick_precision(),
+            self._codes,
+        )
+        if not any(isinstance(weight, Scaled) for weight in student.moving.values()):
             raise InvalidRequest(
                 f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
             )
-        wanted = self._targets(ids, lambda tokens: tell(tokens * everything))
         descent = Descent(student, self._steps, rates_for(self._checkpoint))
         state = self._kept.load(_STATE)
         if state is not None:
@@ -141,17 +146,21 @@ class Tuned:
                 saved = time.monotonic()
         first = next(_order(len(ids), 1))
         self.divergence = descent.before, student.divergence(ids[first], wanted[first])
-        closer = self.divergence[1] < self.divergence[0]
-        return found | ({name: weight.blocks() for name, weight in student.moving.items()} if closer else {})
+        found = {name: blocks for name, (_, blocks) in rounded.items()}
+        if self.divergence[1] < self.divergence[0]:
+            found |= {name: weight.blocks() for name, weight in student.moving.items()}
+        return found
 
     def _targets(self, ids: Tensor, progress: Callable[[int], None]) -> Targets:
-        kept = self._kept.load(_TARGETS)
-        if kept is not None:
-            progress(ids.numel())
-            return Targets.restored(kept)
-        found = targets_of(self._checkpoint.config, exact_weights(self._checkpoint), ids, progress=progress)
-        self._kept.save(_TARGETS, found.arrays())
-        return found
+        """`progress` is called with the products of each layer, and of the head."""
+        config = self._checkpoint.config
+        passing = partial(passing_to_targets, config, exact_weights(self._checkpoint), ids)
+        sweep, (layers, everything) = Sweep(self._kept, passing), _weights(self._checkpoint)
+        for i in range(config.n_layers):
+            found = sweep.layer(i)
+            progress(ids.numel() * layers // config.n_layers)
+        progress(ids.numel() * everything - ids.numel() * layers // config.n_layers * config.n_layers)
+        return Targets.restored(found)
 
 
 class Descent:
@@ -210,23 +219,10 @@ def _order(n: int, steps: int) -> Iterator[list[int]]:
         left = left[BATCH:]
 
 
-def exact_weights(checkpoint: Checkpoint) -> Weights:
-    """All of a checkpoint's, in memory."""
-    found = defaultdict[int | None, dict[str, Tensor]](dict)
-    for spec in checkpoint.specs:
-        found[spec.layer][spec.role] = torch.from_numpy(_exact(checkpoint, spec))
-    return Weights(found[None], [found[i] for i in range(checkpoint.config.n_layers)])
-
-
 def rates_for(checkpoint: Checkpoint) -> dict[str, float]:
     """`RATES`, lower where the layers have more weights."""
     less = min(1.0, math.sqrt(_SMALL / _weights(checkpoint)[0]))
     return {kind: rate * less if kind in _SCALED else rate for kind, rate in RATES.items()}
-
-
-def _exact(checkpoint: Checkpoint, spec: TensorSpec) -> NDArray[np.float32]:
-    rows = checkpoint.rows(spec, 0, _rows(spec))
-    return rows[0] if spec.is_norm else rows
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -239,17 +235,30 @@ def _rows(spec: TensorSpec) -> int:
     return 1 if spec.is_norm else spec.shape[0]
 
 
-def _check_memory(checkpoint: Checkpoint, text: CalibrationText) -> None:
-    length = len(text.sequences[0])
-    need, tokens = _OTHER_BYTES + 8 * LIKELIEST * text.tokens, BATCH * length
-    for spec in checkpoint.specs:
-        need += math.prod(spec.shape) * (_HEAD_BYTES if spec.layer is None else _LAYER_BYTES)
-        if spec.role == "ffn_gate":
-            need += 4 * _COPIES * tokens * spec.shape[0]
-    need += 4 * _COPIES * tokens * length * sum(layer.n_heads for layer in checkpoint.config.layers)
-    free = available_memory()
+def _check_memory(checkpoint: Checkpoint, text: CalibrationText, codes: bool) -> None:
+    need, free = memory_for(checkpoint, text, codes), available_memory()
     if free is not None and need > free:
+        less = "" if not codes else f"--tune-scales takes {memory_for(checkpoint, text, False) / 1e9:.1f} GB, or "
         raise InvalidRequest(
             f"{checkpoint.path}: tuning takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
-            "leave --tune out"
+            f"{less}leave --tune out"
         )
+
+
+def memory_for(checkpoint: Checkpoint, text: CalibrationText, codes: bool) -> int:
+    """Bytes that tuning takes, about."""
+    config, length = checkpoint.config, len(text.sequences[0])
+    layers, shared, matrices = defaultdict[int, int](int), 0, [0]
+    for spec in checkpoint.specs:
+        if spec.layer is None:
+            shared += math.prod(spec.shape)
+        else:
+            layers[spec.layer] += math.prod(spec.shape)
+            matrices.append(math.prod(spec.shape))
+    tokens, widest = BATCH * length, max(layer.intermediate_size for layer in config.layers)
+    stream = 4 * config.hidden_size * tokens
+    active = 4 * _COPIES * tokens * (widest + length * max(layer.n_heads for layer in config.layers))
+    held = (_CODES_BYTES if codes else _SCALES_BYTES) * sum(layers.values()) + 2 * shared
+    answers = 4 * (shared + max(layers.values()) + config.hidden_size * text.tokens) + active
+    steps = stream * config.n_layers + 8 * max(layers.values()) + _MATRIX_BYTES * max(matrices) + active
+    return int(_OTHER_BYTES + held + 8 * LIKELIEST * text.tokens + max(answers, steps))

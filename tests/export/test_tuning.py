@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from tiny import CONFIGS, DEMO, TEXT, bf16, checkpoint_folder, export
 
 torch = pytest.importorskip("torch")
 from bezel.export.tuning import tuned as module  # noqa: E402
-from bezel.export.tuning.latent import Latent  # noqa: E402
+from bezel.export.tuning.latent import Latent, Rounded, Scaled  # noqa: E402
 from bezel.export.tuning.student import Student  # noqa: E402
-from bezel.export.tuning.targets import Targets, targets_of  # noqa: E402
-from bezel.export.tuning.tuned import Descent, exact_weights  # noqa: E402
+from bezel.export.tuning.targets import Targets, exact_weights, passing_to_targets  # noqa: E402
+from bezel.export.tuning.tuned import Descent  # noqa: E402
 
 BLOCKS = [form for form in FORMATS.values() if form.block > 1]
 IDS = np.random.default_rng(3).integers(4, 1000, (2, 40))
@@ -62,6 +63,31 @@ def test_blocks_say_what_the_matrix_has_moved_to(form: type[Format]) -> None:
 
 
 @pytest.mark.parametrize("form", BLOCKS, ids=lambda form: form.name)
+def test_scales_that_move_alone(form: type[Format]) -> None:
+    """Are those that a matrix has whose codes could move; of its blocks no other bytes change."""
+    exact, blocks = matrix(form)
+    scaled, latent = Scaled(form, blocks), Latent(form, blocks, exact)
+    toward = torch.from_numpy(np.random.default_rng(4).normal(0, 1, exact.shape).astype(np.float32))
+    for found in (scaled, latent):
+        with torch.no_grad():
+            found.factors += torch.from_numpy(np.random.default_rng(2).normal(0, 0.1, latent.factors.shape))
+        (found() * toward).sum().backward()
+    assert list(scaled.moving) == ["factors"]
+    np.testing.assert_allclose(scaled.factors.grad, latent.factors.grad, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scaled().detach(), form.dequantize(scaled.blocks()), rtol=1e-5, atol=1e-7)
+    before, after = (x.reshape(-1).view(form.layout) for x in (blocks, scaled.blocks()))
+    changed = {name for name in form.layout.names or () if (before[name] != after[name]).any()}
+    assert changed == set(scaled._names)
+
+
+@pytest.mark.parametrize("form", BLOCKS, ids=lambda form: form.name)
+def test_rows_by_number(form: type[Format]) -> None:
+    _, blocks = matrix(form)
+    ids = torch.tensor([[3, 3], [0, 7]])
+    np.testing.assert_array_equal(Rounded(form, blocks)[ids], form.dequantize(blocks)[ids.numpy()])
+
+
+@pytest.mark.parametrize("form", BLOCKS, ids=lambda form: form.name)
 def test_gradients(form: type[Format]) -> None:
     """Of scales against small steps, beside the rounding to float16; of codes the scale times the weight's own."""
     exact, blocks = matrix(form)
@@ -82,7 +108,7 @@ def test_gradients(form: type[Format]) -> None:
         assert float(latent.factors.grad[name, 3]) == pytest.approx(expected, rel=0.01, abs=1e-4)
 
 
-def student_of(folder: Path, rounded: Path) -> Student:
+def student_of(folder: Path, rounded: Path, codes: bool = True) -> Student:
     def exact(spec: TensorSpec) -> np.ndarray:
         return source.rows(spec, 0, 1)[0] if spec.is_norm else source.rows(spec, 0, spec.shape[0])
 
@@ -91,13 +117,14 @@ def student_of(folder: Path, rounded: Path) -> Student:
         return FORMATS[file.tensors[spec.gguf].format.name], file.data(spec.gguf).reshape(rows, -1).copy()
 
     with open_checkpoint(folder) as source, GGUFModel(rounded) as file:
-        return Student(source.config, exact, blocks)
+        return Student(source.config, exact, blocks, codes=codes)
 
 
 def targets_for(folder: Path, k: int = 1 << 20) -> Targets:
     """Of IDS; all tokens, where no other number is given."""
     with open_checkpoint(folder) as source:
-        return targets_of(source.config, exact_weights(source), torch.from_numpy(IDS), k)
+        *_, (_, found) = passing_to_targets(source.config, exact_weights(source), torch.from_numpy(IDS), 0, {}, k)
+    return Targets.restored(found)
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "demo"])
@@ -143,13 +170,33 @@ def test_gradients_of_the_divergence(tmp_path: Path) -> None:
         assert found == pytest.approx((values[0] - values[1]) / (2 * toward), rel=0.05)
 
 
-def test_steps_bring_the_whole_model_closer(tmp_path: Path) -> None:
-    student = student_of(DEMO, export(DEMO, tmp_path / "q4_0.gguf", "q4_0"))
+@pytest.mark.parametrize("codes", [True, False])
+def test_one_layer_is_unpacked_at_a_time(codes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = student_of(DEMO, export(DEMO, tmp_path / "q4_0.gguf", "q4_0"), codes)
+    alive: list[weakref.ref[Any]] = []
+    most, unpack = 0, Scaled.__call__
+
+    def counted(self: Scaled) -> Any:
+        nonlocal most
+        matrix = unpack(self)
+        alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(matrix.untyped_storage())]
+        most = max(most, len(alive))
+        return matrix
+
+    monkeypatch.setattr(Scaled, "__call__", counted)
+    student.divergence(torch.from_numpy(IDS), targets_for(DEMO, 20))
+    assert student.config.n_layers > 1
+    assert most <= 7 + 1
+
+
+@pytest.mark.parametrize(("codes", "share"), [(True, 0.7), (False, 0.9)])
+def test_steps_bring_the_whole_model_closer(codes: bool, share: float, tmp_path: Path) -> None:
+    student = student_of(DEMO, export(DEMO, tmp_path / "q4_0.gguf", "q4_0"), codes)
     descent, ids, wanted = Descent(student, 40), torch.from_numpy(IDS), targets_for(DEMO)
     before = descent.take(ids, wanted)
     for _ in range(39):
         descent.take(ids, wanted)
-    assert student.divergence(ids, wanted) < 0.7 * before
+    assert student.divergence(ids, wanted) < share * before
 
 
 @pytest.fixture
@@ -250,9 +297,12 @@ def test_what_tuning_needs(text: Path, tmp_path: Path, monkeypatch: pytest.Monke
         return found.output
 
     assert "--tune goes with --calibration TEXT" in said("--tune")
+    assert "Give --tune or --tune-scales" in said("--calibration", str(text), "--tune", "--tune-scales")
     assert "--tune-steps goes with --tune" in said("--calibration", str(text), "--tune-steps", "3")
     monkeypatch.setattr(module, "available_memory", lambda: 10**6)
-    assert "tuning takes about 2.0 GB of memory, and 0.0 GB are free" in said("--calibration", str(text), "--tune")
+    assert "tuning takes about 0.8 GB of memory, and 0.0 GB are free; --tune-scales takes 0.7 GB" in said(
+        "--calibration", str(text), "--tune"
+    )
     monkeypatch.setitem(sys.modules, "bezel.export.tuning.tuned", None)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "bezel.export.tuning.tuned")

@@ -45,15 +45,13 @@ class Scaled:
         self._names = [name for name in form.layout.names or () if form.layout[name] == np.dtype("<f2")]
         self.factors = torch.zeros(len(self._names), len(self._blocks), 1, requires_grad=True)  # logarithms
         self.moving = {"factors": self.factors}
-        self._halves = torch.stack([_tensor(self._blocks[name]) for name in self._names])[..., None]
         scale, offset = self._steps()
-        parts = form.block // _run(scale, offset)
-        self._scale = _tensor(scale.reshape(len(scale), parts, -1)[..., :1])  # (blocks, parts, 1)
-        self._offset = _tensor(offset.reshape(len(scale), parts, -1)[..., :1]) if offset.any() else None
+        self._parts = form.block // _run(scale, offset)  # of a block, whose weights have one scale
+        self._offset = self._by_parts(offset) if offset.any() else None
 
     def __call__(self) -> Tensor:
-        new = self._new_halves()
-        ratio = torch.where(self._halves == 0, 1, new / self._halves)
+        old = self._halves()
+        ratio = torch.where(old == 0, 1, self._new_halves() / old)
         weights = self._scaled(ratio[0][..., None])
         if self._offset is not None:
             weights = weights + self._offset * ratio[-1][..., None]
@@ -62,7 +60,7 @@ class Scaled:
 
     def _scaled(self, ratio: Tensor) -> Tensor:
         """Codes times scales (blocks, parts, weights of a part), where scales are `ratio` (blocks, 1, 1) of the old."""
-        weights = torch.from_numpy(self._form.dequantize(self._rows)).reshape(*self._scale.shape[:2], -1)
+        weights = torch.from_numpy(self._form.dequantize(self._rows)).reshape(len(self._blocks), self._parts, -1)
         return (weights if self._offset is None else weights - self._offset) * ratio
 
     def _steps(self) -> tuple[Floats, Floats]:
@@ -72,8 +70,16 @@ class Scaled:
         )
         return scale, offset
 
+    def _by_parts(self, x: Floats) -> Tensor:
+        """(blocks, parts, 1) of what all weights of a part have alike, (blocks, block)."""
+        return _tensor(x.reshape(len(x), self._parts, -1)[..., :1])
+
+    def _halves(self) -> Tensor:
+        """The blocks' float16 scales, (names, blocks, 1)."""
+        return torch.stack([_tensor(self._blocks[name]) for name in self._names])[..., None]
+
     def _new_halves(self) -> Tensor:
-        exact: Tensor = self._halves * self.factors.exp()
+        exact: Tensor = self._halves() * self.factors.exp()
         return exact + (exact.half().float() - exact).detach()
 
     def blocks(self) -> NDArray[np.uint8]:
@@ -101,13 +107,14 @@ class Latent(Scaled):
             near = (exact.reshape(scale.shape) - offset) / scale
         codes = np.rint(np.interp(np.nan_to_num(chosen), form.codebook, places))
         near = np.interp(np.nan_to_num(near), form.codebook, places)
+        self._scale = self._by_parts(scale)
         self.place = _tensor(near.clip(codes - _REACH, codes + _REACH)).requires_grad_()
         self.moving = {"place": self.place, "factors": self.factors}
         self._codebook = _tensor(form.codebook)
 
     def _scaled(self, ratio: Tensor) -> Tensor:
         values = self._codebook[self._codes()] + (self.place - self.place.detach())
-        return values.unflatten(1, (self._scale.shape[1], -1)) * (self._scale * ratio)
+        return values.unflatten(1, (self._parts, -1)) * (self._scale * ratio)
 
     def _codes(self) -> Tensor:
         codes: Tensor = self.place.detach().round().clamp(0, len(self._codebook) - 1).int()

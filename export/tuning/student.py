@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,6 +41,18 @@ class Factors:
         return F32.quantize(self().detach().numpy()[None])
 
 
+@dataclass
+class _Pass:
+    """What went through a layer, (positions, hidden) all: `x` enters it, None at the first, and `behind` leaves it,
+    which the next norm makes `hidden` of. `moving` are the matrices by role that gradients are wanted of.
+    """
+
+    x: Tensor | None
+    moving: dict[str, Tensor]
+    behind: Tensor
+    hidden: Tensor
+
+
 class Student:
     """A rounded model that is to follow an exact one.
 
@@ -47,7 +60,8 @@ class Student:
     row_bytes). Both are asked in the order of the model's tensors. What the format keeps exactly stays, and so do codes
     unless they are to move, `codes`. So do embedding and head, as they are rounded: what they learn from one text does
     not hold for another. The layers' products are in `precision`, whose errors are a hundredth of what a code's step
-    is.
+    is. With `hold` all that a layer makes stays in memory until the way back, which otherwise goes through it again:
+    a third longer, to the same bits.
     """
 
     def __init__(
@@ -57,8 +71,9 @@ class Student:
         rounded: Callable[[TensorSpec], tuple[type[Format], NDArray[np.uint8]]],
         precision: torch.dtype = torch.float32,
         codes: bool = True,
+        hold: bool = False,
     ) -> None:
-        self.config, self._precision = config, precision
+        self.config, self._precision, self._hold = config, precision, hold
         self.moving: dict[str, Scaled | Factors] = {}  # by GGUF name
         weights = defaultdict[int | None, dict[str, Rounded | Scaled | Factors]](dict)
         for spec in tensor_specs(config):
@@ -82,35 +97,41 @@ class Student:
     def divergence(self, ids: Tensor, wanted: Targets) -> float:
         """Mean KL divergence from the exact model among the tokens that are `wanted`, in nats a token, over sequences
         (n, length). Its gradients are left in what moves.
-
-        Only what enters each layer is kept on the way forwards; on the way back each is gone through again, so that
-        the unpacked matrices of no more than one are in memory.
         """
-        before: list[Tensor | None] = [None]
-        with torch.no_grad():
-            for i in range(self.config.n_layers):
-                x, hidden = through_layer(self.config, self.weights, ids, i, before[i], self._precision)
-                before.append(x)
-        divergence, gradient = self._of_answers(hidden, wanted)
+        before: list[Tensor | None] = [None]  # what enters each layer
+        held: list[_Pass] = []
+        for i in range(self.config.n_layers):
+            with torch.set_grad_enabled(self._hold):
+                found = self._through(i, ids, before[i])
+            before.append(found.behind.detach())
+            if self._hold:
+                held.append(found)
+        divergence, gradient = self._of_answers(found.hidden.detach(), wanted)
+        del found
         for i in reversed(range(self.config.n_layers)):
             before.pop()
-            gradient = self._back(i, ids, before[i], gradient)
+            gradient = self._back(i, held.pop() if held else self._through(i, ids, before[i]), gradient)
         return divergence
 
-    def _back(self, index: int, ids: Tensor, x: Tensor | None, gradient: Tensor) -> Tensor | None:
-        """Through a layer that x enters, with the gradients of what is behind it, to those of x."""
-        layers = list(self.weights.layers)
-        moving = {role: weight() for role, weight in layers[index].items() if isinstance(weight, Scaled)}
-        moving = {role: matrix.detach().requires_grad_() for role, matrix in moving.items()}
-        layers[index] = {**layers[index], **moving}
-        if x is not None:
-            x.requires_grad_()
+    def _through(self, index: int, ids: Tensor, x: Tensor | None) -> _Pass:
+        """Through a layer, which x enters."""
+        layers, moving = list(self.weights.layers), dict[str, Tensor]()
+        if torch.is_grad_enabled():
+            for role, weight in layers[index].items():
+                if isinstance(weight, Scaled):
+                    moving[role] = weight().detach().requires_grad_()
+            layers[index] = {**layers[index], **moving}
+            if x is not None:
+                x.requires_grad_()
         there = Weights(self.weights.shared, layers)
-        behind, hidden = through_layer(self.config, there, ids, index, x, self._precision)
-        (hidden if index == self.config.n_layers - 1 else behind).backward(gradient)
-        for role, matrix in moving.items():
+        return _Pass(x, moving, *through_layer(self.config, there, ids, index, x, self._precision))
+
+    def _back(self, index: int, made: _Pass, gradient: Tensor) -> Tensor | None:
+        """Through a layer, with the gradients of what is behind it, to those of what enters it."""
+        (made.hidden if index == self.config.n_layers - 1 else made.behind).backward(gradient)
+        for role, matrix in made.moving.items():
             self.weights.layers[index][role]().backward(matrix.grad)
-        return None if x is None else x.grad
+        return None if made.x is None else made.x.grad
 
     def _of_answers(self, hidden: Tensor, wanted: Targets) -> tuple[float, Tensor]:
         """The divergence of what the last norm made, (positions, hidden), and its gradients."""

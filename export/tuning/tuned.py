@@ -39,13 +39,13 @@ _SMALL, _SCALED = 3.2e6, ("factors", "norm")
 _BETAS = 0.9, 0.999
 _TINY = 1e-12  # gradients of one code are small, and their size says nothing
 _WARM_UP = 0.05  # of the steps
-_PASSES = 4  # through the layers in a step: forwards, and once more on the way back, which takes twice as long
+_PASSES = 3  # through the layers in a step: forwards, and twice as long backwards
 _TARGET_SHARE = 1 / 8  # of the work of the steps, that the exact model may take at most
-_STREAM_NUMBERS = 1 << 28  # of residual streams that are in memory while the exact model answers
+_STREAM_NUMBERS = 1 << 27  # of residual streams that are in memory while the exact model answers
 _KEEP_SECONDS = 300.0  # between states that an interrupted run goes on from
 # Bytes of memory for each weight of the layers, where codes move and where they do not; for each of the matrix at hand;
 # and of activations and scores how many copies.
-_CODES_BYTES, _SCALES_BYTES, _MATRIX_BYTES, _COPIES, _OTHER_BYTES = 18, 2, 24, 6, 500_000_000
+_CODES_BYTES, _SCALES_BYTES, _MATRIX_BYTES, _COPIES, _OTHER_BYTES = 18, 1.1, 24, 6, 500_000_000
 _STATE = 1 << 20  # its number among what is kept, where the targets have those of layers
 
 
@@ -127,6 +127,7 @@ class Tuned:
             lambda spec: rounded[spec.gguf],
             quick_precision(),
             self._codes,
+            _fits(memory_for(self._checkpoint, self._text, self._codes, True)),
         )
         if not any(isinstance(weight, Scaled) for weight in student.moving.values()):
             raise InvalidRequest(
@@ -236,17 +237,22 @@ def _rows(spec: TensorSpec) -> int:
 
 
 def _check_memory(checkpoint: Checkpoint, text: CalibrationText, codes: bool) -> None:
-    need, free = memory_for(checkpoint, text, codes), available_memory()
-    if free is not None and need > free:
+    need = memory_for(checkpoint, text, codes)
+    if not _fits(need):
         less = "" if not codes else f"--tune-scales takes {memory_for(checkpoint, text, False) / 1e9:.1f} GB, or "
         raise InvalidRequest(
-            f"{checkpoint.path}: tuning takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
-            f"{less}leave --tune out"
+            f"{checkpoint.path}: tuning takes about {need / 1e9:.1f} GB of memory, and "
+            f"{(available_memory() or 0) / 1e9:.1f} GB are free; {less}leave --tune out"
         )
 
 
-def memory_for(checkpoint: Checkpoint, text: CalibrationText, codes: bool) -> int:
-    """Bytes that tuning takes, about."""
+def _fits(need: int) -> bool:
+    free = available_memory()
+    return free is None or need <= free
+
+
+def memory_for(checkpoint: Checkpoint, text: CalibrationText, codes: bool, hold: bool = False) -> int:
+    """Bytes that tuning takes, about, where codes move or do not, and all layers' work is held or one's."""
     config, length = checkpoint.config, len(text.sequences[0])
     layers, shared, matrices = defaultdict[int, int](int), 0, [0]
     for spec in checkpoint.specs:
@@ -255,10 +261,11 @@ def memory_for(checkpoint: Checkpoint, text: CalibrationText, codes: bool) -> in
         else:
             layers[spec.layer] += math.prod(spec.shape)
             matrices.append(math.prod(spec.shape))
-    tokens, widest = BATCH * length, max(layer.intermediate_size for layer in config.layers)
-    stream = 4 * config.hidden_size * tokens
-    active = 4 * _COPIES * tokens * (widest + length * max(layer.n_heads for layer in config.layers))
-    held = (_CODES_BYTES if codes else _SCALES_BYTES) * sum(layers.values()) + 2 * shared
-    answers = 4 * (shared + max(layers.values()) + config.hidden_size * text.tokens) + active
-    steps = stream * config.n_layers + 8 * max(layers.values()) + _MATRIX_BYTES * max(matrices) + active
-    return int(_OTHER_BYTES + held + 8 * LIKELIEST * text.tokens + max(answers, steps))
+    tokens, largest = BATCH * length, max(layers.values())
+    widest = max(layer.intermediate_size + length * layer.n_heads for layer in config.layers)
+    active, stream = 4 * _COPIES * tokens * widest, 4 * config.hidden_size
+    state = (_CODES_BYTES if codes else _SCALES_BYTES) * sum(layers.values()) + 2 * shared
+    answers = 4 * (shared + largest) + stream * text.tokens + active // 3
+    at_once = config.n_layers if hold else 1
+    steps = (8 * largest + active) * at_once + stream * tokens * config.n_layers + _MATRIX_BYTES * max(matrices)
+    return int(_OTHER_BYTES + state + 8 * LIKELIEST * text.tokens + max(answers, steps))

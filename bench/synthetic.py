@@ -32,7 +32,8 @@ from ..runtime.model.families.hf import read_hf_config
 from ..runtime.model.families.sight import write_gguf_vision
 from ..runtime.model.tensors import TensorSpec, tensor_specs
 from ..runtime.model.vision import VisionConfig, vision_specs
-from ..runtime.text.tokenizer import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, model_proto
+from ..runtime.text.sentencepiece_model import model_proto
+from ..runtime.text.vocabulary import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 from . import DEMO
 
 _GEMMA_1 = {

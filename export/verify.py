@@ -20,7 +20,7 @@ from ..runtime.files.models import find_model
 from ..runtime.files.onnx_eye import OnnxEye
 from ..runtime.files.vision_file import VisionFile, is_eye
 from ..runtime.model.tensors import TensorSpec
-from ..runtime.text.tokenizer import NORMAL
+from ..runtime.text.vocabulary import NORMAL
 from .metadata import CALIBRATION, TUNED
 from .sources.checkpoint import Checkpoint, TensorSource, VisionSource
 

@@ -15,7 +15,7 @@ import numpy as np
 from ...runtime.arrays import Floats
 from ...runtime.errors import BezelError, InvalidRequest
 from ...runtime.model.config import ModelConfig
-from ...runtime.text.tokenizer import SPACE
+from ...runtime.text.vocabulary import SPACE
 from ..progress import Progress
 from ..spread import Recipe, Spread, here
 from .metrics import NotFinite, Records, compare

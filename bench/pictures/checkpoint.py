@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from ...export.sources.tokenizer_json import write_tokenizer_json
-from ...runtime.text.tokenizer import CONTROL_PIECES, END_OF_IMAGE, START_OF_IMAGE, Tokenizer, Vocabulary
+from ...runtime.text.sentencepiece_model import read_vocabulary_file
+from ...runtime.text.tokenizer import Tokenizer
+from ...runtime.text.vocabulary import CONTROL_PIECES, END_OF_IMAGE, START_OF_IMAGE
 from .draw import COLOURS, KINDS, NUMBERS, PLACES, SHAPES, SIZE, question, scene
 from .samples import PIECES, ROWS, SMALL_TALK
 
@@ -100,7 +102,7 @@ def train_tokenizer(folder: Path) -> Tokenizer:
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
-    return Tokenizer(Vocabulary.from_model_file(folder / "tokenizer.model"), str(folder))
+    return Tokenizer(read_vocabulary_file(folder / "tokenizer.model"), str(folder))
 
 
 def new_model() -> Any:
@@ -134,7 +136,7 @@ def save(model: Any, folder: Path) -> None:
 
 def write_companions(folder: Path) -> None:
     """What Hugging Face's libraries read beside weights and config, made from tokenizer.model, which then goes."""
-    vocabulary = Vocabulary.from_model_file(folder / "tokenizer.model")
+    vocabulary = read_vocabulary_file(folder / "tokenizer.model")
     tokenizer = write_tokenizer_json(vocabulary)
     soft = {"id": PIECES, "content": "<image_soft_token>", "special": True, "normalized": False}
     tokenizer["added_tokens"].append(soft | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))

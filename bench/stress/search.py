@@ -26,7 +26,8 @@ from ...export.tuning.torch_model import TorchOps, hidden_of, in_memory
 from ...runtime.errors import InvalidRequest
 from ...runtime.files.memory import available_memory
 from ...runtime.model.forward import Weights, head_of, logits
-from ...runtime.text.tokenizer import NORMAL, SPACE, Tokenizer
+from ...runtime.text.tokenizer import Tokenizer
+from ...runtime.text.vocabulary import NORMAL, SPACE
 from ...runtime.version import bezel_version
 from ..loss.intervals import FEW_UNITS, Bootstrap, Interval
 from ..loss.metrics import same_top

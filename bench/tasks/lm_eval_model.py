@@ -28,7 +28,7 @@ from ...runtime.errors import InvalidRequest
 from ...runtime.text import chat
 from ...runtime.text.generation import Generation
 from ...runtime.text.sampling import Sampling
-from ...runtime.text.tokenizer import END_OF_TURN, START_OF_TURN
+from ...runtime.text.vocabulary import END_OF_TURN, START_OF_TURN
 from .likelihood import Scorer, encode_pair
 
 _MAX_NEW = 256  # the harness's own default

@@ -10,7 +10,8 @@ from ...runtime.files.onnx_folder import CONFIG, PREPROCESSOR, TOKENIZER
 from ...runtime.model.families.hf import write_hf_config
 from ...runtime.model.families.sight import write_hf_vision
 from ...runtime.model.vision import VisionConfig
-from ...runtime.text.tokenizer import Vocabulary, model_proto
+from ...runtime.text.sentencepiece_model import model_proto
+from ...runtime.text.vocabulary import Vocabulary
 from ..sources.tokenizer_json import write_tokenizer_json
 from .source import OnnxSource
 

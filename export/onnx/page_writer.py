@@ -16,7 +16,7 @@ from ...runtime.files.atomic import atomic_folder
 from ...runtime.files.onnx_folder import MANIFEST, MODEL, OnnxFolder
 from ...runtime.model.config import LayerConfig
 from ...runtime.text.sampling import read_sampling
-from ...runtime.text.tokenizer import END_OF_TURN, START_OF_TURN
+from ...runtime.text.vocabulary import END_OF_TURN, START_OF_TURN
 from ..summary import ExportSummary
 from .companions import stop_ids
 from .earlier import check_target

@@ -27,7 +27,7 @@ from ...runtime.errors import InvalidCheckpoint
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.model.vision import VisionConfig, vision_specs
-from ...runtime.text.tokenizer import Vocabulary
+from ...runtime.text.vocabulary import Vocabulary
 from .safetensors import DTYPES, StoredTensor
 
 if TYPE_CHECKING:

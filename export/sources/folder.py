@@ -20,7 +20,8 @@ from ...runtime.model.families.hf import read_hf_config, sees_pictures, text_nam
 from ...runtime.model.families.sight import read_hf_vision, vision_name
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.model.vision import vision_specs
-from ...runtime.text.tokenizer import CONTROL, SPACE, USER_DEFINED, Vocabulary, checked_vocabulary
+from ...runtime.text.sentencepiece_model import read_vocabulary_file
+from ...runtime.text.vocabulary import CONTROL, SPACE, USER_DEFINED, Vocabulary, checked_vocabulary
 from .checkpoint import Checkpoint, VisionSource
 from .safetensors import StoredTensor, read_header, read_json
 from .tokenizer_json import read_tokenizer_json
@@ -173,7 +174,7 @@ def _vocabulary(folder: Path, rows: int) -> Vocabulary:
     if newer.exists():
         found = read_tokenizer_json(read_json(newer), special, fail)
     else:
-        found = _with_added(Vocabulary.from_model_file(older), _added_tokens(folder, special), rows, fail)
+        found = _with_added(read_vocabulary_file(older), _added_tokens(folder, special), rows, fail)
     n = len(found.pieces)
     while n > rows and found.types[n - 1] in (CONTROL, USER_DEFINED):
         n -= 1
@@ -181,7 +182,7 @@ def _vocabulary(folder: Path, rows: int) -> Vocabulary:
         pieces, scores, types = Strings.of(found.pieces[:n]), found.scores[:n], found.types[:n]
         found = checked_vocabulary(pieces, scores, types, found.bos_id, found.eos_id, found.pad_id, fail)
     if newer.exists() and older.exists():
-        original, same = Vocabulary.from_model_file(older), len(found.pieces)
+        original, same = read_vocabulary_file(older), len(found.pieces)
         for i, (new, old) in enumerate(zip(found.pieces, original.pieces, strict=False)):
             if new == old.replace(" ", SPACE):
                 continue

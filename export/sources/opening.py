@@ -11,7 +11,7 @@ from ...runtime.files.gguf_model import GGUFModel
 from ...runtime.files.models import find_model
 from ...runtime.model.tensors import tensor_specs
 from ...runtime.text.sampling import read_sampling
-from ...runtime.text.tokenizer import Vocabulary
+from ...runtime.text.vocabulary import Vocabulary
 from .checkpoint import Checkpoint
 from .folder import open_folder
 from .safetensors import StoredTensor

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...runtime.errors import BezelError
 from ...runtime.files.strings import Strings
-from ...runtime.text.tokenizer import (
+from ...runtime.text.vocabulary import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -18,7 +18,7 @@ from ..model.config import ModelConfig
 from ..model.families.gguf import read_gguf_config
 from ..model.families.sight import is_gguf_vision
 from ..model.tensors import tensor_specs
-from ..text.tokenizer import Vocabulary
+from ..text.vocabulary import Vocabulary
 from .gguf import GGUFFile, shape_text
 
 

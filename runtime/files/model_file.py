@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...quant.formats import Readable
 from ..errors import InvalidModelFile
 from ..model.config import ModelConfig
-from ..text.tokenizer import Vocabulary
+from ..text.vocabulary import Vocabulary
 from .gguf_model import GGUFModel
 from .models import find_model
 from .onnx_eye import OnnxEye

@@ -33,7 +33,8 @@ from ..model.config import ModelConfig
 from ..model.families.hf import read_hf_config
 from ..model.families.sight import read_hf_vision
 from ..model.tensors import tensor_specs
-from ..text.tokenizer import Vocabulary
+from ..text.sentencepiece_model import read_vocabulary
+from ..text.vocabulary import Vocabulary
 from .hashing import fed
 from .onnx_eye import OnnxEye
 from .onnx_model import Initializer, OnnxModel, is_file_name, read_model
@@ -132,7 +133,7 @@ class OnnxFolder:
     def vocabulary(self) -> Vocabulary:
         """The pieces of the tokenizer."""
         raw = self._read(TOKENIZER, _MAX_TOKENIZER)
-        return Vocabulary.from_model(raw, lambda reason: InvalidModelFile(self.path / TOKENIZER, reason))
+        return read_vocabulary(raw, lambda reason: InvalidModelFile(self.path / TOKENIZER, reason))
 
     def fingerprint(self) -> str:
         """Which model this is: SHA-256 (hex) of all but the weights, and of the first 4 KiB of each tensor."""

@@ -20,7 +20,8 @@ from ..errors import InvalidRequest
 from ..model.families import FAMILIES
 from ..vision.eye import Eye, Picture, Scanned
 from ..vision.image import Image
-from .tokenizer import END_OF_IMAGE, END_OF_TURN, START_OF_IMAGE, START_OF_TURN, Tokenizer
+from .tokenizer import Tokenizer
+from .vocabulary import END_OF_IMAGE, END_OF_TURN, START_OF_IMAGE, START_OF_TURN
 
 Part = str | Image | Picture | Scanned
 Content = str | Sequence[Part]

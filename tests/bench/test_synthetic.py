@@ -14,7 +14,8 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from bezel.runtime.text.chat import template_is_known
-from bezel.runtime.text.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, model_proto
+from bezel.runtime.text.sentencepiece_model import model_proto, read_vocabulary_file
+from bezel.runtime.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 
@@ -71,7 +72,7 @@ def test_a_vocabulary_needs_room_for_its_special_pieces(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=f"expected at least {least}"):
             processor(name, vocab_size=least - 1)
         folder = write_checkpoint(tmp_path / name, SHAPES[name] | {"vocab_size": least})
-        assert len(Vocabulary.from_model_file(folder / "tokenizer.model").pieces) == least
+        assert len(read_vocabulary_file(folder / "tokenizer.model").pieces) == least
 
 
 @pytest.mark.parametrize("name", ["tiny-gemma-1", "tiny-gemma-2", "tiny-gemma-3"])

@@ -15,7 +15,8 @@ import pytest
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.sources.tokenizer_json import read_tokenizer_json, write_tokenizer_json
 from bezel.runtime.errors import InvalidCheckpoint
-from bezel.runtime.text.tokenizer import CONTROL, SPACE, USER_DEFINED, Tokenizer
+from bezel.runtime.text.tokenizer import Tokenizer
+from bezel.runtime.text.vocabulary import CONTROL, SPACE, USER_DEFINED
 from tiny import DEMO, TEXT
 
 transformers = pytest.importorskip("transformers")

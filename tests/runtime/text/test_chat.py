@@ -10,12 +10,14 @@ import pytest
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.model.families import FAMILIES
 from bezel.runtime.text.chat import Message, render, show, template_hash, template_is_known
-from bezel.runtime.text.tokenizer import CONTROL, Tokenizer, Vocabulary
+from bezel.runtime.text.sentencepiece_model import read_vocabulary_file
+from bezel.runtime.text.tokenizer import Tokenizer
+from bezel.runtime.text.vocabulary import CONTROL, Vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import DEMO
 
-VOCABULARY = Vocabulary.from_model_file(DEMO / "tokenizer.model")
+VOCABULARY = read_vocabulary_file(DEMO / "tokenizer.model")
 TOKENIZER = Tokenizer(VOCABULARY, "tokenizer.model")
 TEMPLATE: str = json.loads((DEMO / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
 BOS, START, END = 2, 4, 5

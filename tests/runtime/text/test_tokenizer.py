@@ -14,16 +14,9 @@ import sentencepiece
 from bezel.runtime.errors import InvalidCheckpoint, InvalidModelFile, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.files.strings import Strings
-from bezel.runtime.text.tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    USER_DEFINED,
-    Tokenizer,
-    Vocabulary,
-    _read_piece,
-)
+from bezel.runtime.text.sentencepiece_model import _read_piece, read_vocabulary_file
+from bezel.runtime.text.tokenizer import Tokenizer
+from bezel.runtime.text.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import DEMO, TEXT
@@ -32,7 +25,7 @@ MODEL_FILE = DEMO / "tokenizer.model"
 HELD_OUT = TEXT.read_text(encoding="utf-8")
 
 ORACLE = sentencepiece.SentencePieceProcessor(model_file=str(MODEL_FILE))
-VOCABULARY = Vocabulary.from_model_file(MODEL_FILE)
+VOCABULARY = read_vocabulary_file(MODEL_FILE)
 TOKENIZER = Tokenizer(VOCABULARY, "tokenizer.model")
 REBUILT = Tokenizer(Vocabulary.from_gguf(VOCABULARY.to_gguf(), "model.gguf"), "model.gguf")
 
@@ -102,7 +95,7 @@ def gemma_like(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Vocabular
     """sentencepiece's own processor, and our vocabulary, of one model whose runs of spaces are pieces."""
     path = tmp_path_factory.mktemp("gemma-like") / "tokenizer.model"
     path.write_bytes(train())
-    return sentencepiece.SentencePieceProcessor(model_file=str(path)), Vocabulary.from_model_file(path)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)), read_vocabulary_file(path)
 
 
 def as_llama_cpp(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -383,7 +376,7 @@ def test_a_model_file_that_is_cut_short(tmp_path: Path, size: int) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(MODEL_FILE.read_bytes()[:size])
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.model: "):
-        Vocabulary.from_model_file(path)
+        read_vocabulary_file(path)
 
 
 @pytest.mark.parametrize("raw", [b"version https://git-lfs.github.com/spec/v1\n", b"{}", b"\xff" * 99, bytes(99)])
@@ -391,9 +384,9 @@ def test_a_model_file_that_is_none(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(raw)
     with pytest.raises(InvalidCheckpoint):
-        Vocabulary.from_model_file(path)
+        read_vocabulary_file(path)
     with pytest.raises(InvalidCheckpoint, match="cannot be read"):
-        Vocabulary.from_model_file(tmp_path / "absent.model")
+        read_vocabulary_file(tmp_path / "absent.model")
 
 
 @pytest.mark.parametrize(
@@ -412,7 +405,7 @@ def test_a_model_file_with_other_options(tmp_path: Path, options: dict[str, Any]
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train(options))
     with pytest.raises(InvalidCheckpoint, match=message):
-        Vocabulary.from_model_file(path)
+        read_vocabulary_file(path)
 
 
 def test_pieces_are_read_alike_however_they_are_written() -> None:

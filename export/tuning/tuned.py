@@ -127,7 +127,7 @@ class Tuned:
             lambda spec: rounded[spec.gguf],
             quick_precision(),
             self._codes,
-            _fits(memory_for(self._checkpoint, self._text, self._codes, True)),
+            memory_for(self._checkpoint, self._text, self._codes, True) <= (available_memory() or 0),
         )
         if not any(isinstance(weight, Scaled) for weight in student.moving.values()):
             raise InvalidRequest(
@@ -237,18 +237,13 @@ def _rows(spec: TensorSpec) -> int:
 
 
 def _check_memory(checkpoint: Checkpoint, text: CalibrationText, codes: bool) -> None:
-    need = memory_for(checkpoint, text, codes)
-    if not _fits(need):
+    need, free = memory_for(checkpoint, text, codes), available_memory()
+    if free is not None and need > free:
         less = "" if not codes else f"--tune-scales takes {memory_for(checkpoint, text, False) / 1e9:.1f} GB, or "
         raise InvalidRequest(
-            f"{checkpoint.path}: tuning takes about {need / 1e9:.1f} GB of memory, and "
-            f"{(available_memory() or 0) / 1e9:.1f} GB are free; {less}leave --tune out"
+            f"{checkpoint.path}: tuning takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+            f"{less}leave --tune out"
         )
-
-
-def _fits(need: int) -> bool:
-    free = available_memory()
-    return free is None or need <= free
 
 
 def memory_for(checkpoint: Checkpoint, text: CalibrationText, codes: bool, hold: bool = False) -> int:

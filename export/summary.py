@@ -12,7 +12,8 @@ class ExportSummary:
 
     `vision` is the file of the vision tower, where there is one. `kept_exactly` is the share of the Q4_0 blocks that
     give the bfloat16 weights of the source again, to the bit. `divergence` is that from the exact model before tuning
-    and after it, in nats a token of a few of the sequences that it was tuned on.
+    and after it, in nats a token of a few of the sequences that it was tuned on; where it did not fall, nothing was
+    tuned.
     """
 
     path: str

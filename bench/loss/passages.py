@@ -104,6 +104,7 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
     """
     passages = []
     for index, text in enumerate(texts):
+        before = len(passages)
         for start in range(0, len(text.ids), chunk):
             ids = text.ids[start : start + chunk].copy()
             ids[0] = text.ids[0]
@@ -111,12 +112,11 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
                 passages.append(Passage(index, start, ids, 0))
             elif protocol in ("chunks", "written") and len(ids) == chunk:
                 passages.append(Passage(index, start, ids, chunk // 2))
-    if not passages:
-        longest = max(texts, key=lambda text: len(text.ids))
-        raise InvalidRequest(
-            f"{longest.path}: found {len(longest.ids)} tokens, expected at least {chunk}; give more text or a smaller "
-            "--chunk"
-        )
+        if len(passages) == before:
+            raise InvalidRequest(
+                f"{text.path}: found {len(text.ids)} tokens, expected at least {chunk}; give more text or a smaller "
+                "--chunk"
+            )
     return list(first_of_each(passages, limit).values())
 
 

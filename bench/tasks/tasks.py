@@ -99,6 +99,10 @@ def read_questions(path: str | Path) -> list[Question]:
         if line.strip():
             try:
                 questions.append(_question(json.loads(line), number))
+            except json.JSONDecodeError as error:
+                raise InvalidRequest(
+                    f"{path}: line {number}: found no JSON ({error.msg}), expected a question"
+                ) from None
             except (ValueError, RecursionError) as error:
                 raise InvalidRequest(f"{path}: line {number}: {error}") from None
     if not questions:

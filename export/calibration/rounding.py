@@ -24,7 +24,7 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.ops import rms_norm
 from ...runtime.model.tensors import TensorSpec
 from ...runtime.version import bezel_version
-from ..gguf.writer import export_gguf, plan_tensors
+from ..gguf.writer import check_target, export_gguf, plan_tensors
 from ..kept import KeptWork, work_on
 from ..ordered import ordered
 from ..recipe import find_recipe
@@ -69,6 +69,7 @@ def export_calibrated(
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
     formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.specs, recipe)}
+    check_target(checkpoint, out, force)  # before anything is kept beside it
     if is_calibration(calibration):
         if tune_steps:
             raise InvalidRequest(f"{calibration}: holds moments, and tuning reads a text; give --calibration TEXT")
@@ -83,23 +84,31 @@ def export_calibrated(
             sequential = Sequential(checkpoint, text, formats, kept, progress)
             return export_gguf(checkpoint, out, recipe, None, None, force, sequential)
     try:
-        from ..tuning.tuned import Tuned
+        from ..tuning.tuned import Tuned, check_tunable
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise InvalidRequest("tuning needs the package torch: pip install 'bezel-lm[tune]'") from None
-    more = read_text(checkpoint, calibration, Tuned.tokens_for(checkpoint, tune_steps, SEQUENCE))
+    wanted = Tuned.tokens_for(checkpoint, tune_steps, SEQUENCE)
+    more = read_text(checkpoint, calibration, wanted)
+    check_tunable(checkpoint, formats, more, tune_codes)
     part = _Parts(progress, Tuned.products(checkpoint, more, tune_steps))
     with work_on(out, key) as kept:
         sequential = Sequential(checkpoint, text, formats, kept, part.first)
         beside = kept.beside(Tuned.key(checkpoint, key, tune_steps, tune_codes, more))
         tuned = Tuned(checkpoint, sequential, more, formats, beside, tune_steps, tune_codes, part.second)
         summary = export_gguf(checkpoint, out, recipe, None, None, force, tuned)
-    before, after = tuned.divergence
-    if after < before:
-        return replace(summary, divergence=(before, after))
-    away = f"tuning led away from the exact model ({before:.4f} to {after:.4f} nats a token): kept as calibrated"
-    return replace(summary, warnings=[*summary.warnings, away])
+        before, after = tuned.divergence
+        warnings = []
+        if after >= before:  # the file is to say that it is not tuned
+            summary = export_gguf(checkpoint, out, recipe, None, None, True, sequential)
+            warnings.append(
+                f"tuning led away from the exact model ({before:.3g} to {after:.3g} nats a token): kept as calibrated; "
+                "more steps may help, on more text"
+            )
+    if more.tokens <= wanted - SEQUENCE:
+        warnings.append(f"{calibration}: {more.tokens} tokens, which were gone through again and again; tune on more")
+    return replace(summary, warnings=[*summary.warnings, *warnings], divergence=tuned.divergence)
 
 
 class _Parts:

@@ -107,7 +107,7 @@ class _Options:
                 "--tune goes with --calibration TEXT and --format gguf; for ONNX, export the GGUF file that was tuned.",
             ),
             (self.tune and self.tune_scales, "Give --tune or --tune-scales: scales and codes, or scales alone."),
-            (self.tune_steps and not self.tuned, "--tune-steps goes with --tune."),
+            (self.tune_steps and not self.tuned, "--tune-steps goes with --tune or --tune-scales."),
             (onnx and mixed, "--size goes with --format gguf."),
             (
                 mixed and (self.quant or self.embedding),
@@ -199,7 +199,7 @@ class _Options:
     is_flag=True,
     help="After --calibration TEXT, move scales, norms and codes so that the whole model's answers come closest to the "
     "exact model's. The same bytes, and less loss again; needs the extra `tune`, hours for all but small models, and "
-    "as much of the text as the steps go through. Broken off, it goes on.",
+    "as much of the text as the steps go through. Broken off, it goes on from what is kept beside OUT.",
 )
 @click.option(
     "--tune-scales",
@@ -282,7 +282,9 @@ def export(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
         try:
             summary = (_export_folder if asked.container == "onnx" else _export_file)(checkpoint, out, asked, progress)
         except KeyboardInterrupt:
-            click.echo("\ncancelled", err=True)
+            goes_on = asked.calibration is not None and asked.container == "gguf"
+            where = "; the same command goes on where this one was" if goes_on else ""
+            click.echo(f"\ncancelled{where}", err=True)
             raise SystemExit(130) from None
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
@@ -359,9 +361,11 @@ def print_summary(summary: ExportSummary) -> None:
             f"  {summary.kept_exactly:.2%} of the q4_0 blocks lie on a lattice of 16 values, as quantization-aware "
             "training leaves them: kept exactly"
         )
-    if summary.divergence is not None:
+    if summary.divergence is not None and summary.divergence[1] < summary.divergence[0]:
         before, after = summary.divergence
-        click.echo(f"  tuned: divergence from the exact model {before:.4f} → {after:.4f} nats a token on its own text")
+        click.echo(
+            f"  tuned: {before:.3g} → {after:.3g} nats a token from the exact model, on text that it was tuned on"
+        )
     if summary.vision is not None:
         print_summary(summary.vision)
     for fallback in summary.fallbacks:

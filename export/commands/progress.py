@@ -18,7 +18,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     with click.progressbar(length=1, label=label, file=sys.stderr) if sys.stderr.isatty() else nullcontext() as bar:
 
         def progress(done: int, total: int) -> None:
-            if bar is not None:
+            if bar is not None and done:  # the time before the first step would be taken for that of each
                 bar.length = total
                 bar.update(done - bar.pos)
 

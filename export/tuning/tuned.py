@@ -53,7 +53,7 @@ class Tuned:
     """What `begun` rounded, tuned in so many steps on sequences of `text`, which takes torch.
 
     A state is kept every few minutes. With as many threads an interrupted tuning comes to the same blocks as one that
-    was not. Raises InvalidRequest for a model that takes more memory than there is.
+    was not. Raises InvalidRequest where every matrix turns out to be kept exactly.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class Tuned:
         """`codes` are tuned as well as scales and norms. `progress` is called with (done, in all), in products of a
         weight and a token.
         """
-        _check_memory(checkpoint, text, codes)
         self._checkpoint, self._begun, self._text, self._formats = checkpoint, begun, text, formats
         self._kept, self._steps, self._codes, self._progress = kept, steps, codes, progress
         self.method = f"{begun.method}, then {steps} {TUNED}" + ("" if codes else " scales and norms")
@@ -139,12 +138,17 @@ class Tuned:
             descent.restore(state)
         saved, one = time.monotonic(), BATCH * ids.shape[1] * _PASSES * layers
         total -= one * descent.step
-        for chosen in islice(_order(len(ids), self._steps), descent.step, None):
-            descent.take(ids[chosen], wanted[chosen])
-            tell(one)
-            if time.monotonic() - saved > _KEEP_SECONDS:
+        try:
+            for chosen in islice(_order(len(ids), self._steps), descent.step, None):
+                descent.take(ids[chosen], wanted[chosen])
+                tell(one)
+                if time.monotonic() - saved > _KEEP_SECONDS:
+                    self._kept.save(_STATE, descent.state())
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            if descent.whole:
                 self._kept.save(_STATE, descent.state())
-                saved = time.monotonic()
+            raise
         first = next(_order(len(ids), 1))
         self.divergence = descent.before, student.divergence(ids[first], wanted[first])
         found = {name: blocks for name, (_, blocks) in rounded.items()}
@@ -170,6 +174,7 @@ class Descent:
     def __init__(self, student: Student, steps: int, rates: Mapping[str, float] = RATES) -> None:
         self._student, self._steps, self._rates, self.step = student, steps, rates, 0
         self.before = math.nan  # the divergence that the first step found
+        self.whole = True  # no step is half done
         self._groups = {kind: list(student.parameters(kind)) for kind in rates}
         groups = [{"params": found, "lr": 0.0} for found in self._groups.values()]
         self._adam = torch.optim.Adam(groups, betas=_BETAS, eps=_TINY)
@@ -180,10 +185,12 @@ class Descent:
             group["lr"] = rate * self._height()
         self._adam.zero_grad(set_to_none=True)
         divergence = self._student.divergence(ids, wanted)
+        self.whole = False
         self._adam.step()
         if not self.step:
             self.before = divergence
         self.step += 1
+        self.whole = True
         return divergence
 
     def _height(self) -> float:
@@ -236,7 +243,14 @@ def _rows(spec: TensorSpec) -> int:
     return 1 if spec.is_norm else spec.shape[0]
 
 
-def _check_memory(checkpoint: Checkpoint, text: CalibrationText, codes: bool) -> None:
+def check_tunable(
+    checkpoint: Checkpoint, formats: Mapping[str, type[Format]], text: CalibrationText, codes: bool
+) -> None:
+    """Raises InvalidRequest where nothing would move, and where tuning takes more memory than there is."""
+    if not any(spec.layer is not None and formats[spec.gguf].block > 1 for spec in checkpoint.specs):
+        raise InvalidRequest(
+            f"{checkpoint.path}: no matrix is to be in blocks: nothing is to be tuned; leave --tune out"
+        )
     need, free = memory_for(checkpoint, text, codes), available_memory()
     if free is not None and need > free:
         less = "" if not codes else f"--tune-scales takes {memory_for(checkpoint, text, False) / 1e9:.1f} GB, or "

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from ..files.atomic import atomic, check_new
+from ..files.models import size_text
 from .model_path import MODEL
 
 
@@ -43,4 +44,4 @@ def write(model: Path, out: Path, tokens: int, seed: int, threads: int | None, f
     except KeyboardInterrupt:
         click.echo("\ncancelled; nothing was written", err=True)
         raise SystemExit(130) from None
-    click.echo(f"{out}: {out.stat().st_size / 1e6:,.2f} MB, {len(texts)} texts")
+    click.echo(f"{out}: {size_text(out.stat().st_size)}, {len(texts)} texts")

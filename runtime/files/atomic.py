@@ -48,8 +48,10 @@ def atomic(out: Path, replaces: Callable[[Path], bool] = lambda _: True) -> Iter
                 os.fsync(file.fileno())
             os.replace(part, out)
             _sync(out.parent)
-        except BaseException:  # Ctrl-C too
+        except BaseException as error:  # Ctrl-C too
             part.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+                error.filename = str(out)
             raise
 
 

@@ -38,7 +38,8 @@ def run(tmp_path: Path, text: Path) -> Callable[..., Measurement]:
     def call(candidates: list[str], reference: str, **options: Any) -> Measurement:
         specs = [parse_spec(c, Spec(Path())) for c in candidates]
         exact = parse_spec(reference, Spec(Path(), None, "f32", "f32"))
-        return measure(specs, exact, [text], **{"states": tmp_path / "states", **options})
+        texts = options.pop("texts", [text])
+        return measure(specs, exact, texts, **{"states": tmp_path / "states", **options})
 
     return call
 
@@ -438,6 +439,10 @@ def test_what_cannot_be_measured_is_refused(
     text.write_text("Too short.")
     with pytest.raises(InvalidRequest, match=r"tale\.txt: found \d tokens, expected at least 64"):
         run([file], file, chunk=64)
+    long = text.with_name("long.txt")
+    long.write_text("A tale that is told again and again. " * 40)
+    with pytest.raises(InvalidRequest, match=r"tale\.txt: found \d tokens, expected at least 64"):
+        run([file], file, chunk=64, texts=[long, text])
     text.write_bytes(b"Latin: \xe9\xe9")
     with pytest.raises(InvalidRequest, match="not UTF-8 at 7"):
         run([file], file)

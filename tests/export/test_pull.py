@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from click.testing import CliRunner
 pytest.importorskip("huggingface_hub")
 
 import huggingface_hub
-from bezel.export.commands.progress import DownloadLine
+from bezel.export.commands.progress import DownloadLine, progress_bar
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.hub import client
 from bezel.export.hub import pull as pull_module
@@ -661,6 +663,24 @@ def test_the_library_itself_is_served(hub: Hub, tmp_path: Path, monkeypatch: pyt
     assert info.sha == hub.repos[NAME].commit
     with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
         huggingface_hub.hf_hub_download(NAME, "nothing", local_dir=tmp_path / "library", endpoint=hub.url)
+
+
+def test_the_time_left_of_a_long_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is not taken from what passes before anything is done, as that of a unit of which there are millions."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown, now = Terminal(), [0.0]
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr("click._termui_impl.time", SimpleNamespace(time=lambda: now[0]))
+    with progress_bar("o.gguf") as progress:
+        for second, done in enumerate((0, 0, 0, 0, 1_000_000, 2_000_000, 3_000_000)):
+            now[0] = 10.0 * second
+            progress(done, 12_000_000)
+    assert "00:0" in shown.getvalue()
+    assert "d " not in shown.getvalue()
 
 
 def test_the_line_of_a_download(capsys: pytest.CaptureFixture[str]) -> None:

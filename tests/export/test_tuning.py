@@ -255,15 +255,26 @@ def test_what_is_written_is_what_was_tuned(text: Path, tmp_path: Path, monkeypat
 
 
 def test_tuning_that_leads_away_is_left_out(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is what was calibrated, and the summary says so."""
+    """What is written is what was calibrated, to the byte, and the summary says so."""
     monkeypatch.setattr(module, "RATES", {**module.RATES, "factors": 1.0})
+    text.write_text(TEXT.read_text()[:4000])
     with open_checkpoint(DEMO) as source:
         away = export_calibrated(source, tmp_path / "away.gguf", "q4_0", None, text, None, False, 1024, 3)
         export_calibrated(source, tmp_path / "plain.gguf", "q4_0", None, text, tokens=1024)
-    assert away.divergence is None
-    assert "tuning led away from the exact model" in away.warnings[-1]
-    for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors:
-        np.testing.assert_array_equal(data_of(tmp_path / "away.gguf", tensor.name), tensor.data)
+    assert away.divergence is not None
+    assert away.divergence[1] > away.divergence[0]
+    assert "tuning led away from the exact model" in away.warnings[-2]
+    assert "tokens, which were gone through again and again" in away.warnings[-1]
+    assert (tmp_path / "away.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+def test_a_refused_export_keeps_nothing(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "o.gguf").write_bytes(b"GGUF")
+    with open_checkpoint(DEMO) as source:
+        for name, quant, words in (("o", "q4_0", "exists already"), ("f32", "f32", "no matrix is to be in blocks")):
+            with pytest.raises(InvalidRequest, match=words):
+                export_calibrated(source, tmp_path / f"{name}.gguf", quant, None, text, tokens=1024, tune_steps=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "o.gguf"}
 
 
 def test_scales_and_norms_of_larger_models_move_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +290,12 @@ def data_of(path: Path, name: str) -> np.ndarray:
     return next(t.data for t in gguf.GGUFReader(path).tensors if t.name == name)
 
 
-def test_a_broken_off_tuning_goes_on(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the same file as one that was not; and nothing of the work is left."""
-    monkeypatch.setattr(module, "_KEEP_SECONDS", 0.0)
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_a_broken_off_tuning_goes_on(
+    seconds: float, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same file as one that was not, however long ago its state was kept; and nothing of the work is left."""
+    monkeypatch.setattr(module, "_KEEP_SECONDS", seconds)
     whole = tuned(text, tmp_path / "whole.gguf", 4).read_bytes()
     steps: list[int] = []
     take = Descent.take
@@ -300,6 +314,18 @@ def test_a_broken_off_tuning_goes_on(text: Path, tmp_path: Path, monkeypatch: py
     assert tuned(text, tmp_path / "again.gguf", 4).read_bytes() == whole
     assert steps == [0, 1, 2, 2, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "whole.gguf", "again.gguf"}
+
+
+def test_half_a_step_is_not_kept(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(text, tmp_path / "o.gguf", 2)
+    assert list(tmp_path.rglob("*.npz"))
+    assert not list(tmp_path.rglob(f"{module._STATE:06}.npz"))
 
 
 def test_what_tuning_needs(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -59,6 +60,15 @@ def test_what_gets_its_name_is_on_the_disk(folder: bool, tmp_path: Path, monkeyp
     assert (
         done.index(file.stat().st_ino) < done.index("named") < len(done) - 1 - done[::-1].index(tmp_path.stat().st_ino)
     )
+
+
+def test_a_full_disk_says_which_file(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as found, atomic(tmp_path / "out"):
+        full()
+    assert found.value.filename == str(tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

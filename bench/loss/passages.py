@@ -102,7 +102,7 @@ def cut(texts: Sequence[Text], protocol: str, chunk: int, limit: int | None = No
     from the first.
     Raises InvalidRequest for texts that are too short.
     """
-    passages = []
+    passages: list[Passage] = []
     for index, text in enumerate(texts):
         before = len(passages)
         for start in range(0, len(text.ids), chunk):

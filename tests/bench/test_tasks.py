@@ -132,7 +132,7 @@ GOOD = {"query": "Q", "choices": ["a", "b"], "gold": 1}
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        ("{", "line 2: Expecting"),
+        ("{", "line 2: found no JSON"),
         ("[" * 100_000, "line 2"),
         ("[1]", "line 2: found list, expected an object"),
         ({"choices": ["a", "b"], "gold": 1}, "one of the fields query, ctx, context, question"),

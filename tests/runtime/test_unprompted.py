@@ -69,7 +69,7 @@ def test_the_command(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return found.output
 
     out = tmp_path / "own.txt"
-    assert "own.txt: 0.00 MB, " in said(str(out), "--tokens", "100")
+    assert "own.txt: 0 kB, " in said(str(out), "--tokens", "100")
     first = out.read_text()
     assert "exists already" in said(str(out), "--tokens", "100", code=1)
     said(str(out), "--tokens", "100", "--force", "--threads", "1")

@@ -202,9 +202,8 @@ class _Model:
 
     def log_p(self, embedded: Tensor, first: int) -> Tensor:
         """(n, scored, vocab): of what follows the positions from `first` to the last but one."""
-        n, length, _ = embedded.shape
-        h = hidden_of(self.config, self.weights, torch.zeros(n, length), embedded=embedded.flatten(0, 1))
-        scored = h.unflatten(0, (n, length))[:, first:-1]
+        h = hidden_of(self.config, self.weights, embedded)
+        scored = h.unflatten(0, embedded.shape[:2])[:, first:-1]
         found: Tensor = logits(self.config, TorchOps(), head_of(self.config, self.weights), scored)
         return found.log_softmax(-1)
 

@@ -108,18 +108,10 @@ class Batch:
         return x
 
 
-def hidden_of(
-    config: ModelConfig,
-    weights: Weights,
-    ids: Tensor,
-    precision: torch.dtype = torch.float32,
-    embedded: Tensor | None = None,
-) -> Tensor:
-    """What the last norm makes of all positions of sequences (n, length): (n · length, hidden).
-
-    With `embedded` (n · length, hidden) the sequences are these rows, and of `ids` only the places count.
-    """
-    passes = run_layers(config, TorchOps(precision), weights, Batch(config, ids), 0, embedded)
+def hidden_of(config: ModelConfig, weights: Weights, embedded: Tensor) -> Tensor:
+    """What the last norm makes of all positions of embedded sequences (n, length, hidden): (n · length, hidden)."""
+    places = torch.zeros(embedded.shape[:2])
+    passes = run_layers(config, TorchOps(), weights, Batch(config, places), 0, embedded.flatten(0, 1))
     [(_, hidden)] = deque(passes, maxlen=1)
     made: Tensor = hidden
     return made

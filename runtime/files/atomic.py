@@ -50,7 +50,7 @@ def atomic(out: Path, replaces: Callable[[Path], bool] = lambda _: True) -> Iter
             _sync(out.parent)
         except BaseException as error:  # Ctrl-C too
             part.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
                 error.filename = str(out)
             raise
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights, capped, head_of
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from .latent import Latent, Rounded, Scaled
-from .targets import Targets
+from .targets import TOGETHER, Targets
 from .torch_model import TorchOps, through_layer
 
 _ROWS = 128  # positions whose wanted rows of the head are there at a time
@@ -44,13 +44,20 @@ class Factors:
 @dataclass
 class _Pass:
     """What went through a layer, (positions, hidden) all: `x` enters it, None at the first, and `behind` leaves it,
-    which the next norm makes `hidden` of. `moving` are the matrices by role that gradients are wanted of.
+    which the next norm makes `hidden` of. `matrices` are the layer's by role, for all that go through it.
     """
 
     x: Tensor | None
-    moving: dict[str, Tensor]
+    matrices: dict[str, Tensor]
     behind: Tensor
     hidden: Tensor
+
+
+def can_move(spec: TensorSpec, form: type[Format]) -> bool:
+    """Whether a matrix moves, unless its format keeps it exactly. Embedding and head do not: what they learn from one
+    text does not hold for another.
+    """
+    return spec.layer is not None and form.block > 1
 
 
 class Student:
@@ -58,10 +65,9 @@ class Student:
 
     `exact` gives a tensor's numbers, (rows, inputs) or those of a norm; `rounded` its format and blocks (rows,
     row_bytes). Both are asked in the order of the model's tensors. What the format keeps exactly stays, and so do codes
-    unless they are to move, `codes`. So do embedding and head, as they are rounded: what they learn from one text does
-    not hold for another. The layers' products are in `precision`, whose errors are a hundredth of what a code's step
-    is. With `hold` all that a layer makes stays in memory until the way back, which otherwise goes through it again:
-    a third longer, to the same bits.
+    unless they are to move, `codes`. The layers' products are in `precision`, whose errors are a hundredth of what a
+    code's step is. With `hold` all that a layer makes stays in memory until the way back, which otherwise goes through
+    it again: a third longer, to the same bits.
     """
 
     def __init__(
@@ -81,9 +87,7 @@ class Student:
             weight: Rounded | Scaled | Factors
             if spec.is_norm:
                 weight = self.moving[spec.gguf] = Factors(form.dequantize(blocks)[0])
-            elif (
-                form.block > 1 and spec.layer is not None and not lattice.is_kept(form, numbers := exact(spec), blocks)
-            ):
+            elif can_move(spec, form) and not lattice.is_kept(form, numbers := exact(spec), blocks):
                 weight = self.moving[spec.gguf] = Latent(form, blocks, numbers) if codes else Scaled(form, blocks)
             else:
                 weight = Rounded(form, blocks)
@@ -99,39 +103,48 @@ class Student:
         (n, length). Its gradients are left in what moves.
         """
         before: list[Tensor | None] = [None]  # what enters each layer
-        held: list[_Pass] = []
+        held: list[list[_Pass]] = []
         for i in range(self.config.n_layers):
             with torch.set_grad_enabled(self._hold):
-                found = self._through(i, ids, before[i])
-            before.append(found.behind.detach())
+                found = list(self._through(i, ids, before[i]))
+            before.append(torch.cat([part.behind.detach() for part in found]))
+            hidden = torch.cat([part.hidden.detach() for part in found])
             if self._hold:
                 held.append(found)
-        divergence, gradient = self._of_answers(found.hidden.detach(), wanted)
-        del found
+            del found
+        divergence, gradient = self._of_answers(hidden, wanted)
         for i in reversed(range(self.config.n_layers)):
             before.pop()
             gradient = self._back(i, held.pop() if held else self._through(i, ids, before[i]), gradient)
         return divergence
 
-    def _through(self, index: int, ids: Tensor, x: Tensor | None) -> _Pass:
-        """Through a layer, which x enters."""
-        layers, moving = list(self.weights.layers), dict[str, Tensor]()
-        if torch.is_grad_enabled():
-            for role, weight in layers[index].items():
-                if isinstance(weight, Scaled):
-                    moving[role] = weight().detach().requires_grad_()
-            layers[index] = {**layers[index], **moving}
-            if x is not None:
-                x.requires_grad_()
-        there = Weights(self.weights.shared, layers)
-        return _Pass(x, moving, *through_layer(self.config, there, ids, index, x, self._precision))
+    def _through(self, index: int, ids: Tensor, x: Tensor | None) -> Iterator[_Pass]:
+        """Sequences (n, length) through a layer, which x enters; a few at a time."""
+        layers, matrices = list(self.weights.layers), dict[str, Tensor]()
+        for role, weight in layers[index].items():
+            if not isinstance(weight, Factors):
+                matrices[role] = weight().detach().requires_grad_(isinstance(weight, Scaled))
+        layers[index] = {**layers[index], **matrices}
+        there, parts = Weights(self.weights.shared, layers), ids.split(TOGETHER)
+        streams = x.split(TOGETHER * ids.shape[1]) if x is not None else [None] * len(parts)
+        for part, stream in zip(parts, streams, strict=True):
+            if stream is not None:
+                stream.requires_grad_(torch.is_grad_enabled())
+            yield _Pass(stream, matrices, *through_layer(self.config, there, part, index, stream, self._precision))
 
-    def _back(self, index: int, made: _Pass, gradient: Tensor) -> Tensor | None:
-        """Through a layer, with the gradients of what is behind it, to those of what enters it."""
-        (made.hidden if index == self.config.n_layers - 1 else made.behind).backward(gradient)
-        for role, matrix in made.moving.items():
-            self.weights.layers[index][role]().backward(matrix.grad)
-        return None if made.x is None else made.x.grad
+    def _back(self, index: int, passes: Iterable[_Pass], gradient: Tensor) -> Tensor:
+        """Back through a layer, from the gradients of what is behind it to those of what enters it, if that is x."""
+        before, rest = list[Tensor](), gradient
+        for made in passes:
+            behind = made.hidden if index == self.config.n_layers - 1 else made.behind
+            behind.backward(rest[: len(behind)])
+            rest = rest[len(behind) :]
+            if made.x is not None and made.x.grad is not None:
+                before.append(made.x.grad)
+        for role, weight in self.weights.layers[index].items():
+            if isinstance(weight, Scaled):
+                weight().backward(made.matrices.pop(role).grad)
+        return torch.cat(before) if before else gradient.new_empty(0)
 
     def _of_answers(self, hidden: Tensor, wanted: Targets) -> tuple[float, Tensor]:
         """The divergence of what the last norm made, (positions, hidden), and its gradients."""

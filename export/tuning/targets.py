@@ -18,7 +18,7 @@ from ..sources.checkpoint import Checkpoint
 from .torch_model import TorchOps, in_memory, through_layer
 
 LIKELIEST = 256  # tokens at a position; what a model of 262,144 tokens believes of others is seldom more than 5 %
-TOGETHER = 6  # sequences that pass a layer at a time
+TOGETHER = 2  # sequences that pass a layer at a time
 _HEAD_NUMBERS = 1 << 24  # logits that are there at a time
 
 

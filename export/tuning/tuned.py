@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...quant import lattice
 from ...quant.formats import Format
 from ...runtime.arrays import Arrays
 from ...runtime.errors import InvalidRequest
@@ -26,12 +27,11 @@ from ..gguf.writer import Calibrated
 from ..kept import KeptWork
 from ..metadata import TUNED
 from ..sources.checkpoint import Checkpoint
-from .latent import Scaled
-from .student import Student
+from .student import Student, can_move
 from .targets import LIKELIEST, TOGETHER, Targets, exact, exact_weights, passing_to_targets
 from .torch_model import quick_precision
 
-BATCH = TOGETHER  # sequences in a step
+BATCH = 6  # sequences in a step
 RATES = {"place": 0.003, "factors": 0.003, "norm": 0.003}  # of codes, scales and norms, where the schedule is highest
 # Each scale and norm moves many weights at once, so that in a larger model all of them together go too far: with more
 # weights in the layers than these, their rates fall as the root of the number does.
@@ -83,7 +83,7 @@ class Tuned:
     ) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
         own = {"steps": steps, "codes": codes, "tuning_tokens": text.tokens, "rates": rates_for(checkpoint)}
-        return {**begun, "tuning": 5, **own, "batch": BATCH}
+        return {**begun, "tuning": 6, **own, "batch": BATCH}
 
     @staticmethod
     def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:
@@ -109,6 +109,15 @@ class Tuned:
 
     def _tune(self) -> dict[str, NDArray[np.uint8]]:
         rounded = {spec.gguf: self._rounded(spec) for spec in self._checkpoint.specs}
+        moving = (spec for spec in self._checkpoint.specs if can_move(spec, self._formats[spec.gguf]))
+        if all(
+            lattice.is_kept(form, exact(self._checkpoint, spec), blocks)
+            for spec in moving
+            for form, blocks in [rounded[spec.gguf]]
+        ):
+            raise InvalidRequest(
+                f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
+            )
         ids = torch.from_numpy(np.stack(self._text.sequences))
         layers, _ = _weights(self._checkpoint)
         done, total = 0, self.products(self._checkpoint, self._text, self._steps)
@@ -128,10 +137,6 @@ class Tuned:
             self._codes,
             memory_for(self._checkpoint, self._text, self._codes, True) <= (available_memory() or 0),
         )
-        if not any(isinstance(weight, Scaled) for weight in student.moving.values()):
-            raise InvalidRequest(
-                f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
-            )
         descent = Descent(student, self._steps, rates_for(self._checkpoint))
         state = self._kept.load(_STATE)
         if state is not None:
@@ -247,7 +252,7 @@ def check_tunable(
     checkpoint: Checkpoint, formats: Mapping[str, type[Format]], text: CalibrationText, codes: bool
 ) -> None:
     """Raises InvalidRequest where nothing would move, and where tuning takes more memory than there is."""
-    if not any(spec.layer is not None and formats[spec.gguf].block > 1 for spec in checkpoint.specs):
+    if not any(can_move(spec, formats[spec.gguf]) for spec in checkpoint.specs):
         raise InvalidRequest(
             f"{checkpoint.path}: no matrix is to be in blocks: nothing is to be tuned; leave --tune out"
         )
@@ -270,11 +275,10 @@ def memory_for(checkpoint: Checkpoint, text: CalibrationText, codes: bool, hold:
         else:
             layers[spec.layer] += math.prod(spec.shape)
             matrices.append(math.prod(spec.shape))
-    tokens, largest = BATCH * length, max(layers.values())
-    widest = max(layer.intermediate_size + length * layer.n_heads for layer in config.layers)
-    active, stream = 4 * _COPIES * tokens * widest, 4 * config.hidden_size
+    largest, widest = max(layers.values()), max(x.intermediate_size + length * x.n_heads for x in config.layers)
+    stream, active = 4 * config.hidden_size, 4 * _COPIES * widest * length  # bytes a token, and of a sequence
     state = (_CODES_BYTES if codes else _SCALES_BYTES) * sum(layers.values()) + 2 * shared
-    answers = 4 * (shared + largest) + stream * text.tokens + active // 3
-    at_once = config.n_layers if hold else 1
-    steps = (8 * largest + active) * at_once + stream * tokens * config.n_layers + _MATRIX_BYTES * max(matrices)
+    answers = 4 * (shared + largest) + stream * text.tokens + TOGETHER * active // 3
+    at_once = (8 * largest + BATCH * active) * config.n_layers if hold else 8 * largest + TOGETHER * active
+    steps = at_once + stream * BATCH * length * config.n_layers + _MATRIX_BYTES * max(matrices)
     return int(_OTHER_BYTES + state + 8 * LIKELIEST * text.tokens + max(answers, steps))

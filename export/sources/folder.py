@@ -1,10 +1,10 @@
-"""A Hugging Face folder: its config, tokenizer, weights (safetensors, one file or sharded) and templates."""
+"""A Hugging Face folder: its config, weights (safetensors, one file or sharded) and templates."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,20 +15,18 @@ import numpy as np
 from ...runtime.arrays import Floats
 from ...runtime.errors import InvalidCheckpoint
 from ...runtime.files.onnx_folder import MANIFEST
-from ...runtime.files.strings import Strings
 from ...runtime.model.families.hf import read_hf_config, sees_pictures, text_name
 from ...runtime.model.families.sight import read_hf_vision, vision_name
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.model.vision import vision_specs
-from ...runtime.text.sentencepiece_model import read_vocabulary_file
-from ...runtime.text.vocabulary import CONTROL, SPACE, USER_DEFINED, Vocabulary, checked_vocabulary
 from .checkpoint import Checkpoint, VisionSource
+from .files import own, required
 from .safetensors import StoredTensor, read_header, read_json
-from .tokenizer_json import read_tokenizer_json
+from .vocabulary import NEWER, OLDER, read_vocabulary
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZERS = (NEWER, OLDER)
 PREPROCESSOR = "preprocessor_config.json"
 TEMPLATE = "chat_template.jinja"  # where recent versions of transformers keep it
 # What is read beside config and weights, as far as it is there.
@@ -36,7 +34,6 @@ TEXT_FILES = (*TOKENIZERS, "tokenizer_config.json", "generation_config.json", PR
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _PADDING = 256  # rows by which an embedding may be filled up
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 
@@ -46,16 +43,16 @@ def open_folder(folder: Path) -> Checkpoint:
     folder = _snapshot(folder)
     _check_no_graph(folder)
     adapters = _check_adapter(folder)
-    config_file = _required(folder / CONFIG)
+    config_file = required(folder / CONFIG)
     raw_config = read_json(config_file)
     config = read_hf_config(raw_config, str(config_file))
     read = _read_weights(folder)
     found = read.stored
     tokenizer_files = [folder / name for name in TOKENIZERS if (folder / name).exists()]
-    files = [*read.files, config_file, *map(_required, tokenizer_files or [folder / "tokenizer.model"])]
+    files = [*read.files, config_file, *map(required, tokenizer_files or [folder / OLDER])]
     weights, seen = _by_part(raw_config, found)
     stored = _match(folder, config.family, tensor_specs(config), weights, unused=(_HEAD,))
-    load_vocabulary = cache(partial(_vocabulary, folder, config.vocab_size))
+    load_vocabulary = cache(partial(read_vocabulary, folder, config.vocab_size))
     warnings = [*adapters, *read.warnings]
     rows = config.vocab_size - len(load_vocabulary().pieces)
     if 0 < rows <= _PADDING:
@@ -67,7 +64,7 @@ def open_folder(folder: Path) -> Checkpoint:
     def optional_json(name: str) -> dict[str, Any]:
         if not (folder / name).exists():
             return {}
-        files.append(_required(folder / name))
+        files.append(required(folder / name))
         return read_json(folder / name)
 
     vision = None
@@ -82,7 +79,7 @@ def open_folder(folder: Path) -> Checkpoint:
     template_file = folder / TEMPLATE
     template = _chat_template(optional_json("tokenizer_config.json").get("chat_template"))
     if template_file.exists():
-        files.append(_own(_required(template_file)))
+        files.append(own(required(template_file)))
         template = template_file.read_text(encoding="utf-8", errors="replace")
 
     checkpoint = Checkpoint(
@@ -133,7 +130,7 @@ def _check_adapter(folder: Path) -> list[str]:
     file = folder / ADAPTER
     if not file.exists():
         return []
-    base = read_json(_required(file)).get("base_model_name_or_path")
+    base = read_json(required(file)).get("base_model_name_or_path")
     if not (folder / CONFIG).exists():
         raise InvalidCheckpoint(
             f"{folder}: this is an adapter of {str(base)[:200]}, not a model; merge it first: with peft, "
@@ -159,85 +156,6 @@ def _check_no_graph(folder: Path) -> None:
     )
 
 
-def _vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """From `tokenizer.json`, which has the latest say, or `tokenizer.model`; where both are there, they must agree.
-
-    Tokens that were added without a row of the embedding are left out.
-    """
-    newer, older = folder / "tokenizer.json", folder / "tokenizer.model"
-    config_file = folder / "tokenizer_config.json"
-    special = read_json(_required(config_file)) if config_file.exists() else {}
-
-    def fail(reason: str) -> InvalidCheckpoint:
-        return InvalidCheckpoint(f"{newer if newer.exists() else older}: {reason}")
-
-    if newer.exists():
-        found = read_tokenizer_json(read_json(newer), special, fail)
-    else:
-        found = _with_added(read_vocabulary_file(older), _added_tokens(folder, special), rows, fail)
-    n = len(found.pieces)
-    while n > rows and found.types[n - 1] in (CONTROL, USER_DEFINED):
-        n -= 1
-    if n < len(found.pieces):
-        pieces, scores, types = Strings.of(found.pieces[:n]), found.scores[:n], found.types[:n]
-        found = checked_vocabulary(pieces, scores, types, found.bos_id, found.eos_id, found.pad_id, fail)
-    if newer.exists() and older.exists():
-        original, same = read_vocabulary_file(older), len(found.pieces)
-        for i, (new, old) in enumerate(zip(found.pieces, original.pieces, strict=False)):
-            if new == old.replace(" ", SPACE):
-                continue
-            same = min(same, i)
-            if found.types[i] not in (CONTROL, USER_DEFINED):  # those a fine-tune may have taken for something else
-                raise fail(f"token {i} is {new[:40]!r}, and in {older.name} it is {old[:40]!r}; remove the wrong file")
-        if same == len(original.pieces) == len(found.pieces):
-            return original
-    return found
-
-
-def _added_tokens(folder: Path, special: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
-    """What transformers lists beside `tokenizer.model`, by id: a token's text, and whether it is special."""
-    listed = folder / "added_tokens.json"
-    found = {}
-    for text, token in (read_json(_required(listed)) if listed.exists() else {}).items():
-        if type(token) is not int:
-            raise InvalidCheckpoint(f"{listed}: {text[:40]!r}: found {str(token)[:40]}, expected an id")
-        found[token] = text, True
-    decoder = special.get("added_tokens_decoder")
-    for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
-        if not key.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-            raise InvalidCheckpoint(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: found {key[:40]!r}: {str(entry)[:80]}, "
-                "expected an id and its content"
-            )
-        found[int(key)] = entry["content"], entry.get("special") is True
-    return found
-
-
-def _with_added(
-    vocabulary: Vocabulary, added: Mapping[int, tuple[str, bool]], rows: int, fail: Callable[[str], InvalidCheckpoint]
-) -> Vocabulary:
-    """The vocabulary with tokens that were added behind it, or that took the place of unused ones."""
-    pieces, scores, types = list(vocabulary.pieces), list(vocabulary.scores), list(vocabulary.types)
-    for token, (text, special) in sorted(added.items()):
-        if token >= rows:
-            break
-        if token > len(pieces):
-            raise fail(f"added token {token} ({text[:40]!r}) comes after {len(pieces)} pieces: one is missing between")
-        kind = CONTROL if special else USER_DEFINED
-        if token == len(pieces):
-            pieces.append(text)
-            scores.append(0.0)
-            types.append(kind)
-        elif pieces[token].replace(" ", SPACE) != text.replace(" ", SPACE):
-            if types[token] not in (CONTROL, USER_DEFINED):
-                raise fail(f"token {token} is {pieces[token][:40]!r}, and an added token calls it {text[:40]!r}")
-            pieces[token], types[token] = text, kind
-    if pieces == list(vocabulary.pieces):
-        return vocabulary
-    special_ids = vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id
-    return checked_vocabulary(Strings.of(pieces), np.array(scores), np.array(types), *special_ids, fail)
-
-
 @dataclass
 class _Weights:
     """All tensors of the weight files; `twice` are those of which another shard holds a copy."""
@@ -252,7 +170,7 @@ def _read_weights(folder: Path) -> _Weights:
     """What is in `model.safetensors`, or in the shards that the index names, whichever of them it puts a tensor in."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
-        return _Weights(read_header(_required(single)), [single])
+        return _Weights(read_header(required(single)), [single])
     if not index.exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         if pickles:
@@ -263,12 +181,12 @@ def _read_weights(folder: Path) -> _Weights:
             )
         raise InvalidCheckpoint(f"{folder}: found neither model.safetensors nor model.safetensors.index.json")
 
-    weight_map = read_index(_required(index))
+    weight_map = read_index(required(index))
     shards = sorted(set(weight_map.values()))
     found = _Weights({}, [index, *(folder / shard for shard in shards)])
     elsewhere = 0
     for shard in shards:
-        for name, stored in read_header(_required(folder / shard)).items():
+        for name, stored in read_header(required(folder / shard)).items():
             elsewhere += weight_map.get(name) != shard
             if name in found.stored:
                 found.twice.append((name, stored))
@@ -364,34 +282,6 @@ def _same(checkpoint: Checkpoint, one: StoredTensor, other: StoredTensor) -> boo
     return one.shape == other.shape and all(
         np.array_equal(numbers(one, start), numbers(other, start)) for start in range(0, n_rows, step)
     )
-
-
-def _required(path: Path) -> Path:
-    """`path`, if it is a file with its content in place."""
-    if not path.is_file():
-        raise InvalidCheckpoint(
-            f"{path.parent}: {path.name} is missing; expected a folder with config.json, tokenizer.model or "
-            "tokenizer.json, and model.safetensors (or its shards), as downloaded"
-        )
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise InvalidCheckpoint(
-                f"{path}: found a git-lfs pointer, expected the file itself; run 'git lfs pull' in {path.parent}"
-            )
-    return path
-
-
-def _own(path: Path) -> Path:
-    """`path`, if what it is a link to belongs to the checkpoint: its content goes into what is exported."""
-    folder, real = path.parent.resolve(), path.resolve()
-    homes = [folder]
-    if folder.parent.name == "snapshots":  # the hub's cache, whose files are links
-        homes.append(folder.parents[1] / "blobs")
-    if not any(real.is_relative_to(home) for home in homes):
-        raise InvalidCheckpoint(
-            f"{path}: is a link to {real}, which is no part of the checkpoint; put a copy in its place if it should be"
-        )
-    return path
 
 
 def _chat_template(value: Any) -> str | None:

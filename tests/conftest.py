@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from bezel.quant.recipes import preset as make_recipe
 from bezel.runtime import Model, load
 from seeing import write_seeing
 from tiny import TEXT, checkpoint_folder, export
+
+# PyTorch's threads wait for each other by spinning: several workers' on the same cores take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...runtime.arrays import Arrays, Floats
+from ...runtime.arrays import Arrays
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.forward import Weights, head_of, logits
 from ...runtime.model.tensors import TensorSpec
@@ -40,11 +40,6 @@ class Targets:
         return cls(*(torch.from_numpy(arrays[name]) for name in ("tokens", "logits")))
 
 
-def exact(checkpoint: Checkpoint, spec: TensorSpec) -> Floats:
-    """A tensor's numbers: (rows, inputs), or those of a norm."""
-    return checkpoint.rows(spec, 0, 1)[0] if spec.is_norm else checkpoint.rows(spec, 0, spec.shape[0])
-
-
 def exact_weights(checkpoint: Checkpoint) -> Weights:
     """All of a checkpoint's, each read when it is asked for."""
     found = defaultdict[int | None, dict[str, Callable[[], Tensor]]](dict)
@@ -54,7 +49,7 @@ def exact_weights(checkpoint: Checkpoint) -> Weights:
 
 
 def _read(checkpoint: Checkpoint, spec: TensorSpec) -> Tensor:
-    return torch.from_numpy(exact(checkpoint, spec))
+    return torch.from_numpy(checkpoint.tensor(spec))
 
 
 def passing_to_targets(

@@ -28,7 +28,7 @@ from ..kept import KeptWork
 from ..metadata import TUNED
 from ..sources.checkpoint import Checkpoint
 from .student import Student, can_move
-from .targets import LIKELIEST, TOGETHER, Targets, exact, exact_weights, passing_to_targets
+from .targets import LIKELIEST, TOGETHER, Targets, exact_weights, passing_to_targets
 from .torch_model import quick_precision
 
 BATCH = 6  # sequences in a step
@@ -105,13 +105,13 @@ class Tuned:
 
     def _rounded(self, spec: TensorSpec) -> tuple[type[Format], NDArray[np.uint8]]:
         form, blocks = self._formats[spec.gguf], self._begun.blocks(spec)
-        return form, self._checkpoint.blocks(spec, 0, _rows(spec), form) if blocks is None else blocks
+        return form, self._checkpoint.blocks(spec, 0, math.prod(spec.shape[:-1]), form) if blocks is None else blocks
 
     def _tune(self) -> dict[str, NDArray[np.uint8]]:
         rounded = {spec.gguf: self._rounded(spec) for spec in self._checkpoint.specs}
         moving = (spec for spec in self._checkpoint.specs if can_move(spec, self._formats[spec.gguf]))
         if all(
-            lattice.is_kept(form, exact(self._checkpoint, spec), blocks)
+            lattice.is_kept(form, self._checkpoint.tensor(spec), blocks)
             for spec in moving
             for form, blocks in [rounded[spec.gguf]]
         ):
@@ -131,7 +131,7 @@ class Tuned:
         wanted = self._targets(ids, tell)
         student = Student(
             self._checkpoint.config,
-            partial(exact, self._checkpoint),
+            self._checkpoint.tensor,
             lambda spec: rounded[spec.gguf],
             quick_precision(),
             self._codes,
@@ -242,10 +242,6 @@ def _weights(checkpoint: Checkpoint) -> tuple[int, int]:
     """How many weights the matrices of the layers have, and how many all have that a token is multiplied with."""
     sizes = [(spec, math.prod(spec.shape)) for spec in checkpoint.specs if site_of(spec, checkpoint.config)]
     return sum(n for spec, n in sizes if spec.layer is not None), sum(n for _, n in sizes)
-
-
-def _rows(spec: TensorSpec) -> int:
-    return 1 if spec.is_norm else spec.shape[0]
 
 
 def check_tunable(

@@ -109,15 +109,12 @@ def test_gradients(form: type[Format]) -> None:
 
 
 def student_of(folder: Path, rounded: Path, codes: bool = True, hold: bool = False) -> Student:
-    def exact(spec: TensorSpec) -> np.ndarray:
-        return source.rows(spec, 0, 1)[0] if spec.is_norm else source.rows(spec, 0, spec.shape[0])
-
     def blocks(spec: TensorSpec) -> tuple[type[Format], np.ndarray]:
         rows = 1 if spec.is_norm else spec.shape[0]
         return FORMATS[file.tensors[spec.gguf].format.name], file.data(spec.gguf).reshape(rows, -1).copy()
 
     with open_checkpoint(folder) as source, GGUFModel(rounded) as file:
-        return Student(source.config, exact, blocks, codes=codes, hold=hold)
+        return Student(source.config, source.tensor, blocks, codes=codes, hold=hold)
 
 
 def targets_for(folder: Path, k: int = 1 << 20) -> Targets:
@@ -205,7 +202,7 @@ def test_what_is_held_changes_no_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("codes", "share"), [(True, 0.7), (False, 0.9)])
 def test_steps_bring_the_whole_model_closer(codes: bool, share: float, tmp_path: Path) -> None:
     student = student_of(DEMO, export(DEMO, tmp_path / "q4_0.gguf", "q4_0"), codes)
-    descent, ids, wanted = Descent(student, 40), torch.from_numpy(IDS), targets_for(DEMO)
+    descent, ids, wanted = Descent(student, 40), torch.from_numpy(IDS), targets_for(DEMO, 256)
     before = descent.take(ids, wanted)
     for _ in range(39):
         descent.take(ids, wanted)

@@ -152,9 +152,13 @@ def test_the_unforeseen_is_told_in_a_sentence(demo: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
 def test_a_terminated_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
     def end(done: int, total: int) -> None:  # noqa: ARG001
         assert list(tmp_path.iterdir())
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not sent:  # the handler is there while the command runs, and a second signal would be these tests' end
+            sent.append(signal.SIGTERM)
+            os.kill(os.getpid(), *sent)
 
     monkeypatch.setattr(export_command, "progress_bar", lambda *_: nullcontext(end))
     before = signal.getsignal(signal.SIGTERM)

@@ -216,13 +216,22 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def tuned(text: Path, out: Path, steps: int = 3, progress: Callable[[int, int], None] | None = None) -> Path:
-    with open_checkpoint(DEMO) as source:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_folder("gemma2-gqa", tmp_path_factory.mktemp("tiny"))
+
+
+def tuned(
+    folder: Path, text: Path, out: Path, steps: int = 3, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    with open_checkpoint(folder) as source:
         export_calibrated(source, out, "q4_0", None, text, progress, True, 1024, steps)
     return out
 
 
-def test_what_is_written_is_what_was_tuned(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_what_was_tuned(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """gguf, which is not ours, reads the student's last weights; `verify` lets them pass, and the file says all."""
     students: list[Student] = []
 
@@ -233,7 +242,7 @@ def test_what_is_written_is_what_was_tuned(text: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(module, "Student", Kept)
     told: list[tuple[int, int]] = []
-    path = tuned(text, tmp_path / "a.gguf", progress=lambda *parts: told.append(parts))
+    path = tuned(tiny, text, tmp_path / "a.gguf", progress=lambda *parts: told.append(parts))
     reader = gguf.GGUFReader(path)
     moved = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     for name, weight in students[0].moving.items():
@@ -241,7 +250,7 @@ def test_what_is_written_is_what_was_tuned(text: Path, tmp_path: Path, monkeypat
     field = reader.get_field("bezel.provenance.calibration")
     assert field is not None
     assert field.contents() == "error feedback on the quantized model's inputs, then 3 steps of tuning"
-    with open_checkpoint(DEMO) as source:
+    with open_checkpoint(tiny) as source:
         assert all(report.ok for report in verify(path, source))
         plain = tmp_path / "plain.gguf"
         export_calibrated(source, plain, "q4_0", None, text, tokens=1024)
@@ -251,11 +260,13 @@ def test_what_is_written_is_what_was_tuned(text: Path, tmp_path: Path, monkeypat
     assert told[-1][0] == told[-1][1]
 
 
-def test_tuning_that_leads_away_is_left_out(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_that_leads_away_is_left_out(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is written is what was calibrated, to the byte, and the summary says so."""
     monkeypatch.setattr(module, "RATES", {**module.RATES, "factors": 1.0})
     text.write_text(TEXT.read_text()[:4000])
-    with open_checkpoint(DEMO) as source:
+    with open_checkpoint(tiny) as source:
         away = export_calibrated(source, tmp_path / "away.gguf", "q4_0", None, text, None, False, 1024, 3)
         export_calibrated(source, tmp_path / "plain.gguf", "q4_0", None, text, tokens=1024)
     assert away.divergence is not None
@@ -289,11 +300,11 @@ def data_of(path: Path, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 def test_a_broken_off_tuning_goes_on(
-    seconds: float, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the same file as one that was not, however long ago its state was kept; and nothing of the work is left."""
     monkeypatch.setattr(module, "_KEEP_SECONDS", seconds)
-    whole = tuned(text, tmp_path / "whole.gguf", 4).read_bytes()
+    whole = tuned(tiny, text, tmp_path / "whole.gguf", 4).read_bytes()
     steps: list[int] = []
     take = Descent.take
 
@@ -306,21 +317,21 @@ def test_a_broken_off_tuning_goes_on(
 
     monkeypatch.setattr(Descent, "take", broken_off)
     with pytest.raises(KeyboardInterrupt):
-        tuned(text, tmp_path / "again.gguf", 4)
+        tuned(tiny, text, tmp_path / "again.gguf", 4)
     assert not (tmp_path / "again.gguf").exists()
-    assert tuned(text, tmp_path / "again.gguf", 4).read_bytes() == whole
+    assert tuned(tiny, text, tmp_path / "again.gguf", 4).read_bytes() == whole
     assert steps == [0, 1, 2, 2, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "whole.gguf", "again.gguf"}
 
 
-def test_half_a_step_is_not_kept(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_step_is_not_kept(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            tuned(text, tmp_path / "o.gguf", 2)
+            tuned(tiny, text, tmp_path / "o.gguf", 2)
     assert list(tmp_path.rglob("*.npz"))
     assert not list(tmp_path.rglob(f"{module._STATE:06}.npz"))
 
@@ -336,7 +347,7 @@ def test_what_tuning_needs(text: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert "Give --tune or --tune-scales" in said("--calibration", str(text), "--tune", "--tune-scales")
     assert "--tune-steps goes with --tune" in said("--calibration", str(text), "--tune-steps", "3")
     monkeypatch.setattr(module, "available_memory", lambda: 10**6)
-    assert "tuning takes about 0.8 GB of memory, and 0.0 GB are free; --tune-scales takes 0.7 GB" in said(
+    assert "tuning takes about 0.7 GB of memory, and 0.0 GB are free; --tune-scales takes 0.6 GB" in said(
         "--calibration", str(text), "--tune"
     )
     monkeypatch.setitem(sys.modules, "bezel.export.tuning.tuned", None)

@@ -48,13 +48,13 @@ def exact(reference: Model, ids: list[int]) -> np.ndarray:
     return wanted_logits(reference, ids, "f32")
 
 
-def wanted_logits(model: Model, ids: Sequence[int], kv: str) -> np.ndarray:
-    """Logits of the rows WANTED; of the others the head, most of the model, is not computed."""
+def wanted_logits(model: Model, ids: Sequence[int], kv: str, spans: int = len(SPANS)) -> np.ndarray:
+    """Logits of the rows WANTED in the first spans; of the others the head, most of the model, is not computed."""
     backend = model.backend
     assert isinstance(backend, ModelBackend)
     caches = backend.caches(len(ids), kv, 512)
     out, at = [], 0
-    for start, stop in SPANS.values():
+    for start, stop in [*SPANS.values()][:spans]:
         for a in range(at, start, 512):
             backend.forward([Segment(caches, np.array(ids[a : min(a + 512, start)]), 0)])
         out.append(backend.forward([Segment(caches, np.array(ids[start:stop]), stop - start)]))
@@ -77,9 +77,13 @@ def test_the_native_engine_is_the_reference_s(path: Path, exact: np.ndarray, ids
     """Apart from rounding in float32; and what int8 activations, float16 and int8 keys and values add to it."""
     same = wanted_logits(load(path, activations="f32"), ids, "f32")
     assert kld(exact, same).max() < 1e-6
-    model = load(path)
-    figures = {kv: kld(exact, wanted_logits(model, ids, kv)).mean() for kv in ("f32", "f16", "int8")}
-    alone = kld(exact, wanted_logits(load(path, activations="f32"), ids, "int8")).mean()
+
+    def cost(kv: str, **options: str) -> float:
+        found = wanted_logits(load(path, **options), ids, kv, 2)
+        return float(kld(exact[: len(found)], found).mean())
+
+    figures = {kv: cost(kv) for kv in ("f32", "f16", "int8")}
+    alone = cost("int8", activations="f32")
     print(f"int8 activations {figures}, int8 keys and values alone {alone:.2g}")
     assert figures["f32"] < 3e-3
     assert abs(figures["f16"] - figures["f32"]) < 1e-4

@@ -694,6 +694,7 @@ def _mutants(raw: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize("folder", ["inner"], indirect=True)
 def test_damaged_folders_are_refused_cheaply(folder: Path, tmp_path: Path) -> None:
     counts = {"model.onnx": 600, "tokenizer.model": 60, "config.json": 60, "bezel.json": 120}
     lines = []
@@ -719,6 +720,7 @@ def test_damaged_folders_are_refused_cheaply(folder: Path, tmp_path: Path) -> No
     assert {words.split(":")[0] for words in complaints} == {"InvalidModelFile", "InvalidConfig"}
 
 
+@pytest.mark.parametrize("folder", ["flat"], indirect=True)
 def test_damaged_graphs_are_to_onnx_what_they_are_to_bezel(folder: Path) -> None:
     """Whatever is let through, onnx itself finds no other tensor in it, and none in another place."""
     checked = 0

@@ -43,9 +43,10 @@ _PASSES = 3  # through the layers in a step: forwards, and twice as long backwar
 _TARGET_SHARE = 1 / 8  # of the work of the steps, that the exact model may take at most
 _STREAM_NUMBERS = 1 << 27  # of residual streams that are in memory while the exact model answers
 _KEEP_SECONDS = 300.0  # between states that an interrupted run goes on from
-# Bytes of memory for each weight of the layers, where codes move and where they do not; for each of the matrix at hand;
-# and of activations and scores how many copies.
-_CODES_BYTES, _SCALES_BYTES, _MATRIX_BYTES, _COPIES, _OTHER_BYTES = 18, 1.1, 24, 6, 500_000_000
+# Bytes of memory for each weight in blocks, and of an exact embedding that is read; of the layers, where codes move and
+# where they do not; and of the matrix at hand. Of activations and scores how many copies there are.
+_BLOCKS_BYTES, _READ_BYTES, _CODES_BYTES, _SCALES_BYTES, _MATRIX_BYTES = 0.6, 4.8, 18, 1.1, 24
+_COPIES, _OTHER_BYTES = 6, 500_000_000
 _STATE = 1 << 20  # its number among what is kept, where the targets have those of layers
 
 
@@ -273,8 +274,11 @@ def memory_for(checkpoint: Checkpoint, text: CalibrationText, codes: bool, hold:
             matrices.append(math.prod(spec.shape))
     largest, widest = max(layers.values()), max(x.intermediate_size + length * x.n_heads for x in config.layers)
     stream, active = 4 * config.hidden_size, 4 * _COPIES * widest * length  # bytes a token, and of a sequence
-    state = (_CODES_BYTES if codes else _SCALES_BYTES) * sum(layers.values()) + 2 * shared
-    answers = 4 * (shared + largest) + stream * text.tokens + TOGETHER * active // 3
+    weights = sum(layers.values())
+    answers = _BLOCKS_BYTES * weights + _READ_BYTES * shared + 4 * largest
+    answers += stream * text.tokens + TOGETHER * active // 3
     at_once = (8 * largest + BATCH * active) * config.n_layers if hold else 8 * largest + TOGETHER * active
-    steps = at_once + stream * BATCH * length * config.n_layers + _MATRIX_BYTES * max(matrices)
-    return int(_OTHER_BYTES + state + 8 * LIKELIEST * text.tokens + max(answers, steps))
+    steps = (_CODES_BYTES if codes else _SCALES_BYTES) * weights + at_once
+    steps += stream * BATCH * length * config.n_layers + _MATRIX_BYTES * max(matrices)
+    both = _OTHER_BYTES + _BLOCKS_BYTES * shared + 8 * LIKELIEST * text.tokens
+    return int(both + max(answers, steps))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -590,7 +591,9 @@ def test_what_is_broken_off_goes_on(sent: signal.Signals, hub: Hub, models: Path
 
     hub.on_chunk = on_chunk
     env = environment(hub, tmp_path)
-    sending.append(subprocess.Popen([*COMMAND, "pull", NAME], env=env, stderr=subprocess.PIPE, text=True))
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    pull = [*COMMAND, "pull", NAME]
+    sending.append(subprocess.Popen(pull, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=listening))
     _, err = sending[0].communicate(timeout=60)
     assert sending[0].returncode in {signal.SIGINT: [130], signal.SIGTERM: [143], signal.SIGKILL: [-9]}[sent]
     assert "Traceback" not in err

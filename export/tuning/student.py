@@ -143,7 +143,7 @@ class Student:
                 before.append(made.x.grad)
         for role, weight in self.weights.layers[index].items():
             if isinstance(weight, Scaled):
-                weight().backward(made.matrices.pop(role).grad)
+                weight().backward(made.matrices.pop(role).grad)  # one after the other goes
         return torch.cat(before) if before else gradient.new_empty(0)
 
     def _of_answers(self, hidden: Tensor, wanted: Targets) -> tuple[float, Tensor]:

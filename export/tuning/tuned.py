@@ -104,17 +104,16 @@ class Tuned:
             self._found = self._tune()
         return self._found[spec.gguf]
 
-    def _rounded(self, spec: TensorSpec) -> tuple[type[Format], NDArray[np.uint8]]:
-        form, blocks = self._formats[spec.gguf], self._begun.blocks(spec)
-        return form, self._checkpoint.blocks(spec, 0, math.prod(spec.shape[:-1]), form) if blocks is None else blocks
+    def _rounded(self, spec: TensorSpec) -> NDArray[np.uint8]:
+        blocks, form = self._begun.blocks(spec), self._formats[spec.gguf]
+        return self._checkpoint.blocks(spec, 0, math.prod(spec.shape[:-1]), form) if blocks is None else blocks
 
     def _tune(self) -> dict[str, NDArray[np.uint8]]:
         rounded = {spec.gguf: self._rounded(spec) for spec in self._checkpoint.specs}
         moving = (spec for spec in self._checkpoint.specs if can_move(spec, self._formats[spec.gguf]))
         if all(
-            lattice.is_kept(form, self._checkpoint.tensor(spec), blocks)
+            lattice.is_kept(self._formats[spec.gguf], self._checkpoint.tensor(spec), rounded[spec.gguf])
             for spec in moving
-            for form, blocks in [rounded[spec.gguf]]
         ):
             raise InvalidRequest(
                 f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
@@ -133,7 +132,7 @@ class Tuned:
         student = Student(
             self._checkpoint.config,
             self._checkpoint.tensor,
-            lambda spec: rounded[spec.gguf],
+            lambda spec: (self._formats[spec.gguf], rounded[spec.gguf]),
             quick_precision(),
             self._codes,
             memory_for(self._checkpoint, self._text, self._codes, True) <= (available_memory() or 0),
@@ -157,10 +156,9 @@ class Tuned:
             raise
         first = next(_order(len(ids), 1))
         self.divergence = descent.before, student.divergence(ids[first], wanted[first])
-        found = {name: blocks for name, (_, blocks) in rounded.items()}
         if self.divergence[1] < self.divergence[0]:
-            found |= {name: weight.blocks() for name, weight in student.moving.items()}
-        return found
+            rounded |= {name: weight.blocks() for name, weight in student.moving.items()}
+        return rounded
 
     def _targets(self, ids: Tensor, progress: Callable[[int], None]) -> Targets:
         """`progress` is called with the products of each layer, and of the head."""

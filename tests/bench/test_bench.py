@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from bezel.runtime.files.gguf_model import GGUFModel
 from bezel.runtime.model.families.hf import read_hf_config
 from bezel.runtime.model.tensors import tensor_specs
 from click.testing import CliRunner
+from signals import heed_interrupts
 
 BEZEL = [sys.executable, "-c", "from bezel.runtime.commands.main import main; main(prog_name='bezel')"]
 
@@ -478,7 +478,7 @@ def test_ctrl_c_leaves_nothing_behind(gguf_of: Callable[..., Path], tmp_path: Pa
         text=True,
         cwd=tmp_path,
         start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+        preexec_fn=heed_interrupts,
     )
     children = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
     while bench.poll() is None and not children.read_text():

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 from bezel.export.onnx.npm import PACKAGES, package_files
 from bezel.runtime.errors import InvalidRequest
+from signals import heed_interrupts
 from test_onnx_export import write
 from tiny import DEMO
 
@@ -75,7 +75,7 @@ def test_nothing_is_left(place: str, tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+            preexec_fn=heed_interrupts,
         )
         assert started.stdout is not None
         assert started.stdout.readline() == "here\n"

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from bezel.runtime.files.models import find_model, named_models, unfinished
 from gguf_files import edited, split, write_gemma2
 from hub_server import Hub, Repo, folder_files
 from huggingface_hub import constants
+from signals import heed_interrupts
 from tiny import DEMO
 
 NAME, GGUF = "google/fairy", "somebody/fairy-GGUF"
@@ -591,9 +591,8 @@ def test_what_is_broken_off_goes_on(sent: signal.Signals, hub: Hub, models: Path
 
     hub.on_chunk = on_chunk
     env = environment(hub, tmp_path)
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     pull = [*COMMAND, "pull", NAME]
-    sending.append(subprocess.Popen(pull, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=listening))
+    sending.append(subprocess.Popen(pull, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts))
     _, err = sending[0].communicate(timeout=60)
     assert sending[0].returncode in {signal.SIGINT: [130], signal.SIGTERM: [143], signal.SIGKILL: [-9]}[sent]
     assert "Traceback" not in err

@@ -75,15 +75,17 @@ def kld(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
 
 def test_the_native_engine_is_the_reference_s(path: Path, exact: np.ndarray, ids: list[int]) -> None:
     """Apart from rounding in float32; and what int8 activations, float16 and int8 keys and values add to it."""
-    same = wanted_logits(load(path, activations="f32"), ids, "f32")
+    floats = load(path, activations="f32")
+    same = wanted_logits(floats, ids, "f32")
     assert kld(exact, same).max() < 1e-6
 
-    def cost(kv: str, **options: str) -> float:
-        found = wanted_logits(load(path, **options), ids, kv, 2)
+    def cost(model: Model, kv: str) -> float:
+        found = wanted_logits(model, ids, kv, 2)
         return float(kld(exact[: len(found)], found).mean())
 
-    figures = {kv: cost(kv) for kv in ("f32", "f16", "int8")}
-    alone = cost("int8", activations="f32")
+    model = load(path)
+    figures = {kv: cost(model, kv) for kv in ("f32", "f16", "int8")}
+    alone = cost(floats, "int8")
     print(f"int8 activations {figures}, int8 keys and values alone {alone:.2g}")
     assert figures["f32"] < 3e-3
     assert abs(figures["f16"] - figures["f32"]) < 1e-4

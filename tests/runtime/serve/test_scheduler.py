@@ -236,7 +236,7 @@ def test_a_folder_that_was_emptied_meanwhile(model: Model, tmp_path: Path, monke
 
     def emptied() -> None:
         for file in folder.iterdir():
-            file.unlink()
+            file.unlink(missing_ok=True)
 
     def gone() -> None:
         while folder.exists():  # a rest that is being written meanwhile makes it anew

@@ -123,7 +123,7 @@ class Cluster:
         answers = self._client.run(_introduce, recipe, build, on_error="return")
         if not answers:
             self._tell(f"the scheduler has no worker yet, and waits for one: {_START}")
-        mine = _last_bits(recipe.threads)
+        mine = _last_bits()
         for address, answer in answers.items():
             if isinstance(answer, OSError):  # it has left
                 continue
@@ -131,8 +131,8 @@ class Cluster:
                 raise _explained(answer, f"worker {address}")
             if answer != mine:
                 self._tell(
-                    f"warning: worker {address}: its processor or its NumPy rounds otherwise than this machine's; the "
-                    "figures' last digits may differ from those of one machine"
+                    f"warning: worker {address}: it rounds otherwise than this machine (its processor, its NumPy, or "
+                    "how many threads that takes); the figures' last digits may differ from those of one machine"
                 )
 
     def _result(self, future: Any) -> Any:
@@ -231,7 +231,8 @@ def _introduce(recipe: Recipe, build: _Build, dask_worker: Any) -> str:
         _times(recipe)
     except BezelError as error:
         raise BezelError(f"{_name(dask_worker)}: {error}") from None
-    return _last_bits(recipe.threads)
+    _use_cores(recipe.threads)
+    return _last_bits()
 
 
 def _check(worker: Any, build: _Build) -> None:
@@ -275,9 +276,9 @@ def _use_cores(threads: int | None) -> None:
     threadpool_limits(threads or usable, "blas")
 
 
-def _last_bits(threads: int | None) -> str:
-    """A hash of what NumPy gives for sums and functions whose last bits depend on the processor and the library."""
-    _use_cores(threads)
+def _last_bits() -> str:
+    """A hash of what NumPy gives for sums and functions whose last bits depend on the processor, the library and its
+    threads."""
     x = np.random.default_rng(0).standard_normal((64, 2048), np.float32)
     wide = np.abs(x.astype(np.float64))
     digest = hashlib.sha256()

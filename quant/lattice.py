@@ -15,7 +15,8 @@ from .base import EVEN, Blocks, Bytes, F32Array, Format, bf16_bits, column, inve
 
 _NEARLY_ALL = 0.9
 _NEAR = np.float32(2.0**-7)  # of a weight: more than rounding the products and the step makes them differ
-_FIRST = 8  # weights that are looked at first: blocks that are on no lattice are many, and few get past these
+_PEAK_CODES = np.array([-8, 7, 6, 5, 4, 3, 2, 1], np.float32)  # of a block's largest weight
+_FIRST = 4  # weights that are looked at first: blocks that are on no lattice are many, and few get past these
 
 
 def same_bf16(x: F32Array, y: F32Array) -> NDArray[np.bool_]:
@@ -29,17 +30,24 @@ def is_bf16(x: F32Array) -> bool:
 
 
 def to_lattice(form: type[Format], x: F32Array, blocks: Blocks) -> None:
-    """Move the scales "d" of blocks (b,) whose bfloat16 numbers x (b, block) are almost on a lattice onto it."""
+    """Move the scales "d" of blocks (b,) onto the lattice that their bfloat16 numbers x (b, block) are on, if any."""
     if not is_bf16(x):
         return
-    found = np.flatnonzero(blocks["d"])
-    for columns in (slice(_FIRST), slice(None)):
-        part, d = x[found][:, columns], column(blocks["d"][found])
-        off = np.abs(form.snap(part * inverse(d)) * d - part) <= _NEAR * np.abs(part)
-        found = found[off.all(1)]
-        if not len(found):
-            return
-    x, d = x[found], column(blocks["d"][found])
+    steps, weights = blocks["d"].astype(np.float32), np.ascontiguousarray(x.T)
+    near = _near(form, weights, steps)
+    # Where training has not used all codes, the least squared error may have another step than the lattice.
+    low, high = weights.min(axis=0), weights.max(axis=0)
+    peaks = np.where(-low > high, low, high)
+    for code in _PEAK_CODES:
+        if near.all():
+            break
+        more = _near(form, weights, peaks / code) & ~near
+        steps[more] = peaks[more] / code
+        near |= more
+    if not near.any():
+        return
+    found = np.flatnonzero(near)
+    x, d = x[found], column(steps[found])
     codes = form.snap(x * inverse(d))
     low, high = _steps(x, codes)
     best, most = blocks["d"][found], _hits(x, codes, blocks["d"][found])
@@ -49,6 +57,19 @@ def to_lattice(form: type[Format], x: F32Array, blocks: Blocks) -> None:
         better = (hits > most) & np.isfinite(trial)
         best[better], most[better] = trial[better], hits[better]
     blocks["d"][found] = best
+
+
+def _near(form: type[Format], x: F32Array, steps: F32Array) -> NDArray[np.bool_]:
+    """Which of the columns x (n, b) are almost whole numbers of their steps (b,), those of the format."""
+
+    def near(part: F32Array, d: F32Array) -> NDArray[np.bool_]:
+        off = np.abs(form.snap(part * inverse(d)) * d - part)
+        all_near: NDArray[np.bool_] = (off <= _NEAR * np.abs(part)).all(0)
+        return all_near
+
+    found: NDArray[np.bool_] = near(x[:_FIRST], steps) & (steps != 0)
+    found[found] = near(x[:, found], steps[found])
+    return found
 
 
 def _steps(x: F32Array, codes: F32Array) -> tuple[F32Array, F32Array]:

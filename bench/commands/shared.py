@@ -84,7 +84,8 @@ def spread_by(scheduler: str | None) -> Iterator[Spread]:
     if scheduler is None:
         yield here
         return
-    with Cluster(scheduler, lambda said: click.echo(said, err=True)) as cluster:
+    over = "\r\x1b[K" if sys.stderr.isatty() else ""  # a line of progress may be there
+    with Cluster(scheduler, lambda said: click.echo(over + said, err=True)) as cluster:
         yield cluster
 
 

@@ -94,7 +94,7 @@ def _searching() -> Callable[..., Search]:
     try:
         from ..stress.search import search
     except ModuleNotFoundError as error:
-        raise InvalidRequest(f"--search: {error}; install it: pip install 'bezel-lm[tune]'") from None
+        raise InvalidRequest(f"--search needs the package {error.name}: pip install 'bezel-lm[tune]'") from None
     return search
 
 

@@ -91,7 +91,7 @@ class Answers:
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a JSONL file. Raises InvalidRequest, which says the line and the field."""
     try:
-        lines = Path(path).read_text("utf-8").split("\n")
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path}: not UTF-8 at byte {error.start}") from None
     questions = []

@@ -100,7 +100,7 @@ def export_calibrated(
         summary = export_gguf(checkpoint, out, recipe, None, None, force, tuned)
         before, after = tuned.divergence
         warnings = []
-        if after >= before:  # the file is to say that it is not tuned
+        if not after < before:  # the file is to say that it is not tuned
             summary = export_gguf(checkpoint, out, recipe, None, None, True, sequential)
             warnings.append(
                 f"tuning led away from the exact model ({before:.3g} to {after:.3g} nats a token): kept as calibrated; "

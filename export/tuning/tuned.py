@@ -54,7 +54,7 @@ class Tuned:
     """What `begun` rounded, tuned in so many steps on sequences of `text`, which takes torch.
 
     A state is kept every few minutes. With as many threads an interrupted tuning comes to the same blocks as one that
-    was not. Raises InvalidRequest where every matrix turns out to be kept exactly.
+    was not.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Tuned:
     ) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
         own = {"steps": steps, "codes": codes, "tuning_tokens": text.tokens, "rates": rates_for(checkpoint)}
-        return {**begun, "tuning": 6, **own, "batch": BATCH}
+        return {**begun, "tuning": 7, **own, "batch": BATCH}
 
     @staticmethod
     def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:
@@ -110,14 +110,6 @@ class Tuned:
 
     def _tune(self) -> dict[str, NDArray[np.uint8]]:
         rounded = {spec.gguf: self._rounded(spec) for spec in self._checkpoint.specs}
-        moving = (spec for spec in self._checkpoint.specs if can_move(spec, self._formats[spec.gguf]))
-        if all(
-            lattice.is_kept(self._formats[spec.gguf], self._checkpoint.tensor(spec), rounded[spec.gguf])
-            for spec in moving
-        ):
-            raise InvalidRequest(
-                f"{self._checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
-            )
         ids = torch.from_numpy(np.stack(self._text.sequences))
         layers, _ = _weights(self._checkpoint)
         done, total = 0, self.products(self._checkpoint, self._text, self._steps)
@@ -151,7 +143,7 @@ class Tuned:
                     self._kept.save(_STATE, descent.state())
                     saved = time.monotonic()
         except KeyboardInterrupt:
-            if descent.whole:
+            if descent.step and descent.whole:
                 self._kept.save(_STATE, descent.state())
             raise
         first = next(_order(len(ids), 1))
@@ -247,7 +239,8 @@ def check_tunable(
     checkpoint: Checkpoint, formats: Mapping[str, type[Format]], text: CalibrationText, codes: bool
 ) -> None:
     """Raises InvalidRequest where nothing would move, and where tuning takes more memory than there is."""
-    if not any(can_move(spec, formats[spec.gguf]) for spec in checkpoint.specs):
+    moving = [(spec, formats[spec.gguf]) for spec in checkpoint.specs if can_move(spec, formats[spec.gguf])]
+    if not moving:
         raise InvalidRequest(
             f"{checkpoint.path}: no matrix is to be in blocks: nothing is to be tuned; leave --tune out"
         )
@@ -257,6 +250,10 @@ def check_tunable(
         raise InvalidRequest(
             f"{checkpoint.path}: tuning takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
             f"{less}leave --tune out"
+        )
+    if all(lattice.quantized(form, checkpoint.tensor(spec)) is not None for spec, form in moving):
+        raise InvalidRequest(
+            f"{checkpoint.path}: every matrix is kept exactly: nothing is to be tuned; leave --tune out"
         )
 
 

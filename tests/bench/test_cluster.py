@@ -27,11 +27,19 @@ from bezel.runtime.commands.main import main
 from bezel.runtime.errors import BezelError, InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
 from click.testing import CliRunner
+from threadpoolctl import threadpool_limits
 from tiny import TEXT, checkpoint_folder
 
 distributed = pytest.importorskip("distributed")
 dask = pytest.importorskip("dask")
 TINY = "gemma2-gqa"
+
+
+@pytest.fixture(autouse=True)
+def _all_cores() -> Iterator[None]:
+    """As many for NumPy as workers take, where the tests' processes have one."""
+    with threadpool_limits(os.cpu_count(), "blas"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +317,7 @@ def test_workers_that_do_several_things_at_a_time_are_refused(tmp_path: Path) ->
 
 def test_other_last_bits_are_told(workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(module, "_last_bits", lambda _: "others")
+    monkeypatch.setattr(module, "_last_bits", lambda: "others")
     with Cluster(workers.scheduler_address, said.append) as cluster:
         assert list(cluster(Waiting(tmp_path, {}), {0: 0})) == [(0, 0)]
     assert all("last digits may differ from those of one machine" in line for line in said)

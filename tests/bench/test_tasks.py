@@ -158,6 +158,12 @@ def test_a_bad_question_says_its_line(bad: Any, why: str, tmp_path: Path) -> Non
     assert "line 2" in str(caught.value)
 
 
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    plain = write(tmp_path / "q.jsonl", GOOD)
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert read_questions(tmp_path / "marked.jsonl") == read_questions(plain)
+
+
 def test_a_file_without_questions(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="found no question"):
         read_questions(write(tmp_path / "q.jsonl", "", " "))

@@ -20,13 +20,24 @@ def trained(top: float, clip: float = 1.0, *, bf16_steps: bool = True, n: int = 
 
 
 @pytest.mark.parametrize("scale", [0.03, 30.0, 0.001])
-@pytest.mark.parametrize(("top", "clip"), [(7, 1), (7.5, 1), (8, 1), (-8, 1), (7, 0.8), (7.5, 0.6)])
+@pytest.mark.parametrize(
+    ("top", "clip"), [(7, 1), (7.5, 1), (8, 1), (-8, 1), (7, 0.8), (7.5, 0.6), (6.4, 1), (5, 1), (3, 1)]
+)
 def test_lattices_come_back_to_the_bit(top: float, clip: float, scale: float) -> None:
     rows = trained(top, clip, scale=scale)
     data = Q4_0.quantize(rows, EVEN)
     np.testing.assert_array_equal(bf16(Q4_0.dequantize(data)), rows)
     assert lattice.exact(Q4_0, rows, data) == rows.size // 32
     np.testing.assert_array_equal(lattice.quantized(Q4_0, rows), data)
+
+
+@pytest.mark.parametrize("row", [False, True])
+def test_a_step_of_more_than_a_block(row: bool) -> None:
+    """Of a row or of all weights: then most blocks do not reach the ends of the codes."""
+    x = np.random.default_rng(7).normal(0, 0.03, (64, 256))
+    step = bf16(np.abs(x).max(axis=1 if row else None, keepdims=True) / 7)
+    rows = bf16(np.clip(np.rint(x / step), -8, 7) * step)
+    np.testing.assert_array_equal(bf16(Q4_0.dequantize(Q4_0.quantize(rows, EVEN))), rows)
 
 
 def test_steps_that_float16_does_not_have() -> None:

@@ -90,9 +90,10 @@ class Cluster:
             asyncio.run(asyncio.wait_for(_ask(found), _ANSWER_SECONDS))
             self._client = Client(found, timeout=_ANSWER_SECONDS, set_as_default=False)
         except (OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            why = str(error) or f"no answer in {_ANSWER_SECONDS} seconds"  # a TimeoutError has no words
             raise InvalidRequest(
-                f"--scheduler {address}: no dask scheduler answers there, and it is no scheduler's file "
-                f"({str(error) or type(error).__name__}); start one with `dask scheduler`, which says its address"
+                f"--scheduler {address}: no dask scheduler answers there, and it is no scheduler's file ({why}); "
+                "start one with `dask scheduler`, which says its address"
             ) from None
 
     def __enter__(self) -> Cluster:

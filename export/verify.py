@@ -36,7 +36,7 @@ class TensorReport:
     `error` is the relative RMS error ‖x − y‖ / ‖x‖, `worst_chunk` the same over the worst run of about a
     million weights, so that a displaced part cannot hide in a large tensor (where ‖x‖ of the run is below the
     tensor's average, the average counts). Both may be `tolerance` at most: 0 where the format loses nothing. `equal` is
-    the share of weights that are the source's; rounded to bfloat16, where the source's are such numbers.
+    the share of its `weights` that are the source's; rounded to bfloat16, where the source's are such numbers.
     """
 
     name: str
@@ -46,12 +46,18 @@ class TensorReport:
     worst_chunk: float
     max_error: float
     sqnr_db: float
+    weights: int
     equal: float
     tolerance: float
 
     @property
     def ok(self) -> bool:
         return max(self.error, self.worst_chunk) <= self.tolerance
+
+
+def share_equal(reports: Sequence[TensorReport]) -> float:
+    """The share of all weights that are the source's."""
+    return sum(r.equal * r.weights for r in reports) / sum(r.weights for r in reports)
 
 
 def verify(
@@ -201,6 +207,7 @@ def _compare(pair: _Pair, spec: TensorSpec) -> TensorReport:
         worst_chunk=max(map(_ratio, noise, chunks)),
         max_error=max_error,
         sqnr_db=-20 * math.log10(relative) if relative else math.inf,
+        weights=n_rows * columns,
         equal=equal / (n_rows * columns),
         tolerance=_tolerance(form, spec, source, span, pair.calibrated),
     )

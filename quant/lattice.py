@@ -36,8 +36,8 @@ def to_lattice(form: type[Format], x: F32Array, blocks: Blocks) -> None:
     steps, weights = blocks["d"].astype(np.float32), np.ascontiguousarray(x.T)
     near = _near(form, weights, steps)
     # Where training has not used all codes, the least squared error may have another step than the lattice.
-    low, high = weights.min(axis=0), weights.max(axis=0)
-    peaks = np.where(-low > high, low, high)
+    least, most = weights.min(axis=0), weights.max(axis=0)
+    peaks = np.where(-least > most, least, most)
     for code in _PEAK_CODES:
         if near.all():
             break
@@ -50,12 +50,12 @@ def to_lattice(form: type[Format], x: F32Array, blocks: Blocks) -> None:
     x, d = x[found], column(steps[found])
     codes = form.snap(x * inverse(d))
     low, high = _steps(x, codes)
-    best, most = blocks["d"][found], _hits(x, codes, blocks["d"][found])
+    best, kept = blocks["d"][found], _hits(x, codes, blocks["d"][found])
     middle = ((low + high) / 2).astype(np.float16)
     for trial in (middle, *(np.nextafter(middle, np.float16(end)) for end in (-np.inf, np.inf))):
         hits = _hits(x, codes, trial)
-        better = (hits > most) & np.isfinite(trial)
-        best[better], most[better] = trial[better], hits[better]
+        better = (hits > kept) & np.isfinite(trial)
+        best[better], kept[better] = trial[better], hits[better]
     blocks["d"][found] = best
 
 

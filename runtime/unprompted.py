@@ -45,7 +45,7 @@ def unprompted(model: Model, tokens: int, seed: int, progress: Callable[[int, in
         texts.append([])
         return _Text(texts[-1], backend.caches(context, model.kv, model.chunk), random, tokenizer.bos_id)
 
-    running, done = [begun() for _ in range(_AT_ONCE)], 0
+    running, done = [begun() for _ in range(min(_AT_ONCE, -(-tokens // context)))], 0
     while done < tokens:
         logits = backend.forward([Segment(text.caches, np.array([text.last], np.int64), 1) for text in running])
         logits[:, never] = -np.inf

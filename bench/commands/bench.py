@@ -20,6 +20,7 @@ from ...quant.recipes import PRESETS
 from ...runtime import _native
 from ...runtime.api import load
 from ...runtime.cache.store import KV_TYPES
+from ...runtime.commands.console import CLEARED
 from ...runtime.commands.model_path import MODEL
 from ...runtime.engines import ENGINES
 from ...runtime.errors import InvalidRequest
@@ -221,7 +222,7 @@ def _keep(record: dict[str, Any], save: Path | None) -> None:
 
 
 def _show(text: str) -> None:
-    click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+    click.echo(f"{CLEARED}{text}", nl=False, err=True)
 
 
 def _hide(text: str) -> None:

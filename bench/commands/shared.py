@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from ...export.commands.progress import duration
+from ...runtime.commands.console import CLEARED
 from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.files.atomic import check_output
 from ..loss.state import state_folder
@@ -38,6 +39,16 @@ class Output(click.Path):
             return file.read(len(self._begin)) in (b"", self._begin)
 
 
+def each_once(_ctx: click.Context, param: click.Parameter, files: tuple[Path, ...]) -> tuple[Path, ...]:
+    """A click callback: refuses a file that would count twice."""
+    seen: set[Path] = set()
+    for file in files:
+        if (found := file.resolve()) in seen:
+            raise click.BadParameter(f"{file} is given twice", param=param)
+        seen.add(found)
+    return files
+
+
 REPORT = Output(PAGE_BEGINS)
 candidates_argument = click.argument("candidates", nargs=-1, type=MODEL_SPEC, required=True, metavar="CANDIDATE...")
 reference_option = click.option(
@@ -49,6 +60,7 @@ texts_option = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
     required=True,
+    callback=each_once,
     help="What to read, UTF-8; may be given several times.",
 )
 state_option = click.option(
@@ -84,7 +96,7 @@ def spread_by(scheduler: str | None) -> Iterator[Spread]:
     if scheduler is None:
         yield here
         return
-    over = "\r\x1b[K" if sys.stderr.isatty() else ""  # a line of progress may be there
+    over = CLEARED if sys.stderr.isatty() else ""  # a line of progress may be there
     with Cluster(scheduler, lambda said: click.echo(over + said, err=True)) as cluster:
         yield cluster
 
@@ -111,4 +123,4 @@ class ProgressLine:
         known = first < done < total
         left = f", {duration((now - began) / (done - first) * (total - done))} left" if known else ""
         line = f"{self._what}: {done} of {total}{left}{'; ' if found else ''}{found}"
-        click.echo(f"\r\x1b[K{line}" + ("\n" if done == total else ""), nl=False, err=True)
+        click.echo(f"{CLEARED}{line}" + ("\n" if done == total else ""), nl=False, err=True)

@@ -16,7 +16,7 @@ from ...runtime.session import Session
 from ..loss.state import KeptResults
 from ..loss.subjects import Opener, Spec, key_of, parse_spec, unique_names
 from ..tasks.tasks import run_tasks, show_answers
-from .shared import goes_on, html_option, json_option, progress_line, state_option, threads_option
+from .shared import each_once, goes_on, html_option, json_option, progress_line, state_option, threads_option
 
 
 @click.command()
@@ -27,6 +27,7 @@ from .shared import goes_on, html_option, json_option, progress_line, state_opti
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
     required=True,
+    callback=each_once,
     metavar="FILE.jsonl",
     help="What to answer; may be given several times.",
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ...export.sources.opening import open_checkpoint
-from ...export.verify import TensorReport
+from ...export.verify import TensorReport, share_equal
 from ...export.verify import verify as compare_tensors
 from ...runtime.commands.model_path import MODEL
 from ...runtime.files.models import own_eye
@@ -72,7 +72,8 @@ def verify(model: Path, source: Path, as_run: bool, threads: int | None, as_json
         logits = None if spans is None else [asdict(span) | {"ok": span.ok} for span in spans]
         picture = None if seen is None else asdict(seen) | {"ok": seen.ok}
         tensors = [_as_json(report) for report in reports]
-        click.echo(json.dumps({"tensors": tensors, "logits": logits, "picture": picture}, indent=2))
+        found = {"equal": share_equal(reports), "tensors": tensors, "logits": logits, "picture": picture}
+        click.echo(json.dumps(found, indent=2))
     else:
         _show_tensors(reports)
         if spans is not None:
@@ -108,7 +109,8 @@ def _show_tensors(reports: Sequence[TensorReport]) -> None:
             f"{r.sqnr_db:7.1f}  {r.equal:7.2%}{'' if r.ok else '  OFF'}"
         )
     off = sum(not report.ok for report in reports)
-    click.echo(f"{len(reports)} tensors, {off} off" if off else f"{len(reports)} tensors, all as expected")
+    what = f"{off} off" if off else "all as expected"
+    click.echo(f"{len(reports)} tensors, {what}; {share_equal(reports):.2%} of their weights are the source's")
 
 
 def _show_spans(spans: Sequence[Span]) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import click
 
+from ...runtime.commands.console import CLEARED
 from ...runtime.files.models import size_text
 
 
@@ -70,7 +71,7 @@ class DownloadLine:
             return
         self._shown = now
         left = f", {size_text(int(rate))}/s, {duration((total - done) / rate)} left" if rate and done < total else ""
-        click.echo(f"\r\x1b[K{self._label}: {size_text(done)} of {size_text(total)}{left}", nl=False, err=True)
+        click.echo(f"{CLEARED}{self._label}: {size_text(done)} of {size_text(total)}{left}", nl=False, err=True)
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+CLEARED = "\r\x1b[K"
+"""Before what takes the place of a terminal's line."""
+
 
 def unforeseen(error: Exception) -> str:
     """What to say of an error that nobody meant."""

@@ -19,7 +19,7 @@ import click
 
 from ..errors import InvalidRequest
 from ..files.strict_json import parse_json
-from .console import printable
+from .console import CLEARED, printable
 from .model_path import MODEL, vision_option
 
 if TYPE_CHECKING:
@@ -285,12 +285,12 @@ def look_at_pictures(model: Model, ids: list[int]) -> None:
     for picture in model.eye.pictures(np.array(ids, np.int64)) if model.eye else ():
         tells = sys.stderr.isatty() and not picture.is_seen
         if tells:
-            click.echo(f"\r\x1b[Klooking at {printable(picture.name)}", nl=False, err=True)
+            click.echo(f"{CLEARED}looking at {printable(picture.name)}", nl=False, err=True)
         try:
             picture.see()
         finally:
             if tells:
-                click.echo("\r\x1b[K", nl=False, err=True)
+                click.echo(CLEARED, nl=False, err=True)
 
 
 def load_model(path: Path, options: dict[str, Any]) -> Model:
@@ -350,7 +350,7 @@ def interruptible(session: Session, n_prompt: int) -> Iterator[Callable[[], bool
         if long_prompt:
             long_prompt = session.position < n_prompt
             line = f"reading the prompt: {session.position} of {n_prompt} tokens" if long_prompt else ""
-            click.echo(f"\r\x1b[K{line}", nl=False, err=True)
+            click.echo(f"{CLEARED}{line}", nl=False, err=True)
         return pressed
 
     previous = signal.signal(signal.SIGINT, on_interrupt)

@@ -262,6 +262,18 @@ def test_the_command(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     assert "q.jsonl: 3 questions" in (tmp_path / "x.html").read_text("utf-8")
 
 
+@pytest.mark.parametrize("verb", ["tasks", "measure", "stress", "sensitivity"])
+def test_a_file_given_twice_would_count_twice(verb: str, gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    option, file, model = "--questions" if verb == "tasks" else "--text", questions(tmp_path), str(gguf_of("demo"))
+    (tmp_path / "again.jsonl").symlink_to(file)
+    reference = [] if verb in ("tasks", "sensitivity") else ["--reference", model]
+    found = CliRunner().invoke(
+        main, [verb, model, *reference, option, str(file), option, str(tmp_path / "again.jsonl")]
+    )
+    assert found.exit_code == 2
+    assert f"{tmp_path / 'again.jsonl'} is given twice" in " ".join(found.output.split())
+
+
 def test_what_was_answered_is_kept(
     gguf_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

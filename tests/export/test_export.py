@@ -423,15 +423,19 @@ def test_the_commands(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> No
     assert "28 × q4_0" in result.output
     result = run(main, "verify", tmp_path / "tiny-q4_0.gguf", "--source", tiny)
     assert result.exit_code == 0, result.output
-    assert "46 tensors, all as expected" in result.output
+    assert "46 tensors, all as expected; " in result.output
 
 
 def test_the_commands_in_json(tiny: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     summary = json.loads(run(cli.export, tiny, tmp_path / "out.gguf", "--json").stdout)
     assert summary["path"] == str(tmp_path / "out.gguf")
     assert summary["formats"] == {"q8_0": 29, "f32": 17}  # the default is q8_0
-    reports = json.loads(run(main, "verify", tmp_path / "out.gguf", "--source", tiny, "--json").stdout)["tensors"]
+    found = json.loads(run(main, "verify", tmp_path / "out.gguf", "--source", tiny, "--json").stdout)
+    reports = found["tensors"]
     assert len(reports) == 46
+    sizes = {tensor.name: tensor.n_elements for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    equal = sum(report["equal"] * sizes[report["name"]] for report in reports)
+    assert found["equal"] == pytest.approx(equal / summary["weights"])
     assert all(report["ok"] for report in reports)
     assert {r["sqnr_db"] is None for r in reports if r["format"] == "f32"} == {True}  # infinite
 

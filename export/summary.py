@@ -10,10 +10,10 @@ from dataclasses import dataclass
 class ExportSummary:
     """What was written. `formats` counts tensors, `fallbacks` names the roles of those that could not have theirs.
 
-    `vision` is the file of the vision tower, where there is one. `kept_exactly` is the share of the Q4_0 blocks that
-    give the bfloat16 weights of the source again, to the bit. `divergence` is that from the exact model before tuning
-    and after it, in nats a token of a few of the sequences that it was tuned on; where it did not fall, nothing was
-    tuned.
+    `vision` is the file of the vision tower, where there is one. `kept_exactly` is the share of the weights in Q4_0
+    that are the bfloat16 numbers of the source, in tensors of which nearly all are. `divergence` is that from the exact
+    model before tuning and after it, in nats a token of a few of the sequences that it was tuned on; where it did not
+    fall, nothing was tuned.
     """
 
     path: str

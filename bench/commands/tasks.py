@@ -15,7 +15,7 @@ from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.session import Session
 from ..loss.state import KeptResults
 from ..loss.subjects import Opener, Spec, key_of, parse_spec, unique_names
-from ..tasks.tasks import run_tasks, show_answers
+from ..tasks.tasks import read_questions, run_tasks, show_answers
 from .shared import each_once, goes_on, html_option, json_option, progress_line, state_option, threads_option
 
 
@@ -59,6 +59,9 @@ def tasks(
 
     A model is a GGUF file, an ONNX folder or a checkpoint folder, which may say how it is run: see `bezel measure`.
 
+    Besides accuracy by plain likelihood there is that by likelihood per byte; answers that became worse or better,
+    and McNemar's p, are of the former.
+
     Each line of a file is one question, a JSON object in the form of lm-evaluation-harness: "query", "ctx", "context"
     or "question"; "choices" or "endings"; and which is right, "gold", "label", "answer" or "answerKey".
 
@@ -72,6 +75,9 @@ def tasks(
     default = Spec(Path(), engine, kv, activations)
     specs = [parse_spec(text, default) for text in models]
     named = dict(zip(unique_names(specs), specs, strict=True))
+
+    for file in files:  # what is wrong with the last is said before the first is answered
+        read_questions(file)
 
     def opener(name: str) -> Callable[[], Session]:
         return lambda: Opener(threads).open(named[name], name).session()

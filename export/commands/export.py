@@ -356,10 +356,10 @@ def print_summary(summary: ExportSummary) -> None:
     formats = ", ".join(f"{count} × {name}" for name, count in summary.formats.items())
     click.echo(f"{summary.path}: {summary.file_bytes / 1e6:,.1f} MB in {summary.seconds:.1f} s")
     click.echo(f"  {summary.weights / 1e6:,.1f} million weights at {summary.bits_per_weight:.2f} bits: {formats}")
-    if summary.kept_exactly > 0.5:
+    if summary.kept_exactly > 0.1:
         click.echo(
-            f"  {summary.kept_exactly:.2%} of the q4_0 blocks lie on a lattice of 16 values, as quantization-aware "
-            "training leaves them: kept exactly"
+            f"  {summary.kept_exactly:.2%} of the weights in q4_0 are exactly the source's: they lie on lattices of 16 "
+            "values, as quantization-aware training leaves them"
         )
     if summary.divergence is not None and summary.divergence[1] < summary.divergence[0]:
         before, after = summary.divergence

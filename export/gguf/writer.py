@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...quant import lattice
 from ...quant.formats import F32, FORMATS, Q4_0, Format
 from ...quant.recipes import PRESETS, Choice, Recipe
 from ...runtime.cache.store import LARGEST_HEAD
@@ -39,6 +40,7 @@ from .header import TensorRecord, aligned, encode_header
 _FILE_TYPES = {form.name: form.file_type for form in FORMATS.values()} | {"q4_k_m": 15, "q5_k_m": 17}
 
 _HASHES = "bezel.provenance.source_sha256"
+_LOOKED_AT = 4  # rows of a matrix that say whether it lies on lattices
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class PlannedTensor:
 class Piece(NamedTuple):
     """Some rows of a tensor from `row` on in its format, uint8 (rows, row_bytes).
 
-    So many of their weights `vanished`, and so many Q4_0 blocks are `kept` exactly.
+    So many of their weights `vanished`, and so many are `kept` exactly in Q4_0.
     """
 
     planned: PlannedTensor
@@ -155,10 +157,28 @@ def export_gguf(
             *checkpoint.warnings,
             *checkpoint.added_losses({p.spec.gguf: p.format for p in plan}),
             *of_vanished(vanished),
+            *_lattices_left(checkpoint, plan),
             *_warnings(checkpoint.config, metadata),
         ],
-        kept_exactly=kept * Q4_0.block / max(1, sum(p.n_weights for p in plan if p.format is Q4_0)),
+        kept_exactly=kept / max(1, sum(p.n_weights for p in plan if p.format is Q4_0)),
     )
+
+
+def _lattices_left(checkpoint: Checkpoint, plan: Sequence[PlannedTensor]) -> Iterator[str]:
+    """A line on what Q4_0 would have kept exactly, by a few rows of each matrix, where other blocks were asked for."""
+    left: dict[type[Format], dict[str, None]] = {}
+    for p in plan:
+        if p.format.block == 1 or p.format in (Q4_0, checkpoint.format(p.spec)):
+            continue
+        middle = p.n_rows // 2
+        rows = checkpoint.rows(p.spec, middle, min(middle + _LOOKED_AT, p.n_rows))
+        if rows.any() and lattice.quantized(Q4_0, rows) is not None:
+            left.setdefault(p.format, {})[p.spec.role] = None
+    for form, roles in left.items():
+        yield (
+            f"{', '.join(roles)}: lies on lattices of 16 values, as training for q4_0 leaves it; {form.name} rounds "
+            f"it, and q4_0 would keep it exactly{' (--embedding q4_0)' if list(roles) == ['token_embd'] else ''}"
+        )
 
 
 def check_room(layout: Layout, out: Path) -> None:
@@ -194,7 +214,7 @@ def fill(
 ) -> tuple[Counter[str], int]:
     """Write a whole GGUF file, with the hashes of the source's files where `provenance` left room for them.
 
-    How many weights vanished of each tensor, and how many Q4_0 blocks were kept exactly.
+    How many weights vanished of each tensor, and how many were kept exactly in Q4_0.
     """
     start, total = layout.header_size, layout.n_weights
     done, vanished, kept = 0, Counter[str](), 0

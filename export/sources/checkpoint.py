@@ -143,10 +143,10 @@ class TensorSource:
     def kept_exactly(
         self, spec: TensorSpec, start: int, stop: int, form: type[Format], blocks: NDArray[np.uint8]
     ) -> int:
-        """How many blocks (rows, bytes) give the bfloat16 weights of these rows again; 0 if the first row has none."""
-        if form is self.format(spec) or not lattice.exact(form, self.rows(spec, start, start + 1), blocks[:1]):
+        """How many bfloat16 weights of these rows blocks (rows, bytes) give again; 0 if the first row is not kept."""
+        if form is self.format(spec) or not lattice.is_kept(form, self.rows(spec, start, start + 1), blocks[:1]):
             return 0
-        return lattice.exact(form, self.rows(spec, start, stop), blocks)
+        return lattice.equal(form, self.rows(spec, start, stop), blocks)
 
     def raw_rows(self, stored: StoredTensor, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows start … stop−1 of any tensor as they are stored, uint8 (rows, row_bytes)."""

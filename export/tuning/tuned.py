@@ -40,7 +40,9 @@ _BETAS = 0.9, 0.999
 _TINY = 1e-12  # gradients of one code are small, and their size says nothing
 _WARM_UP = 0.05  # of the steps
 _PASSES = 3  # through the layers in a step: forwards, and twice as long backwards
-_TARGET_SHARE = 1 / 2  # of the work of the steps, that the exact model may take at most: fresh text serves better than more steps
+_TARGET_SHARE = (
+    1 / 2
+)  # of the work of the steps, that the exact model may take at most: fresh text serves better than more steps
 _STREAM_NUMBERS = 1 << 27  # of residual streams that are in memory while the exact model answers
 _KEEP_SECONDS = 300.0  # between states that an interrupted run goes on from
 # Bytes of memory for each weight in blocks, and of an exact embedding that is read; of the layers, where codes move and
@@ -142,7 +144,7 @@ class Tuned:
                 if time.monotonic() - saved > _KEEP_SECONDS:
                     self._kept.save(_STATE, descent.state())
                     saved = time.monotonic()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # SIGTERM, a terminal that is closed
             if descent.step and descent.whole:
                 self._kept.save(_STATE, descent.state())
             raise

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ..files.atomic import atomic, check_new
+from ..files.atomic import atomic, check_new, check_output
 from ..files.models import size_text
 from .model_path import MODEL
 
@@ -36,12 +36,19 @@ def write(model: Path, out: Path, tokens: int, seed: int, threads: int | None, f
     from ..unprompted import unprompted
 
     check_new(out, force)
+    check_output(out, _is_text)
     shown = click.progressbar(length=tokens, label=out.name, file=sys.stderr) if sys.stderr.isatty() else nullcontext()
     try:
-        with load(model, threads=threads) as opened, atomic(out) as file, shown as bar:
+        with load(model, threads=threads) as opened, atomic(out, _is_text) as file, shown as bar:
             texts = unprompted(opened, tokens, seed, lambda done, _: bar.update(done - bar.pos) if bar else None)
             file.write("\n\n".join(texts).encode() + b"\n")
     except KeyboardInterrupt:
         click.echo("\ncancelled; nothing was written", err=True)
         raise SystemExit(130) from None
     click.echo(f"{out}: {size_text(out.stat().st_size)}, {len(texts)} texts")
+
+
+def _is_text(old: Path) -> bool:
+    """What --force replaces; a model, which may well be named by mistake, begins with zeros among its bytes."""
+    with old.open("rb") as file:
+        return b"\0" not in file.read(1024)

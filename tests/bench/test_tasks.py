@@ -262,6 +262,15 @@ def test_the_command(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     assert "q.jsonl: 3 questions" in (tmp_path / "x.html").read_text("utf-8")
 
 
+def test_a_bad_file_is_said_before_another_is_answered(gguf_of: Callable[..., Path], tmp_path: Path) -> None:
+    good, bad, states = questions(tmp_path), tmp_path / "bad.jsonl", tmp_path / "states"
+    bad.write_text("[]\n")
+    command = ["tasks", str(gguf_of("demo")), "--questions", str(good), "--questions", str(bad)]
+    found = CliRunner().invoke(main, [*command, "--state", str(states)])
+    assert (found.exit_code, states.exists()) == (1, False)
+    assert f"{bad}: line 1" in found.output
+
+
 @pytest.mark.parametrize("verb", ["tasks", "measure", "stress", "sensitivity"])
 def test_a_file_given_twice_would_count_twice(verb: str, gguf_of: Callable[..., Path], tmp_path: Path) -> None:
     option, file, model = "--questions" if verb == "tasks" else "--text", questions(tmp_path), str(gguf_of("demo"))

@@ -583,9 +583,9 @@ def test_options_that_make_no_sense(
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Callable[..., Any]) -> None:
-    """Plain or calibrated; what can be seen in the summary and by `verify`, and the bytes that gguf reads."""
-    folder = write_tiny(tmp_path / "trained", "gemma3-gqa")
+def trained_for_q4_0(folder: Path) -> dict[str, np.ndarray]:
+    """A checkpoint's weights, whose every block of 32 is on a lattice."""
+    write_tiny(folder, "gemma3-gqa")
     weights = load_file(folder / "model.safetensors")
     for name, x in weights.items():
         if x.ndim == 2:
@@ -593,13 +593,20 @@ def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Call
             step = bf16(np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7.5))
             weights[name] = bf16(np.clip(np.rint(blocks / step), -8, 7) * step).reshape(x.shape)
     save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Plain or calibrated; what can be seen in the summary and by `verify`, and the bytes that gguf reads."""
+    folder = tmp_path / "trained"
+    weights = trained_for_q4_0(folder)
     (tmp_path / "text.txt").write_text(
         "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
     )
     for name, options in (("plain", ()), ("calibrated", ("--calibration", tmp_path / "text.txt"))):
         out = tmp_path / f"{name}.gguf"
         result = run(cli.export, folder, out, "--quant", "q4_0", "--embedding", "q4_0", *options)
-        assert "100.00% of the q4_0 blocks lie on a lattice" in result.output, result.output
+        assert "100.00% of the weights in q4_0 are exactly the source's" in result.output, result.output
         found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(out).tensors}
         with open_checkpoint(folder) as source:
             for spec in source.specs:
@@ -607,5 +614,15 @@ def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Call
                     np.testing.assert_array_equal(bf16(found[spec.gguf]), weights[spec.hf])
             assert {report.equal for report in verify(out, source) if not report.name.endswith("norm.weight")} == {1.0}
         assert "100.00%" in run(main, "verify", out, "--source", folder).output
+        assert "lattices of 16 values, as training" not in result.output
     plain = run(cli.export, DEMO, tmp_path / "other.gguf", "--quant", "q4_0", "--json")
+    assert not json.loads(plain.stdout)["warnings"]
     assert json.loads(plain.stdout)["kept_exactly"] < 0.01
+
+
+@pytest.mark.parametrize(("quant", "left"), [("q4_0", "token_embd: lies on lattices of 16 values"), ("f16", "")])
+def test_what_q4_0_would_keep_is_said(quant: str, left: str, tmp_path: Path, run: Callable[..., Any]) -> None:
+    trained_for_q4_0(tmp_path / "trained")
+    found = run(cli.export, tmp_path / "trained", tmp_path / "out.gguf", "--quant", quant)
+    assert ("lies on lattices" in found.output) == bool(left)
+    assert left in found.output

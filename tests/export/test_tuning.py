@@ -306,9 +306,18 @@ def data_of(path: Path, name: str) -> np.ndarray:
     return next(t.data for t in gguf.GGUFReader(path).tensors if t.name == name)
 
 
-@pytest.mark.parametrize(("seconds", "step"), [(0.0, 2), (1e9, 2), (1e9, 0)])
+@pytest.mark.parametrize(
+    ("seconds", "step", "by"),
+    [(0.0, 2, KeyboardInterrupt), (1e9, 2, KeyboardInterrupt), (1e9, 0, KeyboardInterrupt), (1e9, 2, SystemExit)],
+)
 def test_a_broken_off_tuning_goes_on(
-    seconds: float, step: int, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float,
+    step: int,
+    by: type[BaseException],
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the same file as one that was not, however long ago its state was kept; and nothing of the work is left."""
     monkeypatch.setattr(module, "_KEEP_SECONDS", seconds)
@@ -319,12 +328,12 @@ def test_a_broken_off_tuning_goes_on(
     def broken_off(self: Descent, *args: Any) -> float:
         if self.step == step and step not in steps:
             steps.append(step)
-            raise KeyboardInterrupt
+            raise by
         steps.append(self.step)
         return take(self, *args)
 
     monkeypatch.setattr(Descent, "take", broken_off)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(by):
         tuned(tiny, text, tmp_path / "again.gguf", 4)
     assert not (tmp_path / "again.gguf").exists()
     assert tuned(tiny, text, tmp_path / "again.gguf", 4).read_bytes() == whole

@@ -75,6 +75,9 @@ def test_the_command(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "exists already" in said(str(out), "--tokens", "100", code=1)
     said(str(out), "--tokens", "100", "--force", "--threads", "1")
     assert out.read_text() == first
+    before = demo.read_bytes()
+    assert "is something else" in said(str(demo), "--force", code=1)  # a model named twice by mistake
+    assert demo.read_bytes() == before
 
     def interrupted(*_: object) -> list[str]:
         raise KeyboardInterrupt

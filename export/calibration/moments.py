@@ -134,7 +134,7 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, out: Path, progress
         digests = dict.fromkeys((f"sha256.{site}" for site in sites), "0" * 64)
         header, places = encode_header(tensors, labels | digests)
         file.write(header)
-        sweep = Sweep(kept, passing)
+        sweep = Sweep(kept, passing, config.n_layers)
         for i in range(config.n_layers):
             for site, array in sweep.layer(i).items():
                 data = array.astype("<f4").tobytes()

@@ -195,7 +195,7 @@ class Sequential:
         self._checkpoint, self._config, self._text, self._formats = checkpoint, checkpoint.config, text, formats
         self._work = _Work(checkpoint, text.tokens, progress)
         self.text_sha256, self.tokens = text.sha256, text.tokens
-        self._kept, self._sweep = kept, Sweep(kept, self._passing)
+        self._kept, self._sweep = kept, Sweep(kept, self._passing, checkpoint.config.n_layers)
         self._found: tuple[int, Arrays] = -1, {}  # of the newest layer that was asked for
 
     @staticmethod

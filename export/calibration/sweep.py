@@ -11,14 +11,16 @@ _STREAMS = 1 << 16  # the number of the residual streams before layer 0 in what 
 
 
 class Sweep:
-    """Arrays of each layer, from what is kept or else computed and kept.
+    """Arrays of each of so many layers, from what is kept or else computed and kept.
 
     `passing(i, streams)` goes through the layers from i on, before which the residual streams are `streams`; from the
     text on without any, where i is 0. It yields the streams behind each layer, and the layer's arrays.
     """
 
-    def __init__(self, kept: KeptWork, passing: Callable[[int, Arrays], Iterator[tuple[Arrays, Arrays]]]) -> None:
-        self._kept, self._passing = kept, passing
+    def __init__(
+        self, kept: KeptWork, passing: Callable[[int, Arrays], Iterator[tuple[Arrays, Arrays]]], layers: int
+    ) -> None:
+        self._kept, self._passing, self._layers = kept, passing, layers
         self._next = -1  # the layer that `_work` yields next
         self._work: Iterator[tuple[Arrays, Arrays]] = iter(())
 
@@ -43,4 +45,6 @@ class Sweep:
         self._kept.save(i, found)
         self._kept.drop(_STREAMS + i)
         self._next = i + 1
+        if self._next == self._layers:
+            self._work = iter(())  # it holds all that the last layer made of the text
         return found

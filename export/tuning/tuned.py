@@ -158,7 +158,7 @@ class Tuned:
         """`progress` is called with the products of each layer, and of the head."""
         config = self._checkpoint.config
         passing = partial(passing_to_targets, config, exact_weights(self._checkpoint), ids)
-        sweep, (layers, everything) = Sweep(self._kept, passing), _weights(self._checkpoint)
+        sweep, (layers, everything) = Sweep(self._kept, passing, config.n_layers), _weights(self._checkpoint)
         for i in range(config.n_layers):
             found = sweep.layer(i)
             progress(ids.numel() * layers // config.n_layers)

@@ -261,7 +261,7 @@ def test_a_sweep_goes_on_from_what_is_whole(tmp_path):
             yield {"x": np.array(i + 1)}, {"of": np.array(i * i)}
 
     def layers(stop: int = 5) -> list[int]:
-        sweep = Sweep(KeptWork(tmp_path, {}), passing)
+        sweep = Sweep(KeptWork(tmp_path, {}), passing, 5)
         passed.clear()
         assert [int(sweep.layer(i)["of"]) for i in range(stop)] == [i * i for i in range(stop)]
         return list(passed)
@@ -273,6 +273,25 @@ def test_a_sweep_goes_on_from_what_is_whole(tmp_path):
     assert layers(4) == [0, 1, 2, 3]
     damage(file[1])
     assert layers() == [0, 1, 4]
+
+
+def test_a_sweep_holds_nothing_behind_the_last_layer(tmp_path):
+    """What has passed is large, and tuning follows in the same process."""
+    held = []
+
+    def passing(start: int, _streams: Any) -> Iterator[tuple[Any, Any]]:
+        held.append("text")
+        try:
+            for i in range(start, 3):
+                yield {"x": np.array(i)}, {"of": np.array(i)}
+        finally:
+            held.clear()
+
+    sweep = Sweep(KeptWork(tmp_path, {}), passing, 3)
+    sweep.layer(1)
+    assert held
+    sweep.layer(2)
+    assert not held
 
 
 def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):

@@ -202,7 +202,7 @@ class Sequential:
     def key(checkpoint: Checkpoint, text: CalibrationText, formats: Formats) -> dict[str, object]:
         """All that the blocks depend on."""
         return {
-            "sequential": 5,
+            "sequential": 6,
             "text": text.sha256,
             "tokens": text.tokens,
             "source": source_sha256(checkpoint),

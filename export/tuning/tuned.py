@@ -40,9 +40,8 @@ _BETAS = 0.9, 0.999
 _TINY = 1e-12  # gradients of one code are small, and their size says nothing
 _WARM_UP = 0.05  # of the steps
 _PASSES = 3  # through the layers in a step: forwards, and twice as long backwards
-_TARGET_SHARE = (
-    1 / 2
-)  # of the work of the steps, that the exact model may take at most: fresh text serves better than more steps
+# Of the work of the steps, that the exact model may take at most: fresh text serves better than text read again.
+_TARGET_SHARE = 1 / 2
 _STREAM_NUMBERS = 1 << 27  # of residual streams that are in memory while the exact model answers
 _KEEP_SECONDS = 300.0  # between states that an interrupted run goes on from
 # Bytes of memory for each weight in blocks, and of an exact embedding that is read; of the layers, where codes move and
@@ -86,7 +85,7 @@ class Tuned:
     ) -> dict[str, object]:
         """All that the blocks depend on, where those before depend on `begun`."""
         own = {"steps": steps, "codes": codes, "tuning_tokens": text.tokens, "rates": rates_for(checkpoint)}
-        return {**begun, "tuning": 7, **own, "batch": BATCH}
+        return {**begun, "tuning": 8, **own, "batch": BATCH}
 
     @staticmethod
     def tokens_for(checkpoint: Checkpoint, steps: int, length: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ..files.atomic import atomic, check_new, check_output
+from ..files.atomic import atomic, check_new
 from ..files.models import size_text
 from .model_path import MODEL
 
@@ -36,7 +36,6 @@ def write(model: Path, out: Path, tokens: int, seed: int, threads: int | None, f
     from ..unprompted import unprompted
 
     check_new(out, force)
-    check_output(out, _is_text)
     shown = click.progressbar(length=tokens, label=out.name, file=sys.stderr) if sys.stderr.isatty() else nullcontext()
     try:
         with load(model, threads=threads) as opened, atomic(out, _is_text) as file, shown as bar:

@@ -38,10 +38,18 @@ WINDOW = 64  # of the demo
 CHUNK = 7
 
 
+@cache
+def openvino_core() -> Any:
+    """One for all tests: where the processor has AMX, each brings a stack for signals, and puts back what it found.
+
+    That may be another's, which is gone by then: the next signal would end the tests.
+    """
+    return pytest.importorskip("openvino").Core()
+
+
 def in_openvino(graph: Path) -> Run:
-    openvino = pytest.importorskip("openvino")
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    core = openvino.Core()
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(graph), "CPU", exact)
     outputs = {name: value for value in compiled.outputs for name in value.get_names()}  # it may have several
 

@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
 import pytest
-from bezel.export.commands import export as export_command
 from bezel.runtime import Message, load
 from bezel.runtime.commands import chat as chat_command
 from bezel.runtime.commands import generate
@@ -40,6 +39,13 @@ def bezel(*args: object, stdin: bytes = b"") -> tuple[int, str, str]:
     done = subprocess.run([*BEZEL, *map(str, args)], input=stdin, capture_output=True, timeout=120)
     assert b"Traceback" not in done.stderr, done.stderr.decode()
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def apart(source: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, as a signal is for all of it."""
+    source = "import signal, sys\n" + dedent(source)
+    command = [sys.executable, "-X", "faulthandler", "-c", source, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def chat(demo: Path, *lines: str) -> str:
@@ -101,25 +107,41 @@ def test_a_line_that_goes_on_is_sent_where_input_ends(demo: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
-def test_ctrl_c_stops_an_answer_once_and_at_once_the_second_time(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with load(demo) as model:
-        with generate.interruptible(model.session(), 1) as cancel:
+def test_ctrl_c_stops_an_answer_once_and_at_once_the_second_time(demo: Path) -> None:
+    done = apart(
+        """
+        from bezel.runtime import load
+        from bezel.runtime.commands.generate import interruptible
+
+        before = signal.getsignal(signal.SIGINT)
+        with load(sys.argv[1]) as model, interruptible(model.session(), 1) as cancel:
             assert not cancel()
             signal.raise_signal(signal.SIGINT)
             assert cancel()
-            with pytest.raises(KeyboardInterrupt):
+            try:
                 signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                print("at once")
         assert signal.getsignal(signal.SIGINT) is before
-    draw = Sampler.__call__
+        """,
+        demo,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "at once\n", "")
+    done = apart(
+        """
+        from bezel.runtime.commands.main import main
+        from bezel.runtime.text.sampling import Sampler
 
-    def interrupted(*args: Any) -> int:
-        signal.raise_signal(signal.SIGINT)
-        return draw(*args)
+        def interrupted(*args, draw=Sampler.__call__):
+            signal.raise_signal(signal.SIGINT)
+            return draw(*args)
 
-    monkeypatch.setattr(Sampler, "__call__", interrupted)
-    done = CliRunner().invoke(main, ["run", str(demo), "A story.", "--seed", "1"])
-    assert (done.exit_code, len(done.stdout.split())) == (130, 1)
+        Sampler.__call__ = interrupted
+        main(["run", sys.argv[1], "A story.", "--seed", "1"])
+        """,
+        demo,
+    )
+    assert (done.returncode, len(done.stdout.split()), done.stderr) == (130, 1, "")
 
 
 def test_a_damaged_session(demo: Path, tmp_path: Path) -> None:
@@ -151,22 +173,26 @@ def test_the_unforeseen_is_told_in_a_sentence(demo: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM")
-def test_a_terminated_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
+def test_a_terminated_export_leaves_nothing(tmp_path: Path) -> None:
+    done = apart(
+        """
+        import os
+        from contextlib import nullcontext
+        from bezel.export.commands import export
+        from bezel.runtime.commands.main import main
 
-    def end(done: int, total: int) -> None:  # noqa: ARG001
-        assert list(tmp_path.iterdir())
-        if not sent:  # the handler is there while the command runs, and a second signal would be these tests' end
-            sent.append(signal.SIGTERM)
-            os.kill(os.getpid(), *sent)
+        def end(done, total):
+            print(*os.listdir(os.path.dirname(sys.argv[2])))
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(export_command, "progress_bar", lambda *_: nullcontext(end))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        done = CliRunner().invoke(main, ["export", str(DEMO), str(tmp_path / "out.gguf")])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert done.exit_code == 128 + signal.SIGTERM
+        export.progress_bar = lambda *_: nullcontext(end)
+        main(["export", *sys.argv[1:]])
+        """,
+        DEMO,
+        tmp_path / "out.gguf",
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert "out.gguf" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

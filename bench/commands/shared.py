@@ -39,16 +39,6 @@ class Output(click.Path):
             return file.read(len(self._begin)) in (b"", self._begin)
 
 
-def each_once(_ctx: click.Context, param: click.Parameter, files: tuple[Path, ...]) -> tuple[Path, ...]:
-    """A click callback: refuses a file that would count twice."""
-    seen: set[Path] = set()
-    for file in files:
-        if (found := file.resolve()) in seen:
-            raise click.BadParameter(f"{file} is given twice", param=param)
-        seen.add(found)
-    return files
-
-
 REPORT = Output(PAGE_BEGINS)
 candidates_argument = click.argument("candidates", nargs=-1, type=MODEL_SPEC, required=True, metavar="CANDIDATE...")
 reference_option = click.option(
@@ -60,7 +50,6 @@ texts_option = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
     required=True,
-    callback=each_once,
     help="What to read, UTF-8; may be given several times.",
 )
 state_option = click.option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,12 @@ import click
 from ...runtime.api import ACTIVATIONS
 from ...runtime.cache.store import KV_TYPES
 from ...runtime.commands.model_path import MODEL_SPEC
+from ...runtime.errors import InvalidRequest
 from ...runtime.session import Session
 from ..loss.state import KeptResults
 from ..loss.subjects import Opener, Spec, key_of, parse_spec, unique_names
-from ..tasks.tasks import read_questions, run_tasks, show_answers
-from .shared import each_once, goes_on, html_option, json_option, progress_line, state_option, threads_option
+from ..tasks.tasks import QuestionFile, read_questions, run_tasks, show_answers
+from .shared import goes_on, html_option, json_option, progress_line, state_option, threads_option
 
 
 @click.command()
@@ -27,7 +27,6 @@ from .shared import each_once, goes_on, html_option, json_option, progress_line,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
     required=True,
-    callback=each_once,
     metavar="FILE.jsonl",
     help="What to answer; may be given several times.",
 )
@@ -60,7 +59,7 @@ def tasks(
     A model is a GGUF file, an ONNX folder or a checkpoint folder, which may say how it is run: see `bezel measure`.
 
     Besides accuracy by plain likelihood there is that by likelihood per byte; answers that became worse or better,
-    and McNemar's p, are of the former.
+    and McNemar's p, are of the former. --json and --html say which they are.
 
     Each line of a file is one question, a JSON object in the form of lm-evaluation-harness: "query", "ctx", "context"
     or "question"; "choices" or "endings"; and which is right, "gold", "label", "answer" or "answerKey".
@@ -76,8 +75,14 @@ def tasks(
     specs = [parse_spec(text, default) for text in models]
     named = dict(zip(unique_names(specs), specs, strict=True))
 
-    for file in files:  # what is wrong with the last is said before the first is answered
-        read_questions(file)
+    asked: dict[str, QuestionFile] = {}
+    for path in files:  # what is wrong with the last is said before the first is answered
+        file = read_questions(path)
+        if other := asked.get(file.sha256):
+            raise InvalidRequest(
+                f"--questions: {path}: found the questions of {other.path} again, expected each once; leave one out"
+            )
+        asked[file.sha256] = file
 
     def opener(name: str) -> Callable[[], Session]:
         return lambda: Opener(threads).open(named[name], name).session()
@@ -85,13 +90,13 @@ def tasks(
     sessions = {name: opener(name) for name in named}
     results = []
     with goes_on():
-        for file in files:
-            questions = hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in asked.values():
             kept = {
-                name: KeptResults(states, {"questions": questions, "model": key_of(spec)})
+                name: KeptResults(states, {"questions": file.sha256, "model": key_of(spec)})
                 for name, spec in named.items()
             }
-            results.append(run_tasks(file, sessions, kept=kept, progress=progress_line(f"answering {file.name}")))
+            progress = progress_line(f"answering {file.path.name}")
+            results.append(run_tasks(file, sessions, kept=kept, progress=progress))
     if as_json:
         click.echo(json.dumps({"bezel_tasks": 1, "tasks": [result.to_json() for result in results]}))
     else:

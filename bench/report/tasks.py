@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from ..loss.intervals import Interval
-from ..tasks.tasks import Answers
+from ..tasks.tasks import Answers, Flips
 from .page import percent, table, value, write_page
 from .svg import element, number
 
@@ -36,7 +36,14 @@ def _questions(result: Answers) -> list[Element]:
         rows.append([element("th", c.name, scope="row"), *cells])
     heads = ("model", "accuracy", "accuracy by bytes", f"flips against {first}", "p (McNemar)")
     title = f"{Path(result.file).name}: {result.questions} questions"
-    return [element("h2", title), table(heads, rows), element("p.soft", f"sha256 {result.sha256}")]
+    flipped = [_flipped(pair) for pair in flips.values() if pair.worse or pair.better]
+    return [element("h2", title), table(heads, rows), *flipped, element("p.soft", f"sha256 {result.sha256}")]
+
+
+def _flipped(pair: Flips) -> Element:
+    found = (("worse", pair.worse_lines), ("better", pair.better_lines))
+    lines = "; ".join(f"{how} on lines {', '.join(map(str, lines))}" for how, lines in found if lines)
+    return element("details", element("summary", f"which flipped in {pair.b}"), element("p", lines))
 
 
 def _share(share: Interval) -> Element:

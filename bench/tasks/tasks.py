@@ -55,6 +55,13 @@ class Question:
 
 
 @dataclass(frozen=True)
+class QuestionFile:
+    path: Path
+    sha256: str
+    questions: list[Question]
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """The shares of questions that a model answers rightly."""
 
@@ -65,13 +72,15 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Flips:
-    """`worse` questions only a answers rightly, `better` ones only b; p is McNemar's."""
+    """`worse` questions only a answers rightly, `better` ones only b, on these lines of the file; p is McNemar's."""
 
     a: str
     b: str
     worse: int
     better: int
     p: float
+    worse_lines: list[int]
+    better_lines: list[int]
 
 
 @dataclass(frozen=True)
@@ -88,10 +97,11 @@ class Answers:
         return asdict(self)
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: Path) -> QuestionFile:
     """The questions of a JSONL file. Raises InvalidRequest, which says the line and the field."""
+    raw = path.read_bytes()
     try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
+        lines = raw.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path}: not UTF-8 at byte {error.start}") from None
     questions = []
@@ -107,11 +117,11 @@ def read_questions(path: str | Path) -> list[Question]:
                 raise InvalidRequest(f"{path}: line {number}: {error}") from None
     if not questions:
         raise InvalidRequest(f"{path}: found no question, expected one a line, in JSON")
-    return questions
+    return QuestionFile(path, hashlib.sha256(raw).hexdigest(), questions)
 
 
 def run_tasks(
-    path: str | Path,
+    file: QuestionFile,
     sessions: Mapping[str, Callable[[], Session]],
     confidence: float = 0.95,
     kept: Mapping[str, KeptResults] | None = None,
@@ -122,7 +132,7 @@ def run_tasks(
     The first is what the others are compared with. What a model's `kept` results hold is not asked again. Progress
     counts answers and says the model's name. Raises InvalidRequest.
     """
-    questions = read_questions(path)
+    questions = file.questions
     right: dict[str, Bools] = {}
     for turn, (name, start) in enumerate(sessions.items()):
         found = np.empty((len(questions), 2), bool)
@@ -138,7 +148,7 @@ def run_tasks(
                     try:
                         answers[i] = _answer(scorer, question)
                     except BezelError as error:
-                        raise InvalidRequest(f"{path}: line {question.line}: {error}") from error
+                        raise InvalidRequest(f"{file.path}: line {question.line}: {error}") from error
                 stored = {"right": answers}
                 if kept:
                     kept[name].save(first, stored)
@@ -146,11 +156,11 @@ def run_tasks(
         right[name] = found
     progress(len(sessions) * len(questions), len(sessions) * len(questions), "")
     return Answers(
-        file=str(path),
-        sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        file=str(file.path),
+        sha256=file.sha256,
         questions=len(questions),
         candidates=[Accuracy(name, *(_share(column, confidence) for column in f.T)) for name, f in right.items()],
-        pairs=[_flips(a, b, right[a][:, 0], right[b][:, 0]) for a, b in combinations(right, 2)],
+        pairs=[_flips(questions, a, b, right[a][:, 0], right[b][:, 0]) for a, b in combinations(right, 2)],
     )
 
 
@@ -252,9 +262,10 @@ def _share(right: Bools, confidence: float) -> Interval:
     return Interval(float(right.mean()), *wilson(int(right.sum()), len(right), confidence))
 
 
-def _flips(name_a: str, name_b: str, a: Bools, b: Bools) -> Flips:
-    worse, better = int((a & ~b).sum()), int((~a & b).sum())
-    return Flips(name_a, name_b, worse, better, mcnemar(worse, better))
+def _flips(questions: Sequence[Question], name_a: str, name_b: str, a: Bools, b: Bools) -> Flips:
+    worse, better = ([questions[i].line for i in np.flatnonzero(flipped)] for flipped in (a & ~b, ~a & b))
+    p = mcnemar(len(worse), len(better))
+    return Flips(name_a, name_b, len(worse), len(better), p, worse_lines=worse, better_lines=better)
 
 
 def _shown(share: Interval) -> str:

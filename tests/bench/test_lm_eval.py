@@ -14,7 +14,7 @@ import pytest
 lm_eval = pytest.importorskip("lm_eval")
 
 from bezel.bench.tasks.lm_eval_model import BezelLM  # noqa: E402
-from bezel.bench.tasks.tasks import run_tasks  # noqa: E402
+from bezel.bench.tasks.tasks import read_questions, run_tasks  # noqa: E402
 from bezel.runtime.errors import InvalidRequest  # noqa: E402
 from bezel.runtime.text.chat import Message  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -64,7 +64,7 @@ def test_the_harness_and_bezel_s_own_tasks_agree(
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     more = "doc_to_choice: choices\nmetric_list: [{metric: acc}, {metric: acc_norm}]"
     theirs = harness(model, tmp_path, kind="multiple_choice", text="{{query}}", target="gold", more=more)
-    ours = run_tasks(tmp_path / "q.jsonl", {"demo": model.bezel.session})
+    ours = run_tasks(read_questions(tmp_path / "q.jsonl"), {"demo": model.bezel.session})
     (found,) = ours.candidates
     assert theirs["acc,none"] == found.acc.value
     assert theirs["acc_norm,none"] == found.acc_norm.value

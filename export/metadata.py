@@ -9,6 +9,7 @@ from ..runtime.text.sampling import write_sampling
 from .sources.checkpoint import Checkpoint
 
 CALIBRATION = "bezel.provenance.calibration"  # the key of a calibrated file; others begin with it
+CALIBRATION_TEXT = f"{CALIBRATION}_text_sha256"
 TUNED = "steps of tuning"  # what its value holds where every norm may have moved
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...export.metadata import CALIBRATION_TEXT
 from ...export.sources.checkpoint import Checkpoint
 from ...export.sources.opening import open_checkpoint
 from ...runtime.api import ACTIVATIONS, load
@@ -181,6 +182,7 @@ class _Opened:
     file_bytes: int
     bits_per_weight: float
     formats: dict[str, int]
+    calibrated_on: object = None  # the sha256 of a text, as the file says
 
 
 class Subject:
@@ -190,7 +192,7 @@ class Subject:
         self.spec, self.name = spec, name
         self.config, self.tokenizer, self._backend = opened.config, opened.tokenizer, opened.backend
         self._eye = opened.eye
-        self.chat_template = opened.chat_template
+        self.chat_template, self.calibrated_on = opened.chat_template, opened.calibrated_on
         self.facts = MeasuredModel(
             name=name,
             path=str(spec.path),
@@ -269,6 +271,7 @@ class Opener:
             file_bytes=sum(file.stat().st_size for file in _files(spec.path)),
             bits_per_weight=8 * sum(t.nbytes for t in tensors) / sum(math.prod(t.shape) for t in tensors),
             formats=dict(Counter(t.format.name for t in tensors)),
+            calibrated_on=model.file.metadata.get(CALIBRATION_TEXT),
         )
 
     def _open_checkpoint(self, spec: Spec) -> _Opened:

@@ -79,7 +79,7 @@ def read_text(checkpoint: Checkpoint, path: Path, tokens: int | None = None) -> 
     tokens = tokens or default_tokens(checkpoint.config)
     raw = path.read_bytes()
     try:
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path}: found a byte that is not UTF-8 at {error.start}, expected text") from None
     ids = np.array(Tokenizer(checkpoint.vocabulary(), str(checkpoint.path)).encode(text, bos=True), np.int64)

@@ -29,7 +29,7 @@ from ...runtime.model.families.gguf import read_gguf_config, write_gguf_config
 from ...runtime.model.tensors import Kind, TensorSpec
 from ...runtime.version import bezel_version
 from ..hashes import background_hashes
-from ..metadata import CALIBRATION, described
+from ..metadata import CALIBRATION, CALIBRATION_TEXT, described
 from ..ordered import CHUNK_WEIGHTS, ordered
 from ..recipe import find_recipe
 from ..sources.checkpoint import Checkpoint, TensorSource
@@ -348,7 +348,7 @@ def _calibration_metadata(calibrated: Calibrated | None) -> dict[str, Any]:
         return {}
     return {
         CALIBRATION: calibrated.method,
-        f"{CALIBRATION}_text_sha256": calibrated.text_sha256,
+        CALIBRATION_TEXT: calibrated.text_sha256,
         f"{CALIBRATION}_tokens": calibrated.tokens,
     }
 

@@ -16,6 +16,9 @@ from bezel.bench.loss.passages import BLOCK, Passage, cut, read_texts
 from bezel.bench.loss.result import Candidate, Measurement
 from bezel.bench.loss.subjects import Opener, Spec, parse_spec, unique_names
 from bezel.bench.loss.summary import Pooled
+from bezel.export.calibration.rounding import export_calibrated
+from bezel.export.gguf.writer import export_gguf
+from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime import Model
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import BezelError, InvalidRequest
@@ -405,6 +408,23 @@ def test_a_text_given_twice_is_refused(gguf_of: Callable[..., Path], text: Path,
         InvalidRequest, match=r"again\.txt: found the text of .*tale\.txt again, expected each text once"
     ):
         measure([model], model, [text, again], chunk=64, states=tmp_path / "states")
+
+
+def test_a_candidate_calibrated_on_the_text_is_warned_of(
+    run: Callable[..., Measurement], text: Path, tmp_path: Path
+) -> None:
+    """And neither the reference, nor one that was calibrated on another."""
+    paths = [tmp_path / f"{name}.gguf" for name in ("plain", "here", "elsewhere")]
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.read_text("utf-8")[6000:12000], encoding="utf-8")
+    with open_checkpoint(checkpoint_folder(TINY, tmp_path)) as source:
+        export_gguf(source, paths[0], "q8_0")
+        for path, calibration in zip(paths[1:], (text, other), strict=True):
+            export_calibrated(source, path, "q4_0", "q4_0", calibration, tokens=512)
+    found = run([str(path) for path in paths], str(paths[1]), texts=[text, other], chunk=64, limit=2)
+    said = [warning.partition(":")[0].split(" was calibrated on ") for warning in found.warnings[-2:]]
+    assert [(name.split()[0], on) for name, on in said] == [("here", str(text)), ("elsewhere", str(other))]
+    assert "calibrated" not in "".join(found.warnings[:-2])
 
 
 def test_the_progress_tells_the_mean_so_far(run: Callable[..., Measurement], gguf_of: Callable[..., Path]) -> None:

@@ -479,6 +479,14 @@ def test_what_is_no_calibration_is_refused(tmp_path):
             read_text(checkpoint, short)
 
 
+def test_a_byte_order_mark_is_no_text(text, tmp_path):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    with open_checkpoint(DEMO) as checkpoint:
+        found, plain = (read_text(checkpoint, path, 1024).sequences for path in (marked, text))
+    np.testing.assert_array_equal(found, plain)
+
+
 def test_the_commands(text, tmp_path):
     def run(*arguments: str | Path) -> Any:
         return CliRunner().invoke(main, [str(a) for a in arguments])

@@ -64,7 +64,9 @@ class OnnxSource(Quantized):
         vision: str | None = None,
     ) -> None:
         self.checkpoint, self.config, self.vocabulary = checkpoint, checkpoint.config, checkpoint.vocabulary
+        self.metadata: dict[str, Any] = described(checkpoint)
         if quant is None and embedding is None and checkpoint.path.is_file():
+            self.metadata |= checkpoint.calibration
             formats = {spec.gguf: _kept(checkpoint, spec) for spec in checkpoint.specs}
             matrices = [spec for spec in checkpoint.specs if spec.is_matrix]
             name = ", ".join(dict.fromkeys(checkpoint.format(spec).name for spec in matrices[1:]))
@@ -74,7 +76,6 @@ class OnnxSource(Quantized):
             name, formats = _asked_for(checkpoint, quant or "int8", embedding)
         super().__init__(checkpoint, name, formats)
         self.warnings = (*checkpoint.warnings, *checkpoint.added_losses(formats), *_eye_left(checkpoint.path))
-        self.metadata: dict[str, Any] = described(checkpoint)
         if vision is not None and checkpoint.vision is None:
             raise InvalidRequest(f"--vision: {checkpoint.path} has no vision tower")
         fitting = quant if quant in ("f32", "f16") else VISION_QUANT

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cache
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,7 +167,10 @@ class TensorSource:
 
 
 class Checkpoint(TensorSource):
-    """An opened checkpoint: a text model, and the eye that it may have. `warnings` say what of it is left out."""
+    """An opened checkpoint: a text model, and the eye that it may have. `warnings` say what of it is left out.
+
+    `calibration` is the metadata of a calibrated GGUF file on that.
+    """
 
     def __init__(
         self,
@@ -183,10 +186,12 @@ class Checkpoint(TensorSource):
         chat_template: str | None,
         warnings: tuple[str, ...] = (),
         vision: VisionSource | None = None,
+        calibration: Mapping[str, str | int] = MappingProxyType({}),
     ) -> None:
         super().__init__(path, tensor_specs(config), stored, files, norm_offset)
         self.name, self.config, self.vision, self.warnings = name, config, vision, warnings
         self.generation_config, self.chat_template = generation_config, chat_template
+        self.calibration = calibration
         self._load_vocabulary = cache(load_vocabulary)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from ...runtime.files.models import find_model
 from ...runtime.model.tensors import tensor_specs
 from ...runtime.text.sampling import read_sampling
 from ...runtime.text.vocabulary import Vocabulary
+from ..metadata import CALIBRATION
 from .checkpoint import Checkpoint
 from .folder import open_folder
 from .safetensors import StoredTensor
@@ -63,4 +64,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         warnings=tuple(complaints),
         generation_config=generation_config,
         chat_template=template if isinstance(template, str) else None,
+        calibration={
+            key: value
+            for key, value in metadata.items()
+            if key.startswith(CALIBRATION) and isinstance(value, str | int)
+        },
     )

@@ -12,12 +12,15 @@ import gguf
 import numpy as np
 import pytest
 from bezel.export.calibration.rounding import export_calibrated
+from bezel.export.onnx.source import OnnxSource
+from bezel.export.onnx.writer import export_onnx
 from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
 from bezel.quant.formats import FORMATS, Q4_0, Format
 from bezel.runtime.commands.main import main
 from bezel.runtime.errors import InvalidRequest
 from bezel.runtime.files.gguf_model import GGUFModel
+from bezel.runtime.files.onnx_folder import OnnxFolder
 from bezel.runtime.model.tensors import TensorSpec
 from click.testing import CliRunner
 from logits import divergence, logits
@@ -266,6 +269,23 @@ def test_what_is_written_is_what_was_tuned(
     assert set(changed) == set(students[0].moving)
     assert all(0 <= done <= total for done, total in told)
     assert told[-1][0] == told[-1][1]
+
+
+def test_an_onnx_folder_of_a_tuned_file_says_so_and_passes(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Next to what the file came from: its norms moved, too."""
+    file, folder = tmp_path / "a.gguf", tmp_path / "onnx"
+    with open_checkpoint(tiny) as source:
+        export_calibrated(source, file, "q4_0", "q8_0", text, None, False, 1024, 3)
+        with open_checkpoint(file, quantized=True) as kept:
+            export_onnx(OnnxSource(kept), folder)
+        assert all(report.ok for report in verify(folder, source))
+    with GGUFModel(file) as before, OnnxFolder(folder) as after:
+        said = {key: value for key, value in before.metadata.items() if "calibration" in key}
+        assert len(said) == 3
+        assert said.items() <= after.metadata.items()
+    with open_checkpoint(file, quantized=True) as kept:
+        rounded_again = OnnxSource(kept, "int8", requantize=True)
+        assert not said.keys() & rounded_again.metadata.keys()
 
 
 def test_tuning_that_leads_away_is_left_out(

@@ -263,7 +263,8 @@ def _share(right: Bools, confidence: float) -> Interval:
 
 
 def _flips(questions: Sequence[Question], name_a: str, name_b: str, a: Bools, b: Bools) -> Flips:
-    worse, better = ([questions[i].line for i in np.flatnonzero(flipped)] for flipped in (a & ~b, ~a & b))
+    lines = np.array([question.line for question in questions])
+    worse, better = (lines[flipped].tolist() for flipped in (a & ~b, ~a & b))
     p = mcnemar(len(worse), len(better))
     return Flips(name_a, name_b, len(worse), len(better), p, worse_lines=worse, better_lines=better)
 

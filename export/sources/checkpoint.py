@@ -33,6 +33,8 @@ from .safetensors import DTYPES, StoredTensor
 if TYPE_CHECKING:
     from typing import Self
 
+_AT_ONCE = 1 << 24  # numbers of a tensor that are read together
+
 
 class TensorSource:
     """The tensors `specs` of something that is exported. `stored` maps their GGUF names to places; `files` is all that
@@ -104,7 +106,13 @@ class TensorSource:
 
     def tensor(self, spec: TensorSpec) -> NDArray[np.float32]:
         """The whole tensor, `spec.shape`; a norm is weight + 1, as GGUF stores it."""
-        return self.rows(spec, 0, math.prod(spec.shape[:-1])).reshape(spec.shape)
+        n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
+        out = np.empty((n_rows, columns), np.float32)
+        step = max(1, _AT_ONCE // columns)
+        for start in range(0, n_rows, step):  # beside a large embedding there is no room for what it is read from
+            stop = min(start + step, n_rows)
+            out[start:stop] = self.rows(spec, start, stop)
+        return out.reshape(spec.shape)
 
     def rows(self, spec: TensorSpec, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start … stop−1 as float32 (rows, inputs); a one-dimensional tensor is one row.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bezel.bench.synthetic import SHAPES, write_checkpoint
 from bezel.export.gguf.writer import export_gguf
+from bezel.export.sources import checkpoint as module
 from bezel.export.sources.checkpoint import Checkpoint
 from bezel.export.sources.opening import open_checkpoint
 from bezel.quant.formats import F32, Q6_K
@@ -266,6 +267,21 @@ def test_a_wrong_shape(folder: Path) -> None:
     change_tensors(folder, lambda t: t.update({NORM: np.zeros(255, np.float32)}))
     with pytest.raises(InvalidCheckpoint, match=r"'model.norm.weight': found shape \[255\], expected \[256\]"):
         open_checkpoint(folder)
+
+
+def test_a_large_tensor_is_read_in_pieces(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no room for what it is read from."""
+    with open_checkpoint(sound) as checkpoint:
+        spec, norm = checkpoint.specs[0], next(spec for spec in checkpoint.specs if spec.is_norm)
+        whole = checkpoint.rows(spec, 0, spec.shape[0])
+        raw_rows, read = checkpoint.raw_rows, []
+        monkeypatch.setattr(module, "_AT_ONCE", 100 * spec.shape[1])
+        monkeypatch.setattr(
+            checkpoint, "raw_rows", lambda stored, *ends: (read.append(ends), raw_rows(stored, *ends))[1]
+        )
+        assert np.array_equal(checkpoint.tensor(spec), whole)
+        assert max(stop - start for start, stop in read) == 100
+        assert checkpoint.tensor(norm).shape == norm.shape
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -1,14 +1,62 @@
-"""How much memory there is."""
+"""How much memory there is, and giving back what is no longer used."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+# Of control groups of version 2 and 1: where they are, and what says a group's limit, its use, and how much of that is
+# files that can be read again.
+_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that programs can have without others being swapped out; None where the system does not say."""
+    """Bytes that this process can have without others being swapped out, or its container's limit reached; None where
+    the system does not say.
+    """
+    return min((*_of_system(), *_of_groups()), default=None)
+
+
+def give_back_freed() -> None:
+    """Give the system what was freed: glibc keeps a good deal of it, which other libraries cannot use."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def _of_system() -> Iterator[int]:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
+        yield _numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
+    except (OSError, ValueError, KeyError):
+        return
+
+
+def _of_groups() -> Iterator[int]:
+    """What is left to each control group that the process is in."""
+    try:
+        own = [line.split(":", 2)[1:] for line in _OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for controllers, path in own:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, limit, used, files = _GROUPS[bool(controllers)]
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            try:
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                yield max(0, left + _numbers(folder / "memory.stat").get(files, 0))
+            except (OSError, ValueError):  # no limit
+                pass
+            if folder == root:
+                break
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The first number of each line, by its name."""
+    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}

@@ -28,12 +28,11 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import TensorSpec, tensor_specs
 from ...runtime.model.vision import VisionConfig, vision_specs
 from ...runtime.text.vocabulary import Vocabulary
+from ..ordered import CHUNK_WEIGHTS
 from .safetensors import DTYPES, StoredTensor
 
 if TYPE_CHECKING:
     from typing import Self
-
-_AT_ONCE = 1 << 24  # numbers of a tensor that are read together
 
 
 class TensorSource:
@@ -108,7 +107,7 @@ class TensorSource:
         """The whole tensor, `spec.shape`; a norm is weight + 1, as GGUF stores it."""
         n_rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]
         out = np.empty((n_rows, columns), np.float32)
-        step = max(1, _AT_ONCE // columns)
+        step = max(1, CHUNK_WEIGHTS // columns)
         for start in range(0, n_rows, step):  # beside a large embedding there is no room for what it is read from
             stop = min(start + step, n_rows)
             out[start:stop] = self.rows(spec, start, stop)

@@ -275,7 +275,7 @@ def test_a_large_tensor_is_read_in_pieces(sound: Path, monkeypatch: pytest.Monke
         spec, norm = checkpoint.specs[0], next(spec for spec in checkpoint.specs if spec.is_norm)
         whole = checkpoint.rows(spec, 0, spec.shape[0])
         raw_rows, read = checkpoint.raw_rows, []
-        monkeypatch.setattr(module, "_AT_ONCE", 100 * spec.shape[1])
+        monkeypatch.setattr(module, "CHUNK_WEIGHTS", 100 * spec.shape[1])
         monkeypatch.setattr(
             checkpoint, "raw_rows", lambda stored, *ends: (read.append(ends), raw_rows(stored, *ends))[1]
         )

@@ -211,6 +211,8 @@ class Sequential:
         }
 
     def blocks(self, spec: TensorSpec) -> NDArray[np.uint8] | None:
+        if spec.layer is None and spec.is_norm:
+            return None  # for which the head, which may be hundreds of megabytes, is not read again
         number = self._config.n_layers if spec.layer is None else spec.layer
         if self._found[0] != number:
             self._found = -1, {}

@@ -124,13 +124,15 @@ class Tuned:
         give_back_freed()  # by the calibration: about 1 GB for Gemma 2 2B
         wanted = self._targets(ids, tell)
         give_back_freed()
+        there = sum(blocks.nbytes for blocks in rounded.values()) + sum(x.nbytes for x in wanted.arrays().values())
+        more = memory_for(self._checkpoint, self._text, self._codes, True) - _OTHER_BYTES - there
         student = Student(
             self._checkpoint.config,
             self._checkpoint.tensor,
             lambda spec: (self._formats[spec.gguf], rounded[spec.gguf]),
             quick_precision(),
             self._codes,
-            memory_for(self._checkpoint, self._text, self._codes, True) <= (available_memory() or 0),
+            more <= (available_memory() or 0),
         )
         descent = Descent(student, self._steps, rates_for(self._checkpoint))
         state = self._kept.load(_STATE)

@@ -14,7 +14,7 @@ import pytest
 from bezel.bench.synthetic import SHAPES
 from bezel.export.calibration.moments import Calibration, calibrate, default_tokens, read_text
 from bezel.export.calibration.noting import HEAD, site_of
-from bezel.export.calibration.rounding import DAMPING, Feedback, export_calibrated
+from bezel.export.calibration.rounding import DAMPING, Feedback, Sequential, export_calibrated
 from bezel.export.calibration.sweep import Sweep
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.kept import KeptWork
@@ -22,7 +22,7 @@ from bezel.export.sources.opening import open_checkpoint
 from bezel.export.verify import verify
 from bezel.export.whole import WholeSequences
 from bezel.quant.feedback import feedback_factor, quantize_with_feedback, retargeted
-from bezel.quant.formats import Q4_0
+from bezel.quant.formats import F32, Q4_0
 from bezel.runtime.commands.main import main
 from bezel.runtime.engines.protocol import ModelBackend
 from bezel.runtime.engines.reference import ReferenceBackend
@@ -292,6 +292,20 @@ def test_a_sweep_holds_nothing_behind_the_last_layer(tmp_path):
     assert held
     sweep.layer(2)
     assert not held
+
+
+def test_the_head_is_not_read_again_for_the_last_norm(text, tmp_path, monkeypatch):
+    """It may be hundreds of megabytes, which tuning would hold a second time."""
+    load, read = KeptWork.load, []
+    monkeypatch.setattr(KeptWork, "load", lambda self, number: (read.append(number), load(self, number))[1])
+    with open_checkpoint(DEMO) as checkpoint:
+        formats = dict.fromkeys((spec.gguf for spec in checkpoint.specs), Q4_0)
+        formats |= {spec.gguf: F32 for spec in checkpoint.specs if spec.is_norm}
+        work = Sequential(checkpoint, read_text(checkpoint, text, tokens=512), formats, KeptWork(tmp_path, {}))
+        asked = [work.blocks(spec) is not None for spec in checkpoint.specs]
+    assert asked[0]
+    assert not asked[-1]
+    assert read[-1] == checkpoint.config.n_layers - 1
 
 
 def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):

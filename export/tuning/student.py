@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ class Factors:
 @dataclass
 class _Pass:
     """What went through a layer, (positions, hidden) all: `x` enters it, None at the first, and `behind` leaves it,
-    which the next norm makes `hidden` of. `matrices` are the layer's by role, for all that go through it.
+    which the next norm makes `hidden` of. `matrices` are the layer's by role, in the precision of its products and the
+    same for all that go through it.
     """
 
     x: Tensor | None
@@ -123,7 +125,8 @@ class Student:
         layers, matrices = list(self.weights.layers), dict[str, Tensor]()
         for role, weight in layers[index].items():
             if not isinstance(weight, Factors):
-                matrices[role] = weight().detach().requires_grad_(isinstance(weight, Scaled))
+                matrix = weight().detach().to(self._precision)
+                matrices[role] = matrix.requires_grad_(isinstance(weight, Scaled))
         layers[index] = {**layers[index], **matrices}
         there, parts = Weights(self.weights.shared, layers), ids.split(TOGETHER)
         streams = x.split(TOGETHER * ids.shape[1]) if x is not None else [None] * len(parts)
@@ -134,17 +137,32 @@ class Student:
 
     def _back(self, index: int, passes: Iterable[_Pass], gradient: Tensor) -> Tensor:
         """Back through a layer, from the gradients of what is behind it to those of what enters it, if that is x."""
-        before, rest = list[Tensor](), gradient
-        for made in passes:
-            behind = made.hidden if index == self.config.n_layers - 1 else made.behind
+        before, matrices = self._to_matrices(passes, index == self.config.n_layers - 1, gradient)
+        for role, weight in self.weights.layers[index].items():
+            if isinstance(weight, Scaled):
+                weight().backward(matrices.pop(role))  # one after the other goes
+        return before
+
+    def _to_matrices(self, passes: Iterable[_Pass], last: bool, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradients of what enters a layer and, by role, those of its matrices: float32, also of what are not."""
+        before, rest, found = list[Tensor](), gradient, dict[str, Tensor]()
+
+        def add(role: str, matrix: Tensor) -> None:
+            assert matrix.grad is not None
+            found[role] = found[role].add_(matrix.grad) if role in found else matrix.grad.float()
+            matrix.grad = None
+
+        for number, made in enumerate(passes):
+            if not number:
+                for role, matrix in made.matrices.items():
+                    if matrix.requires_grad:
+                        matrix.register_post_accumulate_grad_hook(partial(add, role))
+            behind = made.hidden if last else made.behind
             behind.backward(rest[: len(behind)])
             rest = rest[len(behind) :]
             if made.x is not None and made.x.grad is not None:
                 before.append(made.x.grad)
-        for role, weight in self.weights.layers[index].items():
-            if isinstance(weight, Scaled):
-                weight().backward(made.matrices.pop(role).grad)  # one after the other goes
-        return torch.cat(before) if before else gradient.new_empty(0)
+        return torch.cat(before) if before else gradient.new_empty(0), found
 
     def _of_answers(self, hidden: Tensor, wanted: Targets) -> tuple[float, Tensor]:
         """The divergence of what the last norm made, (positions, hidden), and its gradients."""

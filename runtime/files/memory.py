@@ -7,11 +7,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Of control groups of version 2 and 1: where they are, and what says a group's limit, its use, and how much of that is
-# files that can be read again.
+# Of control groups of version 2 and 1: where they are, what says a group's limit and its use, and what of that are
+# files, which can be read again.
 _GROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file")),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
 )
 _OWN_GROUPS = Path("/proc/self/cgroup")
 
@@ -50,7 +55,8 @@ def _of_groups() -> Iterator[int]:
         for folder in (group, *group.parents):
             try:
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                yield max(0, left + _numbers(folder / "memory.stat").get(files, 0))
+                stat = _numbers(folder / "memory.stat")
+                yield max(0, left + sum(stat.get(name, 0) for name in files))
             except (OSError, ValueError):  # no limit
                 pass
             if folder == root:

@@ -27,7 +27,8 @@ original = getattr(found, name)
 
 def wait():
     print("here", flush=True)
-    time.sleep(60)
+    for _ in range(600):
+        time.sleep(0.1)  # a signal just before a sleep does not end it
 
 def waiting(*args):
     result = original(*args)

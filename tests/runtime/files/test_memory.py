@@ -20,10 +20,11 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def group(folder: Path, version: int, limit: str, used: int, files: int) -> None:
-    names = memory._GROUPS[version == 1][1:]
+    """Files that were read once and those that were read more often have half of `files` each."""
+    *names, kinds = memory._GROUPS[version == 1][1:]
     folder.mkdir(parents=True)
-    stat = f"anon 5\n{names[2]} {files}\nother 1"
-    for name, text in zip((*names[:2], "memory.stat"), (limit, str(used), stat), strict=True):
+    stat = "\n".join(["anon 5", *(f"{kind} {files // 2}" for kind in kinds), "other 1"])
+    for name, text in zip((*names, "memory.stat"), (limit, str(used), stat), strict=True):
         (folder / name).write_text(f"{text}\n")
 
 

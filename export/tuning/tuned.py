@@ -18,7 +18,7 @@ from ...quant import lattice
 from ...quant.formats import Format
 from ...runtime.arrays import Arrays
 from ...runtime.errors import InvalidRequest
-from ...runtime.files.memory import available_memory, give_back_freed
+from ...runtime.files.memory import available_memory, give_back_at_once
 from ...runtime.model.tensors import TensorSpec
 from ..calibration.moments import CalibrationText
 from ..calibration.noting import site_of
@@ -78,6 +78,9 @@ class Tuned:
         self.text_sha256, self.tokens = text.sha256, max(begun.tokens, text.tokens)
         self._found: dict[str, NDArray[np.uint8]] | None = None
         self.divergence = math.nan, math.nan  # before and after, on one step's sequences
+        self._hold = memory_for(checkpoint, text, codes, hold=True) <= (available_memory() or 0)
+        if not self._hold:
+            give_back_at_once()  # also in the calibration, which runs when its blocks are asked for
 
     @staticmethod
     def key(
@@ -121,18 +124,14 @@ class Tuned:
             if self._progress:
                 self._progress(done, total)
 
-        give_back_freed()  # by the calibration: about 1 GB for Gemma 2 2B
         wanted = self._targets(ids, tell)
-        give_back_freed()
-        there = sum(blocks.nbytes for blocks in rounded.values()) + sum(x.nbytes for x in wanted.arrays().values())
-        more = memory_for(self._checkpoint, self._text, self._codes, True) - _OTHER_BYTES - there
         student = Student(
             self._checkpoint.config,
             self._checkpoint.tensor,
             lambda spec: (self._formats[spec.gguf], rounded[spec.gguf]),
             quick_precision(),
             self._codes,
-            more <= (available_memory() or 0),
+            self._hold,
         )
         descent = Descent(student, self._steps, rates_for(self._checkpoint))
         state = self._kept.load(_STATE)

@@ -19,6 +19,7 @@ _GROUPS = (
     ),
 )
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def available_memory() -> int | None:
@@ -28,10 +29,13 @@ def available_memory() -> int | None:
     return min((*_of_system(), *_of_groups()), default=None)
 
 
-def give_back_freed() -> None:
-    """Give the system what was freed: glibc keeps a good deal of it, which other libraries cannot use."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+def give_back_at_once() -> None:
+    """From here on pieces of memory of 4 MiB and more go back to the system as soon as they are freed.
+
+    glibc keeps those of up to 32 MiB, a gigabyte and more of them where others in use lie between.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_MMAP_THRESHOLD, 4 << 20)
 
 
 def _of_system() -> Iterator[int]:

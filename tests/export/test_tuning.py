@@ -273,27 +273,25 @@ def test_what_is_written_is_what_was_tuned(
 
 
 @pytest.mark.parametrize("spare", [0, -1])
-def test_all_layers_work_is_held_where_there_is_room_beside_what_is_there(
+def test_all_layers_work_is_held_where_there_is_room(
     spare: int, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Libraries, blocks and the exact model's answers are there already: what is free need not hold them again."""
-    held: list[bool] = []
+    """Where there is none, what is freed goes back at once."""
+    said: list[object] = []
 
     class Noted(Student):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            held.append(args[-1])
+            said.append(args[-1])
 
     with open_checkpoint(tiny) as source:
         read = read_text(source, text, module.Tuned.tokens_for(source, 3, SEQUENCE))
         need = module.memory_for(source, read, True, hold=True)
-    blocks = sum(t.n_bytes for t in gguf.GGUFReader(tuned(tiny, text, tmp_path / "a.gguf")).tensors)
-    there = module._OTHER_BYTES + blocks + 2 * 4 * module.LIKELIEST * read.tokens
     monkeypatch.setattr(module, "Student", Noted)
-    monkeypatch.setattr(module, "check_tunable", lambda *_: None)
-    monkeypatch.setattr(module, "available_memory", lambda: need - there + spare)
+    monkeypatch.setattr(module, "give_back_at_once", lambda: said.append("at once"))
+    monkeypatch.setattr(module, "available_memory", lambda: need + spare)
     tuned(tiny, text, tmp_path / "b.gguf")
-    assert held == [spare == 0]
+    assert said == ([True] if spare == 0 else ["at once", False])
 
 
 def test_an_onnx_folder_of_a_tuned_file_says_so_and_passes(tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def _compare(pair: _Pair, spec: TensorSpec) -> TensorReport:
         rows = source.rows(spec, start, stop)
         with np.errstate(all="ignore"):  # a damaged file may hold any number; it shows in the figures
             found = file.dequantize(name, slice(start, stop))
-            equal += int(np.count_nonzero(lattice.same_bf16(rows, found) if lattice.is_bf16(rows) else found == rows))
+            equal += int(np.count_nonzero(lattice.same(rows, found)))
             error = found - rows
             noise.append(_energy(error))
             max_error = float(np.maximum(max_error, np.abs(error).max()))

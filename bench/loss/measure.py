@@ -12,11 +12,11 @@ from ...runtime.version import bezel_version
 from ...runtime.vision.image import Image
 from ..progress import Progress, silent
 from ..spread import Spread, here
-from .passages import WRITTEN, Text, begun_chats, check_room, cut, first_of_each, read_texts, sequence_length
+from .passages import WRITTEN, begun_chats, check_room, cut, first_of_each, read_texts, sequence_length
 from .result import Effect, MeasuredPicture, MeasuredText, Measurement, Reference
 from .scoring import Subjects, compute
 from .state import KeptResults
-from .subjects import Opener, Spec, Subject, key_of, seeing
+from .subjects import Opener, Spec, Subject, calibration_warnings, key_of, seeing
 from .summary import Pooled, describe, pairs
 from .writing import with_answers
 
@@ -89,7 +89,7 @@ def measure(
         warnings=[
             *pooled[0].warnings(),
             *(_template_warnings(exact) if protocol == "chat" else ()),
-            *_calibration_warnings([subject for subject, _ in main], read),
+            *calibration_warnings([subject for subject, _ in main], read),
         ],
         reference=Reference(**vars(exact.facts), perplexity=pooled[0].reference_perplexity()),
         candidates=[describe(s.facts, p, passages, read, exact.tokenizer, protocol, chunk) for s, p in main],
@@ -103,12 +103,3 @@ def _template_warnings(reference: Subject) -> list[str]:
         return []
     has = "no chat template" if reference.chat_template is None else "a chat template that is not one of Gemma's"
     return [f"{reference.name} has {has}: it was asked in Gemma's own, which it may never have seen"]
-
-
-def _calibration_warnings(candidates: Sequence[Subject], read: Sequence[Text]) -> list[str]:
-    return [
-        f"{subject.name} was calibrated on {text.path}: on text that it was not made for it loses more"
-        for subject in candidates
-        for text in read
-        if text.sha256 == subject.calibrated_on
-    ]

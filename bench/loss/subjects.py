@@ -32,7 +32,7 @@ from ...runtime.session import Session
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.vision.eye import Eye, next_piece
 from ...runtime.vision.image import Image
-from .passages import Passage
+from .passages import Passage, Text
 from .result import MeasuredModel
 
 _OPTION = r"(?:engine|kv|activations|ring|name|vision)=[^,=]+"
@@ -302,6 +302,16 @@ class Opener:
             bits_per_weight=bits / sum(math.prod(s.shape) for s in checkpoint.specs),
             formats=dict(Counter(checkpoint.format(s).name for s in checkpoint.specs)),
         )
+
+
+def calibration_warnings(candidates: Sequence[Subject], read: Sequence[Text]) -> list[str]:
+    """Of candidates that were calibrated on a text, by its content, that they are looked at on."""
+    return [
+        f"{subject.name} was calibrated on {text.path}: on text that it was not made for it loses more"
+        for subject in candidates
+        for text in read
+        if text.sha256 == subject.calibrated_on
+    ]
 
 
 def key_of(spec: Spec) -> dict[str, Any]:

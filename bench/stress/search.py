@@ -35,7 +35,7 @@ from ..loss.passages import Passage, Text, cut, read_texts, sequence_length
 from ..loss.result import MeasuredText
 from ..loss.scoring import Subjects, compute
 from ..loss.state import Arrays, KeptResults, number_of
-from ..loss.subjects import Opener, Spec, key_of
+from ..loss.subjects import Opener, Spec, calibration_warnings, key_of
 from ..progress import Progress, silent
 from ..spread import Spread, here
 from .result import FoundPassage, Search, SearchLoss, Toll
@@ -121,7 +121,10 @@ def search(
         distance=distance,
         draws=DRAWS,
         confidence=confidence,
-        warnings=list(_warnings(found)),
+        warnings=[
+            *_warnings(found),
+            *calibration_warnings([work.subjects[c.candidate] for c in work.comparisons], read),
+        ],
         reference=exact.facts,
         candidates=[work.subjects[c.candidate].facts for c in work.comparisons],
         found=found,

@@ -21,7 +21,7 @@ from ..loss.passages import Passage, Text, read_texts, sequence_length
 from ..loss.result import MeasuredText
 from ..loss.scoring import Subjects, compute
 from ..loss.state import Arrays, KeptResults, number_of
-from ..loss.subjects import Opener, Spec, Subject, key_of
+from ..loss.subjects import Opener, Spec, Subject, calibration_warnings, key_of
 from ..loss.writing import continuation
 from ..progress import Progress, silent
 from ..spread import Spread, here
@@ -109,7 +109,10 @@ def stress(
         passages=sources.n,
         scored=sum(passage.scored for passage in passages),
         confidence=confidence,
-        warnings=[few] if sources.n < FEW_UNITS else [],
+        warnings=[
+            *([few] if sources.n < FEW_UNITS else []),
+            *calibration_warnings([work.subjects[c.candidate] for c in work.comparisons], read),
+        ],
         reference=exact.facts,
         levels=turned,
         grid=list(grid or ()),
@@ -126,6 +129,7 @@ class _Sources:
         self, writer: Subject, texts: Sequence[Text], chunk: int, limit: int, kept: KeptResults, progress: Progress
     ) -> None:
         self._writer, self._chunk, self._kept, self._progress = writer, chunk, kept, progress
+        self._paths = [text.path for text in texts]
         self._found: list[tuple[int, npt.NDArray[np.int64], int]] = []  # the text, its ids, where the stretch begins
         for number, text in enumerate(texts):
             starts = range(1, len(text.ids) - _SOURCE * chunk + 1, chunk)
@@ -153,8 +157,8 @@ class _Sources:
         made = tokenizer.encode(posed(text, pose, f"{number} {start}"))[: self._chunk - 1]
         if len(made) < self._chunk - 1:
             raise InvalidRequest(
-                f"{pose_name(pose)}: leaves {len(made)} tokens of {_SOURCE * self._chunk}, expected at least "
-                f"{self._chunk - 1}"
+                f"{self._paths[number]}: {pose_name(pose)}: leaves {len(made)} of {_SOURCE * self._chunk} tokens, "
+                f"expected at least {self._chunk - 1}; turn it less, or leave it out (--turn)"
             )
         before = np.take(ids[1:], range(start - 1 - depth, start - 1), mode="wrap")
         return Passage(number, start, np.concatenate([ids[:1], before, made]), depth + self._chunk // 2)

@@ -24,7 +24,7 @@ from ...runtime.model.config import ModelConfig
 from ...runtime.model.ops import rms_norm
 from ...runtime.model.tensors import TensorSpec
 from ...runtime.version import bezel_version
-from ..gguf.writer import check_target, export_gguf, plan_tensors
+from ..gguf.writer import Layout, check_room, check_target, export_gguf, plan_tensors
 from ..kept import KeptWork, work_on
 from ..ordered import ordered
 from ..recipe import find_recipe
@@ -68,8 +68,10 @@ def export_calibrated(
     """
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
-    formats = {p.spec.gguf: p.format for p in plan_tensors(checkpoint.specs, recipe)}
+    plan = plan_tensors(checkpoint.specs, recipe)
+    formats = {p.spec.gguf: p.format for p in plan}
     check_target(checkpoint, out, force)  # before anything is kept beside it
+    check_room(Layout(plan, {}), out)
     if is_calibration(calibration):
         if tune_steps:
             raise InvalidRequest(f"{calibration}: holds moments, and tuning reads a text; give --calibration TEXT")

@@ -204,7 +204,7 @@ class _Options:
 @click.option(
     "--tune-scales",
     is_flag=True,
-    help="As --tune, but codes stay: less is gained, for over 6 GB of memory where Gemma 2 2B's codes take 40.",
+    help="As --tune, but codes stay: less is gained, for 5 GB of memory where Gemma 2 2B's codes take 40.",
 )
 @click.option(
     "--tune-steps",

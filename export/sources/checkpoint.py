@@ -150,7 +150,7 @@ class TensorSource:
     def kept_exactly(
         self, spec: TensorSpec, start: int, stop: int, form: type[Format], blocks: NDArray[np.uint8]
     ) -> int:
-        """How many bfloat16 weights of these rows blocks (rows, bytes) give again; 0 if the first row is not kept."""
+        """How many weights of these rows blocks (rows, bytes) give again; 0 if the first row is on no lattice."""
         if form is self.format(spec) or not lattice.is_kept(form, self.rows(spec, start, start + 1), blocks[:1]):
             return 0
         return lattice.equal(form, self.rows(spec, start, stop), blocks)

@@ -93,6 +93,8 @@ class _Verbs(click.Group):
         except Exception as error:
             if "BEZEL_TRACEBACK" in os.environ:
                 raise
+            if "DefaultCPUAllocator" in str(error):  # what torch says instead of a MemoryError
+                raise click.ClickException("not enough memory for PyTorch") from error
             raise click.ClickException(printable(unforeseen(error))) from error
 
 

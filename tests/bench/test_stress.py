@@ -15,10 +15,12 @@ from bezel.bench.loss.subjects import Opener, Spec
 from bezel.bench.loss.writing import continuation
 from bezel.bench.report.stress import write_report
 from bezel.bench.stress import poses
+from bezel.bench.stress import stress as stress_module
 from bezel.bench.stress.poses import TEXT_CHANGES, posed
 from bezel.bench.stress.result import ORIGIN, Stress, pose_name
 from bezel.bench.stress.stress import stress
 from bezel.bench.stress.tables import show
+from bezel.export.calibration.rounding import export_calibrated
 from bezel.export.gguf.writer import export_gguf
 from bezel.export.sources.opening import open_checkpoint
 from bezel.runtime.commands.main import main
@@ -47,7 +49,7 @@ def run(tmp_path: Path, models: dict[str, Path]) -> Callable[..., Stress]:
         text = tmp_path / "tale.txt"
         text.write_text(TEXT.read_text("utf-8")[:length], encoding="utf-8")
         exact = Spec(models["exact"], "reference", "f32", "f32")
-        candidates = [exact if name == "exact" else Spec(models[name], "native") for name in names]
+        candidates = [exact if name == "exact" else Spec(models.get(name, name), "native") for name in names]
         asked: dict[str, Any] = {"chunk": 32, "limit": 6, "corners": 3, "states": tmp_path / "states"}
         return stress(candidates, exact, [text], **asked | options)
 
@@ -225,6 +227,23 @@ def test_errors(run: Callable[..., Stress], options: dict[str, Any], says: str) 
     with pytest.raises(InvalidRequest) as error:
         run("q4_0", **options)
     assert says in str(error.value)
+
+
+def test_a_pose_that_leaves_too_little(run: Callable[..., Stress], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stress_module, "posed", lambda *_: "Once")
+    with pytest.raises(InvalidRequest, match=r"tale\.txt: as it is: leaves 1 of 64 tokens, .* \(--turn\)"):
+        run("q4_0", levels={"case": [1.0]}, grid=None, corners=0)
+
+
+def test_a_candidate_calibrated_on_the_text_is_warned_of(
+    run: Callable[..., Stress], models: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = run("q4_0", levels={"case": [1.0]}, grid=None, corners=0)
+    with open_checkpoint(models["exact"]) as source:
+        export_calibrated(source, tmp_path / "c.gguf", "q4_0", None, tmp_path / "tale.txt", tokens=512)
+    calibrated = run(tmp_path / "c.gguf", levels={"case": [1.0]}, grid=None, corners=0)
+    assert not [warning for warning in plain.warnings if "was calibrated on" in warning]
+    assert calibrated.warnings[-1].startswith(f"c was calibrated on {tmp_path / 'tale.txt'}: ")
 
 
 def test_the_command_and_its_report(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -306,6 +307,13 @@ def test_the_head_is_not_read_again_for_the_last_norm(text, tmp_path, monkeypatc
     assert asked[0]
     assert not asked[-1]
     assert read[-1] == checkpoint.config.n_layers - 1
+
+
+def test_without_room_nothing_is_kept(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with open_checkpoint(DEMO) as checkpoint, pytest.raises(InvalidRequest, match="1 MB free, expected 3 MB"):
+        export_calibrated(checkpoint, tmp_path / "o.gguf", "q4_0", None, text, tokens=512)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_as_many_sequences_are_in_hand_as_there_are_cores(monkeypatch):

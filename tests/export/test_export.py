@@ -583,23 +583,26 @@ def test_options_that_make_no_sense(
     assert not (tmp_path / "out.gguf").exists()
 
 
-def trained_for_q4_0(folder: Path) -> dict[str, np.ndarray]:
-    """A checkpoint's weights, whose every block of 32 is on a lattice."""
+def trained_for_q4_0(folder: Path, rounded: Callable[[np.ndarray], np.ndarray] = bf16) -> dict[str, np.ndarray]:
+    """A checkpoint's weights, whose every block of 32 is on a lattice, rounded to what they are stored in."""
     write_tiny(folder, "gemma3-gqa")
     weights = load_file(folder / "model.safetensors")
     for name, x in weights.items():
         if x.ndim == 2:
             blocks = x.reshape(-1, 32)
             step = bf16(np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7.5))
-            weights[name] = bf16(np.clip(np.rint(blocks / step), -8, 7) * step).reshape(x.shape)
+            weights[name] = rounded(np.clip(np.rint(blocks / step), -8, 7) * step).reshape(x.shape)
     save_file(weights, folder / "model.safetensors")
     return weights
 
 
-def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("stored", [bf16, np.float16, np.float32])
+def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(
+    stored: Callable[[np.ndarray], np.ndarray], tmp_path: Path, run: Callable[..., Any]
+) -> None:
     """Plain or calibrated; what can be seen in the summary and by `verify`, and the bytes that gguf reads."""
     folder = tmp_path / "trained"
-    weights = trained_for_q4_0(folder)
+    weights = trained_for_q4_0(folder, stored)
     (tmp_path / "text.txt").write_text(
         "Once upon a time there was a king who had three sons and 12 golden apples. " * 50
     )
@@ -611,7 +614,7 @@ def test_a_checkpoint_trained_for_q4_0_is_kept_exactly(tmp_path: Path, run: Call
         with open_checkpoint(folder) as source:
             for spec in source.specs:
                 if spec.is_matrix:
-                    np.testing.assert_array_equal(bf16(found[spec.gguf]), weights[spec.hf])
+                    np.testing.assert_array_equal(stored(found[spec.gguf]), weights[spec.hf])
             assert {report.equal for report in verify(out, source) if not report.name.endswith("norm.weight")} == {1.0}
         assert "100.00%" in run(main, "verify", out, "--source", folder).output
         assert "lattices of 16 values, as training" not in result.output

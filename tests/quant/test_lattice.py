@@ -1,4 +1,4 @@
-"""Weights as quantization-aware training leaves them: a lattice of 16 values a block, rounded to bfloat16."""
+"""Weights as quantization-aware training leaves them: a lattice of 16 values a block, mostly rounded to bfloat16."""
 
 from __future__ import annotations
 
@@ -29,6 +29,34 @@ def test_lattices_come_back_to_the_bit(top: float, clip: float, scale: float) ->
     np.testing.assert_array_equal(bf16(Q4_0.dequantize(data)), rows)
     assert lattice.equal(Q4_0, rows, data) == rows.size
     np.testing.assert_array_equal(lattice.quantized(Q4_0, rows), data)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(("scale", "top"), [(0.03, 7), (0.03, 7.5), (3000.0, 8), (1e-5, 7), (1e-4, 3)])
+def test_lattices_in_float16_and_float32(scale: float, top: float, dtype: type) -> None:
+    """Also where float16 is subnormal."""
+    x = np.random.default_rng(7).normal(0, scale, (4096, 32))
+    step = (np.abs(x).max(axis=1, keepdims=True) / top).astype(np.float16).astype(np.float32)
+    rows = (
+        (np.clip(np.rint(x / step), -8, 7).astype(np.float32) * step).reshape(-1, 256).astype(dtype).astype(np.float32)
+    )
+    data = Q4_0.quantize(rows, EVEN)
+    np.testing.assert_array_equal(Q4_0.dequantize(data).astype(dtype), rows)
+    assert lattice.equal(Q4_0, rows, data) == rows.size
+    np.testing.assert_array_equal(lattice.quantized(Q4_0, rows), data)
+
+
+def test_float32_steps_that_float16_does_not_have_are_lattices_too() -> None:
+    """Which float32 weights show: none is the same, and all keep their codes."""
+    x = np.random.default_rng(7).normal(0, 0.03, (4096, 32))
+    step = (np.abs(x).max(axis=1, keepdims=True) / 7).astype(np.float32)
+    codes = np.rint(x / step)
+    rows = (codes.astype(np.float32) * step).reshape(-1, 256)
+    data = lattice.quantized(Q4_0, rows)
+    assert data is not None
+    assert lattice.equal(Q4_0, rows, data) < 0.2 * rows.size  # zeros
+    found = Q4_0.dequantize(data).reshape(-1, 32) / data.reshape(-1).view(Q4_0.layout)["d"][:, None]
+    np.testing.assert_array_equal(np.abs(found), np.abs(codes))
 
 
 @pytest.mark.parametrize("row", [False, True])

@@ -160,6 +160,15 @@ def test_a_damaged_session(demo: Path, tmp_path: Path) -> None:
 # --- the funnel
 
 
+def test_memory_that_torch_does_not_get_is_no_fault_of_bezel(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        pytest.importorskip("torch").empty(1 << 50)
+
+    monkeypatch.setattr(generate, "load_model", fail)
+    done = CliRunner().invoke(main, ["run", str(demo), "Once"])
+    assert (done.exit_code, done.output) == (1, "Error: not enough memory for PyTorch\n")
+
+
 def test_the_unforeseen_is_told_in_a_sentence(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("so it is")

@@ -204,7 +204,7 @@ class Sequential:
     def key(checkpoint: Checkpoint, text: CalibrationText, formats: Formats) -> dict[str, object]:
         """All that the blocks depend on."""
         return {
-            "sequential": 6,
+            "sequential": 7,
             "text": text.sha256,
             "tokens": text.tokens,
             "source": source_sha256(checkpoint),

@@ -144,7 +144,7 @@ class Student:
         return before
 
     def _to_matrices(self, passes: Iterable[_Pass], last: bool, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradients of what enters a layer and, by role, those of its matrices: float32, also of what are not."""
+        """The gradients of what enters a layer, and by role those of its matrices, in float32 whatever those are in."""
         before, rest, found = list[Tensor](), gradient, dict[str, Tensor]()
 
         def add(role: str, matrix: Tensor) -> None:

@@ -53,7 +53,7 @@ def to_lattice(form: type[Format], x: F32Array, blocks: Blocks) -> None:
         more = _near(form, weights, peaks / code) & ~near
         steps[more] = peaks[more] / code
         near |= more
-    found = np.flatnonzero(near & (peaks != 0))
+    found = np.flatnonzero(steps)
     if not len(found):
         return
     x, d = x[found], column(steps[found])
@@ -114,8 +114,7 @@ def quantized(form: type[Format], rows: F32Array) -> Bytes | None:
 def is_kept(form: type[Format], rows: F32Array, data: Bytes) -> bool:
     """Whether nearly all of the rows (..., n) are on the lattices of the blocks `data` (..., bytes).
 
-    As near as bfloat16 and a float16 step come; how many are the same is what `equal` says. Numbers and not blocks:
-    steps that float16 does not have leave a tenth of the blocks with one that is off.
+    As near as bfloat16 and a float16 step come; how many are the same is what `equal` says.
     """
     off = np.abs(form.dequantize(data) - rows)
     return int(np.count_nonzero(off <= _ON_LATTICE * np.abs(rows))) > _NEARLY_ALL * rows.size

@@ -89,7 +89,7 @@ def measure(
         warnings=[
             *pooled[0].warnings(),
             *(_template_warnings(exact) if protocol == "chat" else ()),
-            *calibration_warnings([subject for subject, _ in main], read),
+            *calibration_warnings(work.candidates, read),
         ],
         reference=Reference(**vars(exact.facts), perplexity=pooled[0].reference_perplexity()),
         candidates=[describe(s.facts, p, passages, read, exact.tokenizer, protocol, chunk) for s, p in main],

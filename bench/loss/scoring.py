@@ -57,6 +57,11 @@ class Subjects:
             _check_same_model(self.subjects[0], subject)
             _check_same_rows(self.subjects[0], subject)
 
+    @property
+    def candidates(self) -> list[Subject]:
+        """In the order in which they were given."""
+        return [self.subjects[c.candidate] for c in self.comparisons if c.effect is None]
+
     def _add(self, spec: Spec, name: str) -> int:
         subject = self._opener.open(spec, name)
         self.subjects.append(subject)

@@ -78,7 +78,7 @@ def search(
     if threads:
         torch.set_num_threads(threads)
     work = Subjects(candidates, reference, False, Opener(threads))
-    exact, names = work.subjects[0], [work.subjects[c.candidate].name for c in work.comparisons]
+    exact, names = work.subjects[0], [subject.name for subject in work.candidates]
     context = min(subject.config.context_length for subject in work.subjects)
     chunk = sequence_length(min(SEARCH_CHUNK, context) if chunk is None else chunk, "chunks", context)
     read = read_texts(texts, exact.tokenizer)
@@ -121,12 +121,9 @@ def search(
         distance=distance,
         draws=DRAWS,
         confidence=confidence,
-        warnings=[
-            *_warnings(found),
-            *calibration_warnings([work.subjects[c.candidate] for c in work.comparisons], read),
-        ],
+        warnings=[*_warnings(found), *calibration_warnings(work.candidates, read)],
         reference=exact.facts,
-        candidates=[work.subjects[c.candidate].facts for c in work.comparisons],
+        candidates=[subject.facts for subject in work.candidates],
         found=found,
         tolls=[_toll(a, b, i, found[a], bootstrap) for a in names for i, b in enumerate(names)],
     )

@@ -90,8 +90,8 @@ def stress(
     units = np.repeat(range(sources.n), passages[0].scored)
     records = [_by_pose(arrays, len(poses)) for arrays in found]
     stressed = [
-        Stressed(**vars(work.subjects[c.candidate].facts), losses=_losses(of_one, bootstrap, units))
-        for c, of_one in zip(work.comparisons, records, strict=True)
+        Stressed(**vars(subject.facts), losses=_losses(of_one, bootstrap, units))
+        for subject, of_one in zip(work.candidates, records, strict=True)
     ]
     likely = [bootstrap.mean(-of_pose["reference_logp"], units, 0).map(math.exp) for of_pose in records[0]]
     plain = passages[: sources.n]
@@ -111,7 +111,7 @@ def stress(
         confidence=confidence,
         warnings=[
             *([few] if sources.n < FEW_UNITS else []),
-            *calibration_warnings([work.subjects[c.candidate] for c in work.comparisons], read),
+            *calibration_warnings(work.candidates, read),
         ],
         reference=exact.facts,
         levels=turned,
@@ -129,14 +129,13 @@ class _Sources:
         self, writer: Subject, texts: Sequence[Text], chunk: int, limit: int, kept: KeptResults, progress: Progress
     ) -> None:
         self._writer, self._chunk, self._kept, self._progress = writer, chunk, kept, progress
-        self._paths = [text.path for text in texts]
-        self._found: list[tuple[int, npt.NDArray[np.int64], int]] = []  # the text, its ids, where the stretch begins
+        self._found: list[tuple[int, Text, int]] = []  # the text, by number too, and where the stretch begins
         for number, text in enumerate(texts):
             starts = range(1, len(text.ids) - _SOURCE * chunk + 1, chunk)
-            self._found += [(number, text.ids, start) for start in starts[:limit]]
+            self._found += [(number, text, start) for start in starts[:limit]]
         self.n = len(self._found)
         # What comes before a passage is the text before it and, where that begins, its end: no part of the passage.
-        self.deepest = min((len(ids) - 1 - _SOURCE * chunk for _, ids, _ in self._found), default=0)
+        self.deepest = min((len(text.ids) - 1 - _SOURCE * chunk for _, text, _ in self._found), default=0)
         if not self.n:
             longest = max(texts, key=lambda text: len(text.ids))
             raise InvalidRequest(
@@ -146,26 +145,27 @@ class _Sources:
 
     def number(self, i: int, pose: Pose) -> int:
         """What a passage in a pose is kept as, whichever others there are."""
-        text, _, start = self._found[i]
-        return number_of(json.dumps([text, start, sorted(pose.items())]).encode())
+        number, _, start = self._found[i]
+        return number_of(json.dumps([number, start, sorted(pose.items())]).encode())
 
     def passage(self, i: int, pose: Pose) -> Passage:
         """<bos>, `depth` tokens of the text from elsewhere, and what the pose makes of the stretch, a chunk in all."""
-        number, ids, start = self._found[i]
+        number, text, start = self._found[i]
         tokenizer, depth = self._writer.tokenizer, int(pose.get("depth", 0))
-        text = tokenizer.decode(self._stretch(i, pose.get("temperature", 0.0)).tolist())
-        made = tokenizer.encode(posed(text, pose, f"{number} {start}"))[: self._chunk - 1]
+        plain = tokenizer.decode(self._stretch(i, pose.get("temperature", 0.0)).tolist())
+        made = tokenizer.encode(posed(plain, pose, f"{number} {start}"))[: self._chunk - 1]
         if len(made) < self._chunk - 1:
             raise InvalidRequest(
-                f"{self._paths[number]}: {pose_name(pose)}: leaves {len(made)} of {_SOURCE * self._chunk} tokens, "
+                f"{text.path}: {pose_name(pose)}: leaves {len(made)} of {_SOURCE * self._chunk} tokens, "
                 f"expected at least {self._chunk - 1}; turn it less, or leave it out (--turn)"
             )
-        before = np.take(ids[1:], range(start - 1 - depth, start - 1), mode="wrap")
-        return Passage(number, start, np.concatenate([ids[:1], before, made]), depth + self._chunk // 2)
+        before = np.take(text.ids[1:], range(start - 1 - depth, start - 1), mode="wrap")
+        return Passage(number, start, np.concatenate([text.ids[:1], before, made]), depth + self._chunk // 2)
 
     def _stretch(self, i: int, temperature: float) -> npt.NDArray[np.int64]:
         """Its ids; with a temperature the reference has written the quarter of the chunk before what is scored."""
-        _, ids, start = self._found[i]
+        _, text, start = self._found[i]
+        ids = text.ids
         stretch, quarter = ids[start : start + _SOURCE * self._chunk].copy(), self._chunk // 4
         if temperature:
             place = self.number(i, {"temperature": temperature})

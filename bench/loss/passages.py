@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from ...runtime.arrays import Ints
 from ...runtime.errors import InvalidRequest
 from ...runtime.text.chat import Message, render
+from ...runtime.text.text_file import read_text_file
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.vision.eye import Eye
 from ...runtime.vision.image import Image
@@ -68,12 +68,7 @@ def read_texts(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Text]:
     """Raises InvalidRequest for a file that is not UTF-8, and for a text given twice, which would count twice."""
     texts: list[Text] = []
     for path in paths:
-        raw = path.read_bytes()
-        try:
-            content = raw.decode("utf-8-sig")  # without a byte order mark
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(f"{path}: found a byte that is not UTF-8 at {error.start}, expected text") from None
-        sha256 = hashlib.sha256(raw).hexdigest()
+        content, sha256 = read_text_file(path)
         for other in texts:
             if other.sha256 == sha256:
                 raise InvalidRequest(

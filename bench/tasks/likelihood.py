@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ...runtime.errors import ContextFull
 from ...runtime.session import Session
 
 _AT_ONCE = 64  # positions whose logits are held at a time: 64 MiB at Gemma's vocabulary
@@ -41,6 +42,9 @@ class Scorer:
         """
         if not context or not continuation:
             raise ValueError("nothing to score")
+        taken, room = len(context) + len(continuation) - 1, self._session.model.context
+        if taken > room:
+            raise ContextFull(f"found {taken} tokens with what comes before, expected at most the context's {room}")
         # The logits for the first token of the continuation come from the context's last.
         self._session.go_to(list(context[:-1]))
         inputs, targets = [context[-1], *continuation[:-1]], np.asarray(continuation)

@@ -13,7 +13,6 @@ A choice follows the context after one space. Accuracy (acc) takes the choice wi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +27,9 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.errors import BezelError, InvalidRequest
+from ...runtime.errors import BezelError, ContextFull, InvalidRequest
 from ...runtime.session import Session
+from ...runtime.text.text_file import read_text_file
 from ..loss.intervals import Interval
 from ..loss.state import KeptResults
 from ..progress import Progress, silent
@@ -99,13 +99,9 @@ class Answers:
 
 def read_questions(path: Path) -> QuestionFile:
     """The questions of a JSONL file. Raises InvalidRequest, which says the line and the field."""
-    raw = path.read_bytes()
-    try:
-        lines = raw.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path}: not UTF-8 at byte {error.start}") from None
+    text, sha256 = read_text_file(path)
     questions = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 questions.append(_question(json.loads(line), number))
@@ -117,7 +113,7 @@ def read_questions(path: Path) -> QuestionFile:
                 raise InvalidRequest(f"{path}: line {number}: {error}") from None
     if not questions:
         raise InvalidRequest(f"{path}: found no question, expected one a line, in JSON")
-    return QuestionFile(path, hashlib.sha256(raw).hexdigest(), questions)
+    return QuestionFile(path, sha256, questions)
 
 
 def run_tasks(
@@ -202,7 +198,10 @@ def _answer(scorer: Scorer, question: Question) -> tuple[bool, bool]:
         context, continuation = encode_pair(scorer.encode, question.context, gap + choice)
         if not continuation:
             raise InvalidRequest(f"choice {choice!r}: has no token of its own after the context")
-        scores.append(scorer.score(context, continuation)[0])
+        try:
+            scores.append(scorer.score(context, continuation)[0])
+        except ContextFull as error:
+            raise ContextFull(f"choice {_short(choice)}: {error}") from None
     per_byte = np.array(scores) / [len(choice.encode()) for choice in question.choices]
     return int(np.argmax(scores)) == question.gold, int(np.argmax(per_byte)) == question.gold
 

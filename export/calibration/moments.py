@@ -22,6 +22,7 @@ from ...runtime.files.atomic import atomic
 from ...runtime.files.safetensors import encode_header
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import tensor_specs
+from ...runtime.text.text_file import read_text_file
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.version import bezel_version
 from ..kept import work_on
@@ -77,11 +78,7 @@ def read_text(checkpoint: Checkpoint, path: Path, tokens: int | None = None) -> 
     Raises InvalidRequest for a file that is not UTF-8, or has too few tokens, or too few different ones.
     """
     tokens = tokens or default_tokens(checkpoint.config)
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")  # without a byte order mark
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path}: found a byte that is not UTF-8 at {error.start}, expected text") from None
+    text, sha256 = read_text_file(path)
     ids = np.array(Tokenizer(checkpoint.vocabulary(), str(checkpoint.path)).encode(text, bos=True), np.int64)
     length = min(SEQUENCE, checkpoint.config.context_length)
     whole = len(ids) // length
@@ -96,7 +93,7 @@ def read_text(checkpoint: Checkpoint, path: Path, tokens: int | None = None) -> 
             f"{path}: found {different} different tokens, expected {_FEWEST} at least: weights that are rounded for so "
             "few would serve no other text"
         )
-    return CalibrationText(path, hashlib.sha256(raw).hexdigest(), tuple(sequences))
+    return CalibrationText(path, sha256, tuple(sequences))
 
 
 def source_sha256(source: TensorSource) -> str:

@@ -219,7 +219,7 @@ def test_accuracy_and_flips_are_the_plain_ones(
 
 def test_what_does_not_fit_says_which_question(model_of: ModelOf, tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", GOOD, GOOD | {"query": "long " * 300})
-    with pytest.raises(InvalidRequest, match=r"line 2: .*do not fit") as caught:
+    with pytest.raises(InvalidRequest, match=r"line 2: choice 'a': found 30\d tokens .* the context's 64") as caught:
         run_tasks(read_questions(path), {"small": model_of("demo", "q4_0", context=64).session})
     assert isinstance(caught.value.__cause__, ContextFull)
 

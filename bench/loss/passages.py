@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from ...runtime.arrays import Ints
 from ...runtime.errors import InvalidRequest
+from ...runtime.files.text_file import read_text_file
 from ...runtime.text.chat import Message, render
-from ...runtime.text.text_file import read_text_file
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.vision.eye import Eye
 from ...runtime.vision.image import Image

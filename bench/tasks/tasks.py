@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.errors import BezelError, ContextFull, InvalidRequest
+from ...runtime.files.text_file import read_text_file
 from ...runtime.session import Session
-from ...runtime.text.text_file import read_text_file
 from ..loss.intervals import Interval
 from ..loss.state import KeptResults
 from ..progress import Progress, silent

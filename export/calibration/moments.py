@@ -20,9 +20,9 @@ from ...runtime.arrays import Arrays, Floats, Ints
 from ...runtime.errors import InvalidCheckpoint, InvalidRequest
 from ...runtime.files.atomic import atomic
 from ...runtime.files.safetensors import encode_header
+from ...runtime.files.text_file import read_text_file
 from ...runtime.model.config import ModelConfig
 from ...runtime.model.tensors import tensor_specs
-from ...runtime.text.text_file import read_text_file
 from ...runtime.text.tokenizer import Tokenizer
 from ...runtime.version import bezel_version
 from ..kept import work_on

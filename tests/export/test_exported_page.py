@@ -44,10 +44,10 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def served(folder: Path, port: int = 0) -> Iterator[str]:
+def served(folder: Path, handler: type[Quiet] = Quiet) -> Iterator[str]:
     """By a server that knows nothing but files."""
-    handler = functools.partial(Quiet, directory=str(folder.parent))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    handles = functools.partial(handler, directory=str(folder.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handles)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -202,9 +202,21 @@ def test_a_damaged_file_is_said(web: Path, tmp_path: Path, page: Page) -> None:
     folder = Path(shutil.copytree(web, tmp_path / "out"))
     data = folder / "model" / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-100])
-    with served(folder) as address:
+    was_said = threading.Event()
+
+    class Late(Quiet):
+        def do_GET(self) -> None:
+            if self.path.endswith("/tokenizer.json"):
+                was_said.wait(READY_MS / 1000)
+            super().do_GET()
+
+    loading = page.locator("#loading")
+    with served(folder, Late) as address:
         page.goto(address)
-        expect(page.locator("#loading")).to_contain_text("model.onnx.data: found", timeout=READY_MS)
+        expect(loading).to_contain_text("model.onnx.data: found", timeout=READY_MS)
+        was_said.set()
+        page.wait_for_timeout(1000)  # a file that comes later says no more
+        expect(loading).to_contain_text("model.onnx.data: found")
 
 
 def test_the_model_in_it_is_an_export(web: Path) -> None:

@@ -99,6 +99,8 @@ function loading(about) {
     worker.postMessage({ about });
 
     function fail(reason) {
+      worker.onmessage = null; // files that still come have no say in it
+      worker.terminate();
       words.replaceChildren(`The model cannot be loaded: ${reason}`);
       reject(new Failure("gone", `The model cannot be loaded: ${reason}`));
     }

@@ -58,13 +58,15 @@ def export_calibrated(
     tokens: int | None = None,
     tune_steps: int = 0,
     tune_codes: bool = True,
+    warn: Callable[[str], None] | None = None,
 ) -> ExportSummary:
     """As `export_gguf`, with matrices rounded for a `calibration`: a text, or a file that `calibrate` wrote.
 
     A text, of which `tokens` are used or `default_tokens`, takes longest and serves best; broken off, the same call
     goes on from the last whole layer. `tune_steps` of tuning follow, on as much of the text as they go through, which
-    takes the extra `tune`; without `tune_codes` scales and norms are all that they move. Raises InvalidRequest for a
-    calibration that does not fit, too.
+    takes the extra `tune`; without `tune_codes` scales and norms are all that they move. `warn` is called with a
+    warning that is known before hours are spent; the summary has it, too. Raises InvalidRequest for a calibration that
+    does not fit, too.
     """
     if isinstance(recipe, str):
         recipe = find_recipe(recipe, checkpoint.config, embedding)
@@ -94,6 +96,14 @@ def export_calibrated(
     wanted = Tuned.tokens_for(checkpoint, tune_steps, SEQUENCE)
     more = read_text(checkpoint, calibration, wanted)
     check_tunable(checkpoint, formats, more, tune_codes)
+    warnings = []
+    if more.tokens <= wanted - SEQUENCE:
+        warnings.append(
+            f"{calibration}: {more.tokens} tokens, which {tune_steps} steps go through again and again; {wanted} would "
+            "serve better"
+        )
+        if warn:
+            warn(warnings[0])
     part = _Parts(progress, Tuned.products(checkpoint, more, tune_steps))
     with work_on(out, key) as kept:
         sequential = Sequential(checkpoint, text, formats, kept, part.first)
@@ -101,15 +111,12 @@ def export_calibrated(
         tuned = Tuned(checkpoint, sequential, more, formats, beside, tune_steps, tune_codes, part.second)
         summary = export_gguf(checkpoint, out, recipe, None, None, force, tuned)
         before, after = tuned.divergence
-        warnings = []
         if not after < before:  # the file is to say that it is not tuned
             summary = export_gguf(checkpoint, out, recipe, None, None, True, sequential)
             warnings.append(
                 f"tuning led away from the exact model ({before:.3g} to {after:.3g} nats a token): kept as calibrated; "
                 "more steps may help, on more text"
             )
-    if more.tokens <= wanted - SEQUENCE:
-        warnings.append(f"{calibration}: {more.tokens} tokens, which were gone through again and again; tune on more")
     return replace(summary, warnings=[*summary.warnings, *warnings], divergence=tuned.divergence)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...quant.recipes import PLAIN, PRESETS
-from ...runtime.commands.console import printable
+from ...runtime.commands.console import CLEARED, printable
 from ...runtime.commands.model_path import MODEL
 from ...runtime.errors import InvalidRequest
 from .progress import progress_bar
@@ -344,11 +345,17 @@ def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int
                     asked.calibration_tokens,
                     (asked.tune_steps or _TUNE_STEPS) if asked.tuned else 0,
                     asked.tune,
+                    _warn,
                 )
         left = []
         if (eye := own_eye(path)) is not None:
             left = [f"{eye.name} is not read: a copy of it as {eye_path(out).name} fits"]
         return replace(summary, vision=seen, warnings=[*summary.warnings, *left])
+
+
+def _warn(text: str) -> None:
+    """While a bar may be shown, which is drawn again below."""
+    click.echo(f"{CLEARED if sys.stderr.isatty() else ''}{printable(f'warning: {text}')}", err=True)
 
 
 def print_summary(summary: ExportSummary) -> None:
@@ -371,4 +378,4 @@ def print_summary(summary: ExportSummary) -> None:
     for fallback in summary.fallbacks:
         click.echo(f"  fallback: {fallback}")
     for warning in summary.warnings:
-        click.echo(printable(f"warning: {warning}"), err=True)
+        _warn(warning)

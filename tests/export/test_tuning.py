@@ -317,13 +317,29 @@ def test_tuning_that_leads_away_is_left_out(
     """What is written is what was calibrated, to the byte, and the summary says so."""
     monkeypatch.setattr(module, "RATES", {**module.RATES, "factors": 1.0})
     text.write_text(TEXT.read_text()[:4000])
+    told: list[object] = []
     with open_checkpoint(tiny) as source:
-        away = export_calibrated(source, tmp_path / "away.gguf", "q4_0", None, text, None, False, 1024, 3)
+        away = export_calibrated(
+            source,
+            tmp_path / "away.gguf",
+            "q4_0",
+            None,
+            text,
+            lambda *at: told.append(at),
+            False,
+            1024,
+            3,
+            True,
+            told.append,
+        )
         export_calibrated(source, tmp_path / "plain.gguf", "q4_0", None, text, tokens=1024)
     assert away.divergence is not None
     assert away.divergence[1] > away.divergence[0]
-    assert "tuning led away from the exact model" in away.warnings[-2]
-    assert "tokens, which were gone through again and again" in away.warnings[-1]
+    little, led_away = away.warnings[-2:]
+    assert "tuning led away from the exact model" in led_away
+    assert "tokens, which 3 steps go through again and again" in little
+    assert told[0] == little  # before there is any progress
+    assert little not in told[1:]
     assert (tmp_path / "away.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
 
 

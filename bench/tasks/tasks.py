@@ -197,7 +197,7 @@ def _answer(scorer: Scorer, question: Question) -> tuple[bool, bool]:
         gap = "" if choice[0].isspace() else " "
         context, continuation = encode_pair(scorer.encode, question.context, gap + choice)
         if not continuation:
-            raise InvalidRequest(f"choice {choice!r}: has no token of its own after the context")
+            raise InvalidRequest(f"choice {_short(choice)}: has no token of its own after the context")
         try:
             scores.append(scorer.score(context, continuation)[0])
         except ContextFull as error:

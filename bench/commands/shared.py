@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ...export.commands.progress import duration
-from ...runtime.commands.console import CLEARED
+from ...runtime.commands.console import CLEARED, say_over_progress
 from ...runtime.commands.model_path import MODEL_SPEC
 from ...runtime.files.atomic import check_output
 from ..loss.state import state_folder
@@ -85,8 +85,7 @@ def spread_by(scheduler: str | None) -> Iterator[Spread]:
     if scheduler is None:
         yield here
         return
-    over = CLEARED if sys.stderr.isatty() else ""  # a line of progress may be there
-    with Cluster(scheduler, lambda said: click.echo(over + said, err=True)) as cluster:
+    with Cluster(scheduler, say_over_progress) as cluster:
         yield cluster
 
 

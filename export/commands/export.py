@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...quant.recipes import PLAIN, PRESETS
-from ...runtime.commands.console import CLEARED, printable
+from ...runtime.commands.console import printable, say_over_progress
 from ...runtime.commands.model_path import MODEL
 from ...runtime.errors import InvalidRequest
 from .progress import progress_bar
@@ -354,8 +353,7 @@ def _export_file(path: Path, out: Path, asked: _Options, progress: Callable[[int
 
 
 def _warn(text: str) -> None:
-    """While a bar may be shown, which is drawn again below."""
-    click.echo(f"{CLEARED if sys.stderr.isatty() else ''}{printable(f'warning: {text}')}", err=True)
+    say_over_progress(printable(f"warning: {text}"))
 
 
 def print_summary(summary: ExportSummary) -> None:

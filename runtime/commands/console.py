@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+import click
+
 CLEARED = "\r\x1b[K"
 """Before what takes the place of a terminal's line."""
+
+
+def say_over_progress(text: str) -> None:
+    """A line on stderr where a line of progress may be, which is drawn again below."""
+    click.echo(f"{CLEARED if sys.stderr.isatty() else ''}{text}", err=True)
 
 
 def unforeseen(error: Exception) -> str:

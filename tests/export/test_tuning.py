@@ -319,19 +319,8 @@ def test_tuning_that_leads_away_is_left_out(
     text.write_text(TEXT.read_text()[:4000])
     told: list[object] = []
     with open_checkpoint(tiny) as source:
-        away = export_calibrated(
-            source,
-            tmp_path / "away.gguf",
-            "q4_0",
-            None,
-            text,
-            lambda *at: told.append(at),
-            False,
-            1024,
-            3,
-            True,
-            told.append,
-        )
+        hear = {"progress": lambda *at: told.append(at), "warn": told.append}
+        away = export_calibrated(source, tmp_path / "away.gguf", "q4_0", None, text, tokens=1024, tune_steps=3, **hear)
         export_calibrated(source, tmp_path / "plain.gguf", "q4_0", None, text, tokens=1024)
     assert away.divergence is not None
     assert away.divergence[1] > away.divergence[0]
